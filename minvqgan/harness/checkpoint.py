@@ -1,0 +1,91 @@
+"""Checkpoints: plain tensors and containers, written whole or not at all, read without executing anything."""
+
+import os
+import pickle
+import zipfile
+from dataclasses import fields
+from pathlib import Path
+
+import torch
+
+from ..vqgan import VQGAN, VQGANConfig
+from .runtime import UserError
+
+FORMAT = "minvqgan 1"
+
+
+def save(path: str | Path, kind: str, **content) -> None:
+    """Write a checkpoint of a kind ("vqgan", "classifier", ...). `content`: tensors in plain containers.
+
+    It goes to a temporary name beside `path` and is renamed when it is complete and on the disk: whatever happens on the way,
+    `path` is the old file or the new one. Raises OSError (disk full) with the old file intact.
+    """
+    path = Path(path)
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        with open(part, "wb") as file:
+            torch.save({"format": FORMAT, "kind": kind, **content}, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except RuntimeError as error:  # torch's zip writer reports a full disk as a RuntimeError of its own
+        raise OSError(28, f"the disk is full or the file too large ({str(error).splitlines()[0]})", str(path)) from None
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def read(path: str | Path, kind: str | None = None) -> dict:
+    """The content of a checkpoint, on the CPU. Raises UserError, one line, for a file that is missing, broken, of another kind, or
+    that holds code."""
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"no checkpoint at {path}")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        if "Unsupported global" in str(error) or "Unsupported operand" in str(error) or "GLOBAL" in str(error):
+            raise UserError(f"{path} holds objects other than tensors; nothing in it was executed, and it was not loaded") from None
+        raise UserError(f"{path} is truncated or not a checkpoint") from None
+    except (RuntimeError, EOFError, ValueError, KeyError, TypeError, AttributeError, IndexError, zipfile.BadZipFile, OSError):
+        raise UserError(f"{path} is truncated or not a checkpoint") from None
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise UserError(f"{path} is not a minvqgan checkpoint")
+    if kind and content.get("kind") != kind:
+        raise UserError(f"{path} holds a {content.get('kind')}, not a {kind}")
+    return content
+
+
+def config_from(cls, values: dict, path: str | Path):
+    """A config dataclass from a checkpoint's plain dict. Raises UserError for fields that are unknown or missing."""
+    known = {f.name for f in fields(cls)}
+    if not isinstance(values, dict) or values.keys() != known:
+        odd = sorted(known ^ set(values)) if isinstance(values, dict) else ["config"]
+        raise UserError(f"{path}: the configuration does not fit this version ({', '.join(odd)})")
+    return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+
+
+def fill(module: torch.nn.Module, state: dict, path: str | Path) -> None:
+    """load_state_dict, strictly, with a UserError of one line that names the first key that does not fit."""
+    own = module.state_dict()
+    for key in sorted(own.keys() | state.keys(), key=str):
+        if key not in state or key not in own:
+            raise UserError(f"{path}: {key} is {'missing' if key in own else 'unknown'}; the file is of another configuration")
+        if not isinstance(state[key], torch.Tensor) or own[key].shape != state[key].shape:
+            raise UserError(f"{path}: {key} has another shape than the configuration says")
+    module.load_state_dict(state)
+
+
+def load_vqgan(path: str | Path) -> VQGAN:
+    """The VQGAN of a checkpoint (`last.pt`, `best.pt`), in eval mode, on the CPU. Raises UserError."""
+    content = read(path, "vqgan")
+    try:
+        model = VQGAN(config_from(VQGANConfig, content.get("config"), path))
+    except (ValueError, TypeError, ZeroDivisionError, IndexError, RuntimeError) as error:
+        raise UserError(f"{path}: no model can be built from its configuration ({error})") from None
+    fill(model, content.get("model", {}), path)
+    return model.eval()
+
+
+def load(path: str | Path) -> VQGAN:
+    """The model that a checkpoint holds, in eval mode, on the CPU. Raises UserError."""
+    return load_vqgan(path)

@@ -1,0 +1,404 @@
+"""Pictures for training: folders, torchvision sets by name, and the built-in `shapes`.
+
+A dataset yields dicts with the sources asked for (`image` (3, S, S) in [-1, 1], `labels` (S, S) int64, `depth` (1, S, S) in
+[-1, 1]) and `class`, an int. `to_input` turns a batch of them into what a VQGAN of an input kind reads:
+
+    rgb     (B, 3, S, S)  the picture
+    gray    (B, 1, S, S)  its luminance
+    edges   (B, 1, S, S)  its edges
+    lowres  (B, 3, S, S)  the picture at a quarter of its resolution, scaled back
+    labels  (B, L, S, S)  a label map, one-hot with 0 and 1
+    depth   (B, 1, S, S)  a depth map, or any other one-channel picture
+
+A folder of pairs has `images/` beside `labels/` (or `depth/`), equal names in both; any other folder is searched
+recursively and its subfolders are the classes. `train/` and `val/` above that are respected.
+"""
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import torchvision
+from PIL import Image, ImageOps
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from . import shapes
+from .runtime import UserError
+
+SOURCE_OF = {"rgb": "image", "gray": "image", "edges": "image", "lowres": "image", "labels": "labels", "depth": "depth"}
+KINDS = tuple(SOURCE_OF)
+EXTENSIONS = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".jfif"}
+LOWRES_FACTOR = 4
+CACHE_BYTES = 2**29  # drawn shapes and decoded small pictures are kept in memory up to this
+
+
+def input_channels(kind: str, num_labels: int | None) -> int:
+    """Channels of a model's input of this kind. Raises UserError for labels without their number."""
+    if kind != "labels":
+        return 3 if kind in ("rgb", "lowres") else 1
+    if not num_labels:
+        raise UserError("--input labels needs --num-labels: how many labels are there?")
+    return num_labels
+
+
+def to_input(batch: dict, kind: str, num_labels: int | None = None) -> Tensor:
+    """A batch of a dataset's dicts -> the model's input (B, C, S, S), on the batch's device. See the table above."""
+    x = batch[SOURCE_OF[kind]]
+    if kind == "labels":
+        return F.one_hot(x, num_labels).permute(0, 3, 1, 2).float()
+    if kind in ("rgb", "depth"):
+        return x
+    if kind == "lowres":
+        small = F.interpolate(x, scale_factor=1 / LOWRES_FACTOR, mode="area")
+        return F.interpolate(small, size=x.shape[2:], mode="bilinear", align_corners=False)
+    gray = (x * x.new_tensor([0.299, 0.587, 0.114])[:, None, None]).sum(1, keepdim=True)  # ITU-R BT.601
+    if kind == "gray":
+        return gray
+    sobel = x.new_tensor([[-1, 0, 1], [-2, 0, 2], [-1, 0, 1]]) / 4
+    gradients = F.conv2d(F.pad(gray, (1, 1, 1, 1), mode="replicate"), torch.stack([sobel, sobel.T])[:, None])
+    return (gradients.norm(dim=1, keepdim=True) * 2 - 1).clamp(-1, 1)
+
+
+# Reading files. Every odd mode ends as 8-bit RGB, one channel in [-1, 1], or an array of labels.
+
+
+def _open(path: Path, size: int | None = None) -> Image.Image:
+    image = Image.open(path)  # an animation opens at its first frame
+    if size and image.format == "JPEG":
+        image.draft(None, (2 * size, 2 * size))  # large photos are decoded at a fraction of their size
+    return ImageOps.exif_transpose(image)  # a phone held upright stores the picture lying on its side
+
+
+def _is_deep(image: Image.Image) -> bool:
+    return image.mode.startswith("I") or image.mode == "F"
+
+
+def _deep_to_unit(image: Image.Image) -> np.ndarray:
+    """16-bit, 32-bit and float pictures -> (H, W) float32 in [0, 1]. Pillow's own conversion clips them at 255."""
+    a = np.asarray(image).astype(np.float32)
+    top = 1.0 if image.mode == "F" and a.max() <= 1 else 255.0 if a.max() <= 255 else 65535.0
+    return (a / top).clip(0, 1)
+
+
+def read_rgb(path: Path, size: int | None = None) -> Image.Image:
+    """Any picture as RGB; transparent parts lie on white. `size`: the smallest side that will be needed, for speed."""
+    image = _open(path, size)
+    if _is_deep(image):
+        image = Image.fromarray((_deep_to_unit(image) * 255).round().astype(np.uint8))
+    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
+def read_depth(path: Path) -> Image.Image:
+    """Any picture as one float channel in [-1, 1], with the precision the file has."""
+    image = _open(path)
+    unit = _deep_to_unit(image) if _is_deep(image) else np.asarray(image.convert("L"), dtype=np.float32) / 255
+    return Image.fromarray(unit * 2 - 1)
+
+
+def read_labels(path: Path) -> Image.Image:
+    """An index picture: its numbers are the labels, a palette is ignored. Raises UserError for a coloured picture."""
+    image = _open(path)
+    if image.mode not in ("L", "P", "1") and not _is_deep(image):
+        raise UserError(f"{path}: a label map has one channel of indices, this picture is {image.mode}")
+    return Image.fromarray(np.asarray(image).astype(np.int32))
+
+
+READERS = {"image": read_rgb, "labels": read_labels, "depth": read_depth}
+
+
+def _fit(image: Image.Image, resize: int, smooth: bool) -> Image.Image:
+    """Scale so that the shorter side is `resize`. Labels take the nearest pixel: between 2 and 6 there is no label 4."""
+    scale = resize / min(image.size)
+    size = tuple(max(resize, round(side * scale)) for side in image.size)
+    if size == image.size:
+        return image
+    return image.resize(size, Image.Resampling.BICUBIC if smooth else Image.Resampling.NEAREST)
+
+
+def _to_tensor(image: Image.Image, source: str) -> Tensor:
+    a = np.array(image)
+    if source == "labels":
+        return torch.from_numpy(a.astype(np.int64))  # (S, S)
+    if source == "depth":
+        return torch.from_numpy(a).clamp(-1, 1)[None]  # (1, S, S)
+    return torch.from_numpy(a).permute(2, 0, 1) / 127.5 - 1  # (3, S, S)
+
+
+class FolderPictures(Dataset):
+    """Pictures from files.  dataset[(index, draw)]: `draw` seeds crop and flip; None means the centre, unflipped.
+
+    files: one dict {source: path} a picture; class_of: its class, an index into `classes`.
+    resize: the shorter side is scaled to this, then image_size x image_size are cut out.
+    """
+
+    def __init__(self, files, class_of, classes, image_size, resize, num_labels=None, seed=0, flip=True):
+        self.files, self.class_of, self.classes = files, class_of, classes
+        self.image_size, self.resize, self.num_labels = image_size, resize, num_labels
+        self.seed, self.flip = seed, flip
+        self.bad: set[int] = set()
+        self.kept: dict[tuple[int, str], Image.Image] = {}
+        self.room = CACHE_BYTES
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def _read(self, index: int, source: str) -> Image.Image:
+        if (index, source) in self.kept:
+            return self.kept[index, source]
+        path = self.files[index][source]
+        image = read_rgb(path, self.resize) if source == "image" else READERS[source](path)
+        image.load()
+        if source == "labels" and self.num_labels:
+            top = int(np.asarray(image).max())
+            if top >= self.num_labels or np.asarray(image).min() < 0:
+                raise UserError(f"{path}: holds label {top}, but --num-labels {self.num_labels} allows 0 to {self.num_labels - 1}")
+        image = _fit(image, self.resize, smooth=source != "labels")
+        bytes_taken = image.width * image.height * (3 if source == "image" else 4)
+        if bytes_taken <= self.room:
+            self.kept[index, source] = image
+            self.room -= bytes_taken
+        return image
+
+    def __getitem__(self, key: tuple[int, int | None]) -> dict:
+        index, draw = key
+        # A file that cannot be decoded is replaced by the next good one, so that the data order stays the same.
+        for step in range(len(self.files)):
+            i = (index + step) % len(self.files)
+            if i in self.bad:
+                continue
+            try:
+                return self._sample(i, draw)
+            except UserError:
+                raise
+            except Exception as error:  # Pillow raises a dozen kinds for broken files, struct.error among them
+                self.bad.add(i)
+                name = " + ".join(str(path) for path in self.files[i].values())
+                print(f"skipped {name}: {error} ({len(self.bad)} unreadable so far)", file=sys.stderr)
+        raise UserError("not one of the pictures could be read")
+
+    def _sample(self, index: int, draw: int | None) -> dict:
+        pictures = {source: self._read(index, source) for source in self.files[index]}
+        sizes = {picture.size for picture in pictures.values()}
+        if len(sizes) > 1:
+            names = " and ".join(str(path) for path in self.files[index].values())
+            raise UserError(f"{names} differ in shape: a pair must show the same picture")
+        width, height = sizes.pop()
+        S = self.image_size
+        left, top, flip = (width - S) // 2, (height - S) // 2, False
+        if draw is not None:
+            rng = np.random.default_rng((self.seed, draw))
+            left, top = int(rng.integers(width - S + 1)), int(rng.integers(height - S + 1))
+            flip = self.flip and rng.random() < 0.5
+        out: dict = {"class": self.class_of[index]}
+        for source, picture in pictures.items():
+            t = _to_tensor(picture.crop((left, top, left + S, top + S)), source)
+            out[source] = t.flip(-1) if flip else t
+        return out
+
+
+class ShapesPictures(Dataset):
+    """The built-in pictures; `indices` of seed 0 whatever the training's seed is, so that runs can be compared."""
+
+    classes = shapes.KINDS
+
+    def __init__(self, indices: range, image_size: int, sources: tuple[str, ...]):
+        self.indices, self.image_size, self.sources = indices, image_size, sources
+        self.kept: dict[int, dict] = {}
+        self.keep = CACHE_BYTES // (image_size**2 * 4 * (3 * ("image" in sources) + 2))
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, key: tuple[int, int | None]) -> dict:
+        index, _ = key  # no crop and no flip: every scene is a new draw already
+        if index not in self.kept:
+            scene = shapes.draw(0, self.indices[index], self.image_size, self.image_size)
+            sample = {source: torch.from_numpy(scene[source]) for source in self.sources} | {"class": scene["class"]}
+            if len(self.kept) >= self.keep:
+                return sample
+            self.kept[index] = sample
+        return self.kept[index]
+
+
+class TorchvisionPictures(FolderPictures):
+    """A torchvision dataset of (PIL image, class) pairs, cropped and flipped like files are."""
+
+    def __init__(self, wrapped, classes, image_size, resize, seed, flip):
+        super().__init__([{"image": i} for i in range(len(wrapped))], None, classes, image_size, resize, None, seed, flip)
+        self.wrapped = wrapped
+
+    def _read(self, index: int, source: str) -> Image.Image:
+        image, label = self.wrapped[index]
+        return _fit(image.convert("RGB"), self.resize, smooth=True)
+
+    def _sample(self, index: int, draw: int | None) -> dict:
+        self.class_of = {index: int(self.wrapped[index][1])}
+        return super()._sample(index, draw)
+
+
+# Sets by name: (class, arguments of the training part, of the held-out part).
+TORCHVISION = {
+    "cifar10": ("CIFAR10", {"train": True}, {"train": False}),
+    "cifar100": ("CIFAR100", {"train": True}, {"train": False}),
+    "mnist": ("MNIST", {"train": True}, {"train": False}),
+    "fashion-mnist": ("FashionMNIST", {"train": True}, {"train": False}),
+    "svhn": ("SVHN", {"split": "train"}, {"split": "test"}),
+    "stl10": ("STL10", {"split": "train"}, {"split": "test"}),
+    "flowers102": ("Flowers102", {"split": "train"}, {"split": "test"}),
+    "oxford-pets": ("OxfordIIITPet", {"split": "trainval"}, {"split": "test"}),
+}
+TORCHVISION_ROOT = Path("data")
+
+
+def _torchvision(name: str, image_size: int, resize: int, seed: int, flip: bool):
+    cls, *parts = TORCHVISION[name]
+    sets = []
+    for part in parts:
+        try:
+            wrapped = getattr(torchvision.datasets, cls)(TORCHVISION_ROOT, download=True, **part)
+        except (OSError, RuntimeError) as error:  # no network, a moved mirror, a broken archive
+            raise UserError(
+                f"{name} is not in ./{TORCHVISION_ROOT} and could not be downloaded ({error}); put it there or name a folder"
+            ) from None
+        count = max((int(wrapped[i][1]) for i in range(len(wrapped))), default=0) + 1 if cls == "SVHN" else 0
+        classes = tuple(map(str, getattr(wrapped, "classes", None) or range(count)))
+        sets.append(TorchvisionPictures(wrapped, classes, image_size, resize, seed, flip))
+    return sets[0], sets[1]
+
+
+def _find(folder: Path) -> list[Path]:
+    paths = (p for p in folder.rglob("*") if p.suffix.lower() in EXTENSIONS and p.is_file())
+    return sorted(p for p in paths if not any(part.startswith(".") for part in p.relative_to(folder).parts))
+
+
+def _readable(paths: list[Path]) -> list[Path]:
+    """The files whose header is that of a picture; broken pixels behind a good header are met while training."""
+    good, bad = [], []
+    for path in paths:
+        try:
+            with Image.open(path):
+                good.append(path)
+        except Exception:
+            bad.append(path)
+    if bad:
+        more = f" and {len(bad) - 3} more" if len(bad) > 3 else ""
+        print(f"skipped {len(bad)} unreadable files: {', '.join(map(str, bad[:3]))}{more}", file=sys.stderr)
+    return good
+
+
+def _scan(root: Path, sources: tuple[str, ...]) -> tuple[list[dict[str, Path]], list[str]]:
+    """The pictures under `root`, each {source: path}, and the class name of each ("" where there are none)."""
+    folders = {"image": "images", "labels": "labels", "depth": "depth"}
+    if not (root / "images").is_dir() or not any((root / folders[s]).is_dir() for s in ("labels", "depth")):
+        if len(sources) > 1:
+            raise UserError(f"{root}: {' and '.join(sources)} together need {root}/images beside {root}/{folders[sources[1]]}")
+        paths = _readable(_find(root))
+        names = [p.relative_to(root).parts[0] if len(p.relative_to(root).parts) > 1 else "" for p in paths]
+        return [{sources[0]: p} for p in paths], names
+    found = {}
+    for source in sources:
+        folder = root / folders[source]
+        if not folder.is_dir():
+            raise UserError(f"{root} has no folder {folders[source]}/")
+        found[source] = {p.relative_to(folder).with_suffix(""): p for p in _readable(_find(folder))}
+    first = found[sources[0]]
+    for source in sources[1:]:
+        for stem in sorted(first.keys() ^ found[source].keys()):
+            lonely = first.get(stem) or found[source][stem]
+            raise UserError(f"{lonely} has no partner of the same name in {'/'.join(folders[s] for s in sources)}")
+    return [{source: found[source][stem] for source in sources} for stem in sorted(first)], [""] * len(first)
+
+
+def _folder(root: Path, image_size: int, resize: int, sources, num_labels, seed: int, flip: bool):
+    if not root.exists():
+        raise UserError(f"--data {root}: no such folder, and no data set of that name ({', '.join(['shapes', *TORCHVISION])})")
+    if not root.is_dir():
+        raise UserError(f"--data {root} is a file; give the folder that holds the pictures")
+    split = (root / "train").is_dir() and (root / "val").is_dir()
+    parts = [_scan(root / part, sources) for part in ("train", "val")] if split else [_scan(root, sources)]
+    for (files, _), part in zip(parts, ("train", "val"), strict=False):
+        if not files:
+            raise UserError(f"no readable picture in {root / part if split else root} (looked for {', '.join(sorted(EXTENSIONS))})")
+    if not split:
+        files, names = parts[0]
+        if len(files) < 2:
+            raise UserError(f"{root} holds one picture; at least two are needed, one of them held out")
+        held_out = np.zeros(len(files), bool)  # 5 %, one at least, the same ones for a seed
+        held_out[np.random.default_rng(seed).permutation(len(files))[: max(1, len(files) // 20)]] = True
+        parts = [
+            ([f for f, h in zip(files, held_out, strict=True) if h == want], [n for n, h in zip(names, held_out, strict=True) if h == want])
+            for want in (False, True)
+        ]
+    classes = tuple(sorted({name for _, names in parts for name in names}))
+    return tuple(
+        FolderPictures(files, [classes.index(n) for n in names], classes, image_size, resize, num_labels, seed, flip)
+        for files, names in parts
+    )
+
+
+def open_data(
+    name: str,
+    image_size: int,
+    resize: int | None = None,
+    sources: tuple[str, ...] = ("image",),
+    num_labels: int | None = None,
+    seed: int = 0,
+    flip: bool = True,
+) -> tuple[Dataset, Dataset]:
+    """(training set, held-out set) of a folder, a torchvision set or `shapes`. Both have `.classes`, names by number.
+
+    image_size: side of the square pictures. resize: scale the shorter side to this before cutting (image_size).
+    sources: of "image", "labels", "depth". Raises UserError, one line each, for everything a user can get wrong.
+    """
+    resize = resize or image_size
+    if resize < image_size:
+        raise UserError(f"--resize {resize} is smaller than --image-size {image_size}: nothing could be cut out")
+    if name == "shapes":
+        if "labels" in sources and num_labels and num_labels < len(shapes.LABELS):
+            raise UserError(f"shapes has {len(shapes.LABELS)} labels; --num-labels {num_labels} is too few")
+        train, val = range(1000, 13000), range(1000)
+        return ShapesPictures(train, image_size, sources), ShapesPictures(val, image_size, sources)
+    if name in TORCHVISION and not Path(name).is_dir():
+        if sources != ("image",):
+            raise UserError(f"{name} has pictures only, no {sources[-1]}")
+        return _torchvision(name, image_size, resize, seed, flip)
+    return _folder(Path(name).expanduser(), image_size, resize, sources, num_labels, seed, flip)
+
+
+class Stream(Sampler):
+    """Endless (index, draw) keys: a new shuffle each epoch, `draw` counting up. What comes at position p depends on
+    (seed, p) alone, so a resumed run goes on where it stood, with any number of workers or processes."""
+
+    def __init__(self, n: int, seed: int, start: int = 0, rank: int = 0, world: int = 1):
+        self.n, self.seed, self.start, self.rank, self.world = n, seed, start, rank, world
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        position, epoch = self.start + self.rank, None
+        while True:
+            if position // self.n != epoch:
+                epoch = position // self.n
+                order = np.random.default_rng((self.seed, epoch)).permutation(self.n)
+            yield int(order[position % self.n]), position
+            position += self.world
+
+
+def train_loader(dataset, batch_size: int, seed: int, start: int, workers: int, rank: int = 0, world: int = 1, pin=False):
+    """Endless batches for one process; `start`: pictures that all processes together have seen before."""
+    # A generator of its own: the loader draws a worker seed on creation, and from the global generator that would make
+    # a resumed run differ from an uninterrupted one.
+    own = torch.Generator().manual_seed(seed)
+    sampler = Stream(len(dataset), seed, start, rank, world)
+    return iter(DataLoader(dataset, batch_size, sampler=sampler, num_workers=workers, pin_memory=pin, generator=own))
+
+
+def held_out_batches(dataset, batch_size: int, limit: int) -> Iterator[dict]:
+    """The first `limit` held-out pictures, centre-cropped, always in the same order."""
+    keys = [(i, None) for i in range(min(limit, len(dataset)))]
+    yield from DataLoader(dataset, batch_size, sampler=keys, generator=torch.Generator().manual_seed(0))

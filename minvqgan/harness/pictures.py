@@ -1,0 +1,84 @@
+"""Numbers into pictures: grids of images, maps of codes, curves of losses."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from ..vqgan import VQGAN
+
+
+def to_pixels(x: Tensor) -> Tensor:
+    """Model range [-1, 1] (..., C, H, W) -> uint8 [0, 255]. The one place where the range changes; values outside are clipped."""
+    return ((x.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+
+
+def _distinct_colours(n: int) -> Tensor:
+    """n colours in [-1, 1], (n, 3), neighbours far apart in hue (golden-ratio steps) and stepping through three lightnesses."""
+    i = torch.arange(n)
+    hue = (i * 0.618034) % 1
+    rgb = ((hue[:, None] * 6 + torch.tensor([0.0, 4.0, 2.0])) % 6 - 3).abs().sub(1).clamp(0, 1)
+    light = torch.tensor([1.0, 0.75, 0.55])[i % 3, None]
+    return (0.15 + 0.85 * rgb) * light * 2 - 1
+
+
+def to_rgb(x: Tensor, kind: str) -> Tensor:
+    """Images or reconstructions of an input kind, (B, C, H, W) -> (B, 3, H, W) in [-1, 1] to look at."""
+    if kind == "labels":
+        return _distinct_colours(x.shape[1]).to(x.device)[x.argmax(1)].permute(0, 3, 1, 2)
+    return x.float().expand(-1, 3, -1, -1) if x.shape[1] == 1 else x.float()
+
+
+def code_map(model: VQGAN, indices: Tensor, scale: int) -> Tensor:
+    """The indices as a picture, (B, h, w) -> (B, 3, h * scale, w * scale) in [-1, 1].
+
+    A code's colour is its place along the codebook's three principal axes, each ranked, so that like codes look alike
+    and all colours are used.
+    """
+    codes = model.quantizer.codebook.weight.detach().float().cpu()  # (K, D)
+    centred = codes - codes.mean(0)
+    axes = torch.linalg.svd(centred, full_matrices=False).Vh[:3]  # (3, D), or fewer for tiny codes
+    ranks = (centred @ axes.T).argsort(0).argsort(0).float()  # (K, 3)
+    colours = F.pad(ranks / max(1, len(codes) - 1) * 1.8 - 0.9, (0, 3 - ranks.shape[1]))
+    picture = colours[indices.cpu()].permute(0, 3, 1, 2)  # (B, 3, h, w)
+    return F.interpolate(picture, scale_factor=scale, mode="nearest")
+
+
+def save_grid(path: Path, rows: list[Tensor], min_side: int = 64) -> None:
+    """Write rows of pictures, each (n, 3, H, W) in [-1, 1], as one PNG; small ones are enlarged by whole factors."""
+    scale = max(1, min_side // rows[0].shape[-1])
+    pixels = [to_pixels(row).cpu().numpy() for row in rows]
+    strips = []
+    for row in pixels:
+        enlarged = row.repeat(scale, 2).repeat(scale, 3)
+        framed = np.pad(enlarged, ((0, 0), (0, 0), (0, 2), (0, 2)), constant_values=255)
+        strips.append(np.concatenate(list(framed), axis=2))
+    Image.fromarray(np.concatenate(strips, axis=1).transpose(1, 2, 0)).save(path)
+
+
+def plot_columns(path: Path, rows: list[dict], panels: list[list[str]], mark: int | None = None) -> None:
+    """Curves of metrics.csv over the steps, one panel a list of columns; `mark`: a step to draw a line at."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    panels = [[c for c in columns if any(row.get(c) for row in rows)] for columns in panels]
+    panels = [columns for columns in panels if columns]
+    if not panels:
+        return
+    figure, axes = plt.subplots(1, len(panels), figsize=(4.2 * len(panels), 3.2), squeeze=False)
+    for ax, columns in zip(axes[0], panels, strict=True):
+        for column in columns:
+            points = [(int(r["step"]), float(r[column])) for r in rows if r.get(column)]
+            ax.plot(*zip(*points, strict=True), label=column, linewidth=1, marker="." if len(points) < 40 else None)
+        if mark is not None and mark <= int(rows[-1]["step"]):
+            ax.axvline(mark, color="gray", linestyle=":", linewidth=1)
+        ax.set_xlabel("step")
+        ax.legend(fontsize=7)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)

@@ -1,0 +1,167 @@
+"""What a script needs around its loop: flags, devices, processes, signals, errors that a user can read, the metrics file."""
+
+import argparse
+import contextlib
+import csv
+import difflib
+import errno
+import os
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+
+class UserError(Exception):
+    """Something the user can put right: printed as one line, exit code 2. The message says what, where, and what to do."""
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with defaults shown, no abbreviations, and errors of one line that name the nearest flag."""
+
+    def __init__(self, **kwargs):
+        super().__init__(formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False, **kwargs)
+
+    def error(self, message: str):
+        if message.startswith("unrecognized arguments: "):
+            wrong = message.split(": ", 1)[1].split()[0]
+            near = difflib.get_close_matches(wrong, self._option_string_actions, n=1)
+            message = f"unknown flag {wrong}" + (f"; did you mean {near[0]}?" if near else "; see --help")
+        print(f"error: {message}", file=sys.stderr)
+        raise SystemExit(2)
+
+
+def positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} is not a positive number")
+    return value
+
+
+def share(text: str) -> float:
+    value = float(text)
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"{value} is not a share between 0 and 1")
+    return value
+
+
+def run(main: Callable[[], int | None]) -> None:
+    """Run a script's main: errors a user can cause end with one line and exit code 2, Ctrl-C with 130. No traceback."""
+    code: int | None = 2
+    try:
+        code = main()
+    except UserError as error:
+        # From a loader's worker process the message arrives wrapped in a traceback, of which the last line is ours.
+        line = str(error).strip().splitlines()[-1].removeprefix(f"{__name__}.UserError: ")
+        print(f"error: {line}", file=sys.stderr)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        code = 130
+    except torch.OutOfMemoryError:
+        print("error: out of GPU memory; try a smaller --batch-size (with --accumulate for the same sum)", file=sys.stderr)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EFBIG, errno.EDQUOT):
+            raise
+        where = f" ({error.filename})" if error.filename else ""
+        print(f"error: cannot write: {error.strerror}{where}; what was saved before is intact", file=sys.stderr)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    raise SystemExit(code or 0)
+
+
+def pick_device(name: str) -> torch.device:
+    """`auto`: the GPU where there is one. Under torchrun each process takes its own. Raises UserError."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if name == "cuda" and "LOCAL_RANK" in os.environ:
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {name} cannot be used here: {str(error).splitlines()[0]}") from None
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("high")  # TF32
+    return device
+
+
+def init_processes(device: torch.device) -> tuple[int, int]:
+    """(rank, world size): (0, 1) alone, else as torchrun says."""
+    if "RANK" not in os.environ:
+        return 0, 1
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return dist.get_rank(), dist.get_world_size()
+
+
+def autocast(device: torch.device, amp: bool):
+    """bfloat16 where it is safe, if `amp`. bfloat16 has float32's range, so no loss scaling is needed."""
+    return torch.autocast(device.type, torch.bfloat16) if amp else contextlib.nullcontext()
+
+
+class Stopper:
+    """Turns Ctrl-C and SIGTERM into a flag, so that the step under way ends and is saved. A second Ctrl-C ends at once."""
+
+    def __init__(self):
+        self.signal = 0
+        signal.signal(signal.SIGINT, self._note)
+        signal.signal(signal.SIGTERM, self._note)
+
+    def _note(self, number: int, frame) -> None:
+        if self.signal:
+            raise KeyboardInterrupt
+        self.signal = number
+
+    def stop(self, device: torch.device) -> bool:
+        """True once any process was asked to stop: all must leave the loop at the same step, or the rest wait for ever."""
+        if not dist.is_initialized():
+            return bool(self.signal)
+        flag = torch.tensor(self.signal, device=device)
+        dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+        self.signal = int(flag)
+        return bool(self.signal)
+
+    @property
+    def exit_code(self) -> int:
+        return 128 + self.signal
+
+
+def random_state() -> dict:
+    """State of torch's generators, for a checkpoint. (Crops and data order are functions of the seed: see data.Stream.)"""
+    return {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []}
+
+
+def set_random_state(state: dict) -> None:
+    torch.set_rng_state(state["cpu"])
+    if state["cuda"] and len(state["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(state["cuda"])
+
+
+class MetricsFile:
+    """`metrics.csv`: one row a logged step. On resume rows from `step` on are dropped, for they will be written again."""
+
+    def __init__(self, path: Path, columns: list[str], step: int):
+        self.path, self.columns = path, columns
+        rows = self.rows() if step else []
+        with open(path, "w", newline="") as file:
+            writer = csv.DictWriter(file, columns)
+            writer.writeheader()
+            writer.writerows({k: r.get(k, "") for k in columns} for r in rows if int(r["step"]) <= step)
+
+    def rows(self) -> list[dict]:
+        if not self.path.exists():
+            return []
+        with open(self.path, newline="") as file:
+            return [row for row in csv.DictReader(file) if (row.get("step") or "").isdigit()]
+
+    def write(self, **values) -> None:
+        unknown = values.keys() - set(self.columns)
+        if unknown:
+            raise KeyError(f"no column for {sorted(unknown)}")
+        text = {k: f"{v:.6g}" if isinstance(v, float) else v for k, v in values.items()}
+        with open(self.path, "a", newline="") as file:
+            csv.DictWriter(file, self.columns, restval="").writerow(text)

@@ -1,0 +1,87 @@
+"""The perceptual loss LPIPS (Zhang et al. 2018, arXiv:1801.03924): the distance of two images as a network sees them.
+
+    d(x, y) = sum over layers l of  mean over positions of  sum over channels c of  w_lc (f_lc(x) - f_lc(y))^2
+
+f_l(x) are the feature maps of a fixed network, at every position scaled to length 1 over the channels, w_l learned
+weights that make d agree with human judgements. In the paper's reconstruction loss it stands where squared error stood
+(Sec. 3.1): squared error rewards a blur, d does not.
+
+Letters: B batch, C channels, H x W pixels; layer l has C_l channels on H_l x W_l positions.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+# Mean and standard deviation of ImageNet for images in [0, 1], rewritten for images in [-1, 1] as the authors' code does.
+IMAGENET_SHIFT = (-0.030, -0.088, -0.188)
+IMAGENET_SCALE = (0.458, 0.448, 0.450)
+
+# relu1_2, relu2_2, relu3_3, relu4_3, relu5_3: the last layer before each pooling, by their place in torchvision's VGG16.
+VGG16_TAPS = (3, 8, 15, 22, 29)
+
+
+class VGG16Features(nn.Module):
+    """x (B, 3, H, W) in [-1, 1] -> five feature maps (B, C_l, H_l, W_l), C_l = 64, 128, 256, 512, 512.
+
+    layers: the `.features` of torchvision's VGG16 (Simonyan & Zisserman 2014, arXiv:1409.1556).
+    """
+
+    def __init__(self, layers: nn.Sequential):
+        super().__init__()
+        self.layers = layers[: VGG16_TAPS[-1] + 1]
+        for layer in self.layers:
+            if isinstance(layer, nn.ReLU):
+                layer.inplace = False  # in place, the next block would write over a map that was already returned
+        self.register_buffer("shift", torch.tensor(IMAGENET_SHIFT)[:, None, None])
+        self.register_buffer("scale", torch.tensor(IMAGENET_SCALE)[:, None, None])
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        h, features = (x - self.shift) / self.scale, []
+        for i, layer in enumerate(self.layers):
+            h = layer(h)
+            if i in VGG16_TAPS:
+                features.append(h)
+        return features
+
+
+class LPIPS(nn.Module):
+    """forward: x, y (B, C, H, W) in [-1, 1] -> (B,) distances >= 0.
+
+    features: a network that returns a list of feature maps for (B, 3, H, W)
+    weights: per layer the learned w_l (C_l,), or None where none were learned: then every channel counts 1
+
+    The network is frozen here; gradients still flow through it to x and y.
+    """
+
+    def __init__(self, features: nn.Module, weights: Sequence[Tensor] | None = None):
+        super().__init__()
+        self.features = features.eval().requires_grad_(False)
+        self.n_layers = None if weights is None else len(weights)
+        for i, w in enumerate(weights or ()):
+            self.register_buffer(f"weight_{i}", w.detach().reshape(1, -1, 1, 1))
+
+    def train(self, mode: bool = True) -> "LPIPS":
+        """Stays in eval mode: a dropout or a batch statistic in here would make the loss itself noisy."""
+        return super().train(False)
+
+    def _features(self, x: Tensor) -> list[Tensor]:
+        # float32 and eps: bfloat16 rounds small differences away, and sqrt at an all-zero position has no gradient.
+        return [F.normalize(f.float(), dim=1, eps=1e-10) for f in self.features(x)]
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        if x.shape != y.shape:
+            raise ValueError(f"cannot compare images of shapes {tuple(x.shape)} and {tuple(y.shape)}")
+        B, C, H, W = x.shape
+        if C != 3:  # gray, depth, ...: each channel is judged as a gray picture of its own
+            x, y = (t.reshape(B * C, 1, H, W).expand(-1, 3, -1, -1) for t in (x, y))
+        distances = []
+        for i, (fx, fy) in enumerate(zip(self._features(x), self._features(y), strict=True)):
+            d = (fx - fy).square()  # (B, C_l, H_l, W_l)
+            if self.n_layers is not None:
+                d = d * getattr(self, f"weight_{i}")
+            distances.append(d.sum(1).mean((1, 2)))  # (B,)
+        total = torch.stack(distances).sum(0)
+        return total if C == 3 else total.view(B, C).mean(1)

@@ -1,0 +1,114 @@
+"""Stage one as a whole (Sec. 3.1, Fig. 2 left): x -> z = E(x) -> z_q = q(z) -> x_hat = G(z_q).
+
+    x       (B, C, H, W)     image in [-1, 1], or a one-hot label map
+    z, z_q  (B, D, h, w)     latents and codes, h = H / f, w = W / f, f = 2^m
+    indices (B, h, w) int64  which code stands where: the "words" that stage two models
+    x_hat   (B, C, H, W)
+
+Two 1x1 convolutions stand around the quantizer: from E's z_channels to the D dims of a code, and back for G. D smaller
+than z_channels makes the nearest-neighbour search a search among few, all meaningful, dimensions.
+"""
+
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import Tensor, nn
+
+from .decoder import Decoder
+from .encoder import Encoder
+from .quantizer import GumbelQuantizer, Quantized, VectorQuantizer
+
+
+@dataclass
+class VQGANConfig:
+    """What a VQGAN is built from; saved in its checkpoint. The names are those of the official configuration, with
+    `image_size` for `resolution`, `codebook_size` for `n_embed` and `code_dim` for `embed_dim`."""
+
+    image_size: int = 32  # side of the training images in pixels; other sizes divisible by f work too
+    in_channels: int = 3  # of the image, and of the reconstruction
+    ch: int = 32
+    ch_mult: tuple[int, ...] = (1, 2, 2)
+    num_res_blocks: int = 1
+    attn_resolutions: tuple[int, ...] = ()
+    z_channels: int = 64
+    norm_groups: int = 2
+    dropout: float = 0.0
+    codebook_size: int = 256  # K
+    code_dim: int = 64  # D
+    beta: float = 0.25
+    legacy: bool = False
+    l2_norm: bool = False
+    rotation: bool = False
+    gumbel: bool = False
+    input_kind: str = "rgb"  # what the images are: see harness/data.py
+
+    @property
+    def f(self) -> int:
+        """Downsampling factor f = 2^m."""
+        return 2 ** (len(self.ch_mult) - 1)
+
+
+class VQGAN(nn.Module):
+    """G(q(E(x))).  forward: x (B, C, H, W) -> (x_hat (B, C, H, W), Quantized)."""
+
+    def __init__(self, config: VQGANConfig):
+        super().__init__()
+        self.config = c = config
+        shared = {
+            "ch": c.ch,
+            "ch_mult": c.ch_mult,
+            "num_res_blocks": c.num_res_blocks,
+            "attn_resolutions": c.attn_resolutions,
+            "image_size": c.image_size,
+            "z_channels": c.z_channels,
+            "norm_groups": c.norm_groups,
+            "dropout": c.dropout,
+        }
+        self.encoder = Encoder(c.in_channels, **shared)
+        self.to_code = nn.Conv2d(c.z_channels, c.code_dim, 1)
+        if c.gumbel:
+            self.quantizer = GumbelQuantizer(c.codebook_size, c.code_dim, in_channels=c.code_dim)
+        else:
+            self.quantizer = VectorQuantizer(c.codebook_size, c.code_dim, c.beta, c.legacy, c.l2_norm, c.rotation)
+        self.from_code = nn.Conv2d(c.code_dim, c.z_channels, 1)
+        self.decoder = Decoder(c.in_channels, **shared)
+
+    def latents(self, x: Tensor) -> Tensor:
+        """z before quantization: (B, C, H, W) -> (B, D, h, w). Raises ValueError for an image that does not fit."""
+        c, f = self.config, self.config.f
+        if x.ndim != 4 or x.shape[1] != c.in_channels:
+            raise ValueError(f"expected images (B, {c.in_channels}, H, W), got {tuple(x.shape)}")
+        H, W = x.shape[2:]
+        if H % f or W % f or not H or not W:
+            nearest = [tuple(max(1, side // f + up) * f for side in (H, W)) for up in (0, 1)]
+            raise ValueError(f"{H} x {W} is not divisible by f = {f}; nearest sizes that work: {nearest[0]}, {nearest[1]}")
+        return self.to_code(self.encoder(x))
+
+    def encode(self, x: Tensor) -> Quantized:
+        """x (B, C, H, W) -> Quantized(z_q (B, D, h, w), indices (B, h, w), loss, z)."""
+        return self.quantizer(self.latents(x))
+
+    def decode(self, z_q: Tensor) -> Tensor:
+        """z_q (B, D, h, w) -> x_hat (B, C, H, W): near [-1, 1] for images, logits for label maps."""
+        return self.decoder(self.from_code(z_q))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Quantized]:
+        quantized = self.encode(x)
+        return self.decode(quantized.z_q), quantized
+
+    @torch.no_grad()
+    def encode_indices(self, x: Tensor) -> Tensor:
+        """x (B, C, H, W) -> indices (B, h, w) int64 in [0, K)."""
+        return self.encode(x).indices
+
+    @torch.no_grad()
+    def decode_indices(self, indices: Tensor) -> Tensor:
+        """indices (B, h, w) int64 -> x_hat (B, C, H, W). Raises ValueError for an index outside [0, K)."""
+        K = self.config.codebook_size
+        if indices.numel() and (indices.min() < 0 or indices.max() >= K):
+            raise ValueError(f"indices must lie in [0, {K}), got {indices.min().item()} to {indices.max().item()}")
+        return self.decode(self.quantizer.embed(indices))
+
+    def config_dict(self) -> dict:
+        """The configuration as plain containers, for a checkpoint."""
+        return asdict(self.config)

@@ -1,0 +1,462 @@
+"""Stage one: learn a codebook of image parts (Sec. 3.1 of arXiv:2012.09841).
+
+    python train_vqgan.py                                   the built-in shapes on a laptop
+    python train_vqgan.py --data photos --preset small      a folder of your own
+    torchrun --nproc_per_node=8 train_vqgan.py --preset paper --data imagenet
+
+The loop in `main` is the paper's, in the order of its equations: x_hat = G(q(E(x))), the generator's losses and lambda, one
+backward pass, then the discriminator.
+"""
+
+import contextlib
+import json
+import sys
+import time
+from argparse import BooleanOptionalAction
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+from minvqgan.discriminator import (
+    PatchDiscriminator,
+    adaptive_weight,
+    adversarial_ramp,
+    generator_loss,
+    hinge_loss,
+    log_loss,
+)
+from minvqgan.harness import checkpoint, data, metrics, pictures, runtime
+from minvqgan.harness.runtime import UserError
+from minvqgan.quantizer import codebook_stats
+from minvqgan.vqgan import VQGAN, VQGANConfig
+
+# A preset is a set of defaults; every flag still overrides it.
+PRESETS = {
+    # 32 px, f = 4. For the built-in shapes and for a laptop.
+    "tiny": {},
+    # 64 px, f = 8.
+    "small": {
+        "image_size": 64,
+        "ch": 64,
+        "ch_mult": [1, 2, 2, 4],
+        "num_res_blocks": 1,
+        "norm_groups": 4,
+        "z_channels": 128,
+        "codebook_size": 1024,
+        "batch_size": 32,
+        "steps": 50_000,
+        "lr": 4e-4,
+        "disc_channels": 64,
+        "perceptual": "vgg16",
+        "val_every": 1000,
+        "save_every": 1000,
+        "log_every": 50,
+    },
+    # 256 px, f = 16: the official ImageNet model with 1024 codes, with its learning rate of 4.5e-6 a picture.
+    "paper": {
+        "image_size": 256,
+        "ch": 128,
+        "ch_mult": [1, 1, 2, 2, 4],
+        "num_res_blocks": 2,
+        "attn_resolutions": [16],
+        "norm_groups": 32,
+        "z_channels": 256,
+        "code_dim": 256,
+        "codebook_size": 1024,
+        "batch_size": 12,
+        "steps": 1_000_000,
+        "lr": 4.5e-6 * 12,
+        "lr_decay": 0.0,
+        "disc_start": 0.25,
+        "disc_channels": 64,
+        "disc_layers": 3,
+        "disc_weight": 0.8,
+        "perceptual": "vgg16",
+        "val_every": 5000,
+        "save_every": 2000,
+        "log_every": 100,
+    },
+}
+
+# What a resumed run may change; everything else would make another model of it.
+MAY_CHANGE = set("steps device amp compile workers resume val_every val_images save_every log_every out preset".split())
+
+COLUMNS = (
+    "step seconds lr rec_loss l1 perceptual codebook_loss gen_loss disc_loss logits_real logits_fake lambda adv_share "
+    "usage perplexity revived val_l1 val_psnr val_lpips val_cross_entropy val_pixel_accuracy val_usage val_perplexity"
+).split()
+
+
+def parse_flags():
+    first = runtime.Parser(add_help=False)
+    first.add_argument("--preset", default="tiny")
+    first.add_argument("--out", default="runs/vqgan")
+    first.add_argument("--resume", action="store_true")
+    early, _ = first.parse_known_args()
+
+    p = runtime.Parser(description=__doc__.split("\n")[0])
+    g = p.add_argument_group("data and run")
+    g.add_argument("--data", default="shapes", help="folder of pictures, `shapes`, or a torchvision set by name")
+    g.add_argument("--input", default="rgb", choices=data.KINDS, help="what the pictures are read as")
+    g.add_argument("--num-labels", type=runtime.positive, default=None, help="number of labels, for --input labels")
+    g.add_argument("--image-size", type=runtime.positive, default=32, help="side of the training pictures, in pixels")
+    g.add_argument("--resize", type=runtime.positive, default=None, help="scale shorter sides to this, then crop (image size)")
+    g.add_argument("--flip", action=BooleanOptionalAction, default=True, help="mirror half of the pictures of a folder")
+    g.add_argument("--out", default="runs/vqgan", help="run folder")
+    g.add_argument("--preset", default="tiny", choices=PRESETS, help="defaults of all flags: 32, 64 or 256 pixels")
+    g.add_argument("--resume", action="store_true", help="go on with the run in --out, with its flags")
+    g.add_argument("--seed", type=int, default=0, help="of the weights, the data order and the crops")
+    g.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
+    g.add_argument("--amp", action=BooleanOptionalAction, default=None, help="bfloat16 mixed precision (on CUDA yes)")
+    g.add_argument("--compile", action="store_true", help="torch.compile: slower to start, faster to run")
+    g.add_argument("--workers", type=int, default=None, help="processes that read pictures (0 on a CPU, 8 for a GPU)")
+    g.add_argument("--log-every", type=runtime.positive, default=20, help="steps between rows of metrics.csv")
+    g.add_argument("--val-every", type=runtime.positive, default=200, help="steps between held-out metrics and grids")
+    g.add_argument("--val-images", type=runtime.positive, default=500, help="held-out pictures used, at most")
+    g.add_argument("--save-every", type=runtime.positive, default=200, help="steps between checkpoints")
+
+    g = p.add_argument_group("model (names of the official configuration)")
+    g.add_argument("--ch", type=runtime.positive, default=32, help="channels at full resolution")
+    g.add_argument("--ch-mult", type=runtime.positive, nargs="+", default=[1, 2, 2], help="channel factor of each level; f = 2^(levels - 1)")
+    g.add_argument("--num-res-blocks", type=runtime.positive, default=1, help="residual blocks a level")
+    g.add_argument("--attn-resolutions", type=int, nargs="*", default=[], help="side lengths of further maps with attention")
+    g.add_argument("--norm-groups", type=runtime.positive, default=2, help="groups of each GroupNorm; 16 channels a group or more")
+    g.add_argument("--z-channels", type=runtime.positive, default=64, help="channels of the latent map")
+    g.add_argument("--dropout", type=runtime.share, default=0.0, help="in the residual blocks")
+    g.add_argument("--codebook-size", type=runtime.positive, default=256, help="number of codes K")
+    g.add_argument("--code-dim", type=runtime.positive, default=16, help="dimensions of a code")
+    g.add_argument("--beta", type=float, default=0.25, help="weight of the commitment term")
+    g.add_argument("--legacy", action="store_true", help="beta on the codebook term, as the official code did for long")
+    g.add_argument("--l2-norm", action=BooleanOptionalAction, default=False, help="compare latents and codes by direction")
+    g.add_argument("--rotation", action="store_true", help="rotation trick instead of straight-through")
+    g.add_argument("--gumbel", action="store_true", help="Gumbel-softmax quantizer instead of nearest neighbours")
+
+    g = p.add_argument_group("training")
+    g.add_argument("--steps", type=runtime.positive, default=2000, help="optimizer steps in all")
+    g.add_argument("--batch-size", type=runtime.positive, default=32, help="pictures a step, over all processes")
+    g.add_argument("--accumulate", type=runtime.positive, default=1, help="parts that a batch is computed in, for small memory")
+    g.add_argument("--lr", type=float, default=1e-3, help="learning rate of both Adams (betas 0.5, 0.9)")
+    g.add_argument("--lr-decay", type=runtime.share, default=0.4, help="last share of the steps, over which lr falls to 5 %%")
+    g.add_argument("--loss", default="vqgan", choices=["vqgan", "vqvae"], help="vqvae: squared error, no LPIPS, no D")
+    g.add_argument("--perceptual", default="none", help="vgg16 (LPIPS), none, or the file of a classifier")
+    g.add_argument("--perceptual-weight", type=float, default=1.0, help="of the perceptual distance beside L1")
+    g.add_argument("--revive-every", type=int, default=20, help="steps between revivals of dead codes; 0: never, start as the paper")
+    g.add_argument("--disc-start", type=runtime.share, default=0.5, help="share of the steps after which D begins to learn")
+    g.add_argument("--disc-warmup", type=runtime.share, default=0.05, help="share of the steps that D then learns alone")
+    g.add_argument("--disc-ramp", type=runtime.share, default=0.1, help="share of the steps over which its gradient comes in")
+    g.add_argument("--disc-weight", type=float, default=0.1, help="times lambda")
+    g.add_argument("--disc-loss", default="hinge", choices=["hinge", "log"], help="the paper writes log, its code trains with hinge")
+    g.add_argument("--disc-channels", type=runtime.positive, default=32, help="channels of D's first layer")
+    g.add_argument("--disc-layers", type=runtime.positive, default=2, help="2: patches of 34 pixels, 3: of 70")
+    g.add_argument("--max-lambda", type=float, default=1e4, help="cap of the adaptive weight")
+
+    p.set_defaults(**PRESETS.get(early.preset, {}))
+    saved = None
+    if early.resume:
+        saved = checkpoint.read(Path(early.out) / "last.pt", "vqgan")
+        p.set_defaults(**saved["flags"])
+    args = p.parse_args()
+    if saved:
+        for name, value in saved["flags"].items():
+            if name not in MAY_CHANGE and getattr(args, name, None) != value:
+                raise UserError(f"--{name.replace('_', '-')} was {value} in {args.out}; a resumed run keeps it (or choose another --out)")
+    return args, saved
+
+
+def check(args, world: int) -> None:
+    """What argparse cannot know, before anything is built."""
+    f = 2 ** (len(args.ch_mult) - 1)
+    if args.image_size % f:
+        below = args.image_size // f * f
+        raise UserError(f"--image-size {args.image_size} is not divisible by f = {f}; use {below or f} or {below + f}")
+    if args.batch_size % (world * args.accumulate):
+        raise UserError(f"--batch-size {args.batch_size} cannot be split into {world} processes x {args.accumulate} parts")
+    for channels in [args.ch] + [args.ch * m for m in args.ch_mult]:
+        if channels % args.norm_groups:
+            raise UserError(f"--norm-groups {args.norm_groups} does not divide {channels} channels")
+    if uses_disc(args) and args.image_size < 2 ** (args.disc_layers + 2):
+        raise UserError(f"--disc-layers {args.disc_layers} needs pictures of {2 ** (args.disc_layers + 2)} pixels or more")
+    if args.lr <= 0:
+        raise UserError(f"--lr {args.lr} must be above 0")
+
+
+def uses_disc(args) -> bool:
+    return args.loss == "vqgan" and args.input != "labels"
+
+
+def learning_rate(args, step: int) -> float:
+    """Linear warm-up over 1 % of the steps, constant, linear fall to 5 % over the last --lr-decay of them."""
+    warm = min(1.0, step / max(1, args.steps // 100))
+    left = (args.steps - step) / max(1.0, args.steps * args.lr_decay)
+    return args.lr * warm * max(0.05, min(1.0, left))
+
+
+def main() -> int:
+    args, saved = parse_flags()
+    device = runtime.pick_device(args.device)
+    rank, world = runtime.init_processes(device)
+    check(args, world)
+    amp = device.type == "cuda" if args.amp is None else args.amp
+    workers = (0 if device.type == "cpu" else 8) if args.workers is None else args.workers
+    out = Path(args.out)
+    if (out / "last.pt").exists() and not args.resume:
+        raise UserError(f"{out} already holds a run; add --resume to go on with it, or choose another --out")
+
+    # Data, and the perceptual network: both can be missing, so they come before anything is written.
+    in_channels = data.input_channels(args.input, args.num_labels)
+    train_set, val_set = data.open_data(
+        args.data, args.image_size, args.resize, (data.SOURCE_OF[args.input],), args.num_labels, args.seed, args.flip
+    )
+    perceptual = metrics.load_perceptual(args.perceptual) if uses_disc(args) else None
+
+    torch.manual_seed(args.seed)
+    config = VQGANConfig(
+        args.image_size,
+        in_channels,
+        args.ch,
+        tuple(args.ch_mult),
+        args.num_res_blocks,
+        tuple(args.attn_resolutions),
+        args.z_channels,
+        args.norm_groups,
+        args.dropout,
+        args.codebook_size,
+        args.code_dim,
+        args.beta,
+        args.legacy,
+        args.l2_norm,
+        args.rotation,
+        args.gumbel,
+        args.input,
+    )
+    # channels_last: on a CPU convolutions of few channels run up to six times as fast, on a GPU bfloat16 gains too.
+    vqgan = VQGAN(config).to(device, memory_format=torch.channels_last)
+    disc = PatchDiscriminator(in_channels, args.disc_channels, args.disc_layers).to(device, memory_format=torch.channels_last)
+    perceptual = perceptual and perceptual.to(device, memory_format=torch.channels_last)
+    opt_g = torch.optim.Adam(vqgan.parameters(), args.lr, betas=(0.5, 0.9))
+    opt_d = torch.optim.Adam(disc.parameters(), args.lr, betas=(0.5, 0.9))
+
+    # Where D comes in, in steps, fixed for good: a resumed run with more --steps must not take D away again.
+    disc_start, disc_warmup, disc_ramp = (round(s * args.steps) for s in (args.disc_start, args.disc_warmup, args.disc_ramp))
+    start, seconds_before, best = 0, 0.0, float("inf")
+    if saved:
+        checkpoint.fill(vqgan, saved["model"], out / "last.pt")
+        checkpoint.fill(disc, saved["discriminator"], out / "last.pt")
+        opt_g.load_state_dict(saved["opt_g"])
+        opt_d.load_state_dict(saved["opt_d"])
+        start, seconds_before, best = saved["step"], saved["seconds"], saved["best"]
+        disc_start, disc_warmup, disc_ramp = saved["disc_steps"]
+        if start >= args.steps:
+            raise UserError(f"{out} is at step {start} of {args.steps} already; give more --steps to go on")
+    joined = disc_start + disc_warmup + disc_ramp  # from here on D has its full weight
+
+    if args.compile:
+        # Not conv_out: lambda needs the gradient of this one layer, and a compiled backward pass is all or nothing.
+        for part in (vqgan.encoder, vqgan.decoder.layers, disc, perceptual):
+            if part is not None:
+                part.compile()
+    model, judge = vqgan, disc
+    if world > 1:
+        # Buffers are equal already (codebook use is summed over the processes), except BatchNorm's running statistics.
+        ids = [device] if device.type == "cuda" else None
+        model = DistributedDataParallel(vqgan, device_ids=ids, broadcast_buffers=False)
+        judge = DistributedDataParallel(disc, device_ids=ids, broadcast_buffers=False)
+
+    part_size = args.batch_size // (world * args.accumulate)
+    batches = data.train_loader(
+        train_set, part_size, args.seed, start * args.batch_size, workers, rank, world, pin=device.type == "cuda"
+    )
+
+    def next_x():
+        batch = {k: v.to(device, non_blocking=True) for k, v in next(batches).items()}
+        x = data.to_input(batch, args.input, args.num_labels)
+        return x.contiguous(memory_format=torch.channels_last)  # (B, C, H, W)
+
+    def held_out():
+        return data.held_out_batches(val_set, part_size, args.val_images)
+
+    if rank == 0:
+        (out / "images").mkdir(parents=True, exist_ok=True)
+        (out / "config.json").write_text(json.dumps({"flags": vars(args), "model": vqgan.config_dict()}, indent=2))
+        log = runtime.MetricsFile(out / "metrics.csv", COLUMNS, start)
+        n_params = sum(p.numel() for p in vqgan.parameters()) / 1e6
+        print(
+            f"{len(train_set)} pictures to learn from, {min(len(val_set), args.val_images)} held out; {n_params:.1f} M parameters, "
+            f"{args.image_size // config.f} x {args.image_size // config.f} codes of {args.codebook_size} a picture; {device}"
+        )
+
+    def save(step: int) -> None:
+        checkpoint.save(
+            out / "last.pt",
+            "vqgan",
+            config=vqgan.config_dict(),
+            model=vqgan.state_dict(),
+            discriminator=disc.state_dict(),
+            opt_g=opt_g.state_dict(),
+            opt_d=opt_d.state_dict(),
+            step=step,
+            seconds=seconds_before + time.time() - began,
+            best=best,
+            disc_steps=[disc_start, disc_warmup, disc_ramp],
+            flags=vars(args),
+            random=runtime.random_state(),
+        )
+
+    if not saved and args.revive_every and not args.gumbel:
+        # Codes begin where latents are. All are "dead" before the first step, so this places every one of them.
+        with torch.no_grad():
+            vqgan.quantizer.revive_dead_codes(vqgan.eval().encode(next_x()).z)
+        batches = data.train_loader(train_set, part_size, args.seed, 0, workers, rank, world, pin=device.type == "cuda")
+    if saved:
+        runtime.set_random_state(saved["random"])
+    vqgan.train()
+    stopper, began = runtime.Stopper(), time.time()
+    counts = torch.zeros(args.codebook_size, device=device)
+    revived = 0
+    bar = tqdm(range(start + 1, args.steps + 1), initial=start, total=args.steps, disable=rank > 0, dynamic_ncols=True)
+    for step in bar:
+        for opt in (opt_g, opt_d):
+            opt.param_groups[0]["lr"] = learning_rate(args, step)
+        if args.gumbel:  # from soft choices to almost hard ones
+            vqgan.quantizer.temperature = max(1 / 16, 1 - step / (0.8 * args.steps))
+        disc_on = uses_disc(args) and step > disc_start
+        adv_share = adversarial_ramp(step, disc_start, disc_warmup, disc_ramp) if disc_on else 0.0
+        losses: dict[str, float] = {}
+
+        def note(losses=losses, **terms):
+            for name, term in terms.items():
+                losses[name] = losses.get(name, 0.0) + term.item() / args.accumulate
+
+        for part in range(args.accumulate):
+            x = next_x()  # (B, C, H, W)
+            # Gradients are averaged over the processes once a step, with the last part.
+            last_part = part == args.accumulate - 1
+            synced = contextlib.ExitStack()
+            if world > 1 and not last_part:
+                synced.enter_context(model.no_sync())
+                synced.enter_context(judge.no_sync())
+            with synced:
+                # x_hat = G(q(E(x)))
+                with runtime.autocast(device, amp):
+                    x_hat, quantized = model(x)
+                x_hat = x_hat.float()
+
+                # G: L_rec + lambda L_GAN + L_VQ. Each loss goes back to x_hat alone; their weighted sum then goes back
+                # through the network once. The derivation stands at `adaptive_weight`.
+                x_leaf = x_hat.detach().requires_grad_()
+                with runtime.autocast(device, amp):
+                    if args.input == "labels":
+                        rec_loss = F.cross_entropy(x_leaf, x.argmax(1))
+                    elif args.loss == "vqvae":
+                        rec_loss = (x - x_leaf).square().mean()
+                    else:
+                        l1 = rec_loss = (x - x_leaf).abs().mean()
+                        note(l1=l1.detach())
+                        if perceptual is not None:
+                            p_loss = perceptual(x, x_leaf).mean()
+                            rec_loss = l1 + args.perceptual_weight * p_loss
+                            note(perceptual=p_loss.detach())
+                (grad,) = torch.autograd.grad(rec_loss, x_leaf)
+                if adv_share > 0:
+                    with runtime.autocast(device, amp):
+                        gen_loss = generator_loss(disc(x_leaf).float())
+                    # Only x_leaf is asked for, so no gradient is left in D.
+                    (gan_grad,) = torch.autograd.grad(gen_loss, x_leaf)
+                    lambda_, _, _ = adaptive_weight(
+                        grad, gan_grad, x_hat, vqgan.decoder.conv_out.weight, max_weight=args.max_lambda
+                    )
+                    grad = grad + adv_share * args.disc_weight * lambda_ * gan_grad
+                    note(gen_loss=gen_loss.detach(), **{"lambda": lambda_})
+                scale = 1 / args.accumulate
+                torch.autograd.backward([x_hat, quantized.loss], [grad * scale, torch.full_like(quantized.loss, scale)])
+                note(rec_loss=rec_loss.detach(), codebook_loss=quantized.loss.detach())
+
+                # D: real pictures up, reconstructions down. Without the detach its loss would train G as well, to
+                # make bad pictures.
+                if disc_on:
+                    with runtime.autocast(device, amp):
+                        logits_real, logits_fake = judge(x).float(), judge(x_hat.detach()).float()
+                    disc_loss = (hinge_loss if args.disc_loss == "hinge" else log_loss)(logits_real, logits_fake)
+                    (disc_loss * scale).backward()
+                    note(disc_loss=disc_loss.detach(), logits_real=logits_real.mean(), logits_fake=logits_fake.mean())
+            counts += torch.bincount(quantized.indices.flatten(), minlength=args.codebook_size)
+
+        for name, value in losses.items():
+            if value != value or value in (float("inf"), float("-inf")):
+                raise UserError(f"step {step}: {name} is {value}; training stopped, the last good checkpoint is kept in {out}. Lower --lr?")
+        opt_g.step()
+        opt_g.zero_grad(set_to_none=True)
+        if disc_on:
+            opt_d.step()
+            opt_d.zero_grad(set_to_none=True)
+        if args.revive_every and step % args.revive_every == 0 and not args.gumbel:
+            revived += vqgan.quantizer.revive_dead_codes(quantized.z)
+
+        stopping = stopper.stop(device)
+        last = step == args.steps
+        if rank == 0:
+            if uses_disc(args) and step == disc_start + 1:
+                tqdm.write(f"step {step}: D begins to learn; it reaches the generator from step {disc_start + disc_warmup} on. Expect L1 to rise a little, edges to sharpen, and disc_loss below 1.")
+            row = {}
+            if step % args.log_every == 0 or last:
+                usage, perplexity = codebook_stats(counts.cpu())
+                counts.zero_()
+                row = losses | {"lr": learning_rate(args, step), "adv_share": adv_share, "usage": usage, "perplexity": perplexity, "revived": revived}
+                revived = 0
+                bar.set_postfix(rec=f"{losses['rec_loss']:.3f}", code=f"{losses['codebook_loss']:.4f}", used=f"{usage:.0%}", **({"disc": f"{losses['disc_loss']:.2f}"} if disc_on else {}))
+            if step % args.val_every == 0 or last:
+                values = metrics.evaluate_vqgan(vqgan, held_out(), device, perceptual)
+                row |= {f"val_{k}": v for k, v in values.items()}
+                tqdm.write(f"step {step}: held out " + ", ".join(f"{k} {v:.4g}" for k, v in values.items()))
+                if values["usage"] < 0.5:
+                    tqdm.write(f"  only {values['usage']:.0%} of the codes are in use: more data, fewer codes (--codebook-size) or --revive-every 20 help")
+                # Best is the lowest held-out error, judged afresh once D has its full weight: D trades some of it for
+                # sharpness, and the best of the time before would be a blurry model for good.
+                score = values.get("cross_entropy", values.get("l1", 0.0) + values.get("lpips", 0.0))
+                if uses_disc(args) and step - args.val_every < joined <= step:
+                    best = float("inf")
+                if score < best:
+                    best = score
+                    checkpoint.save(out / "best.pt", "vqgan", config=vqgan.config_dict(), model=vqgan.state_dict(), step=step, flags=vars(args))
+                save_pictures(vqgan, next(held_out()), device, out / "images" / f"step_{step:07d}.png")
+            if row:
+                log.write(step=step, seconds=seconds_before + time.time() - began, **row)
+            if step % args.val_every == 0 or last or stopping:
+                panels = [["rec_loss", "l1", "val_l1", "val_cross_entropy"], ["perceptual", "val_lpips"], ["val_psnr"], ["disc_loss", "logits_real", "logits_fake"], ["usage", "val_usage"]]
+                pictures.plot_columns(out / "loss.png", log.rows(), panels, mark=disc_start if uses_disc(args) else None)
+            if step % args.save_every == 0 or last or stopping:
+                save(step)
+        if stopping:
+            if rank == 0:
+                bar.close()
+                print(f"stopped and saved at step {step}; go on with: python train_vqgan.py --out {out} --resume", file=sys.stderr)
+            return stopper.exit_code
+
+    if rank == 0:
+        bar.close()
+        print(f"done in {(seconds_before + time.time() - began) / 60:.1f} minutes: " + ", ".join(f"{k} {v:.4g}" for k, v in values.items()))
+        print(f"pictures: {out / 'images'} (originals, reconstructions, codes)   curves: {out / 'loss.png'}   model: {out / 'last.pt'}")
+        print(f"next: python train_gpt.py --vqgan {out / 'last.pt'} --data {args.data}")
+    if dist.is_initialized():
+        dist.barrier()
+    return 0
+
+
+@torch.no_grad()
+def save_pictures(vqgan: VQGAN, batch: dict, device: torch.device, path: Path) -> None:
+    """Eight held-out pictures, always the same: originals, reconstructions, codes."""
+    kind = vqgan.config.input_kind
+    x = data.to_input({k: v[:8].to(device) for k, v in batch.items()}, kind, vqgan.config.in_channels)
+    vqgan.eval()
+    x_hat, quantized = vqgan(x)
+    vqgan.train()
+    codes = pictures.code_map(vqgan, quantized.indices, vqgan.config.f)
+    pictures.save_grid(path, [pictures.to_rgb(x, kind).cpu(), pictures.to_rgb(x_hat, kind).cpu(), codes])
+
+
+if __name__ == "__main__":
+    runtime.run(main)
