@@ -4,21 +4,19 @@
     python train_vqgan.py --data photos --preset small      a folder of your own
     torchrun --nproc_per_node=8 train_vqgan.py --preset paper --data imagenet
 
-The loop in `main` is the paper's, in the order of its equations: x_hat = G(q(E(x))), the generator's losses and lambda, one
-backward pass, then the discriminator.
+The loop in `main` is the paper's, in the order of its equations: x_hat = G(q(E(x))), the generator's losses and lambda,
+one backward pass, then the discriminator.
 """
 
-import contextlib
 import json
-import sys
+import math
 import time
 from argparse import BooleanOptionalAction
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
-from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from minvqgan.discriminator import (
@@ -34,20 +32,44 @@ from minvqgan.harness.runtime import UserError
 from minvqgan.quantizer import codebook_stats
 from minvqgan.vqgan import VQGAN, VQGANConfig
 
-# A preset is a set of defaults; every flag still overrides it.
+# A preset is a set of defaults; every flag overrides it. `small` and `paper` say only what differs from `tiny`.
 PRESETS = {
-    # 32 px, f = 4. For the built-in shapes and for a laptop.
-    "tiny": {},
-    # 64 px, f = 8.
+    # 32 px, f = 4: for the built-in shapes and for a laptop.
+    "tiny": {
+        "image_size": 32,
+        "ch": 16,
+        "ch_mult": [1, 2, 4],
+        "num_res_blocks": 1,
+        "attn_resolutions": [],
+        "norm_groups": 1,
+        "z_channels": 64,
+        "codebook_size": 256,
+        "code_dim": 16,
+        "l2_norm": False,
+        "batch_size": 32,
+        "steps": 1800,
+        "lr": 1e-3,
+        "lr_decay": 0.4,
+        "perceptual": "none",
+        "revive_every": 20,
+        "disc_start": 0.4,
+        "disc_warmup": 0.1,
+        "disc_ramp": 0.1,
+        "disc_weight": 0.2,
+        "disc_channels": 32,
+        "disc_layers": 2,
+        "log_every": 20,
+        "val_every": 200,
+        "save_every": 200,
+    },
+    # 64 px, f = 8: for a folder of your own.
     "small": {
         "image_size": 64,
-        "ch": 64,
-        "ch_mult": [1, 2, 2, 4],
-        "num_res_blocks": 1,
-        "norm_groups": 4,
+        "ch": 32,
+        "ch_mult": [1, 2, 4, 4],
+        "norm_groups": 2,
         "z_channels": 128,
         "codebook_size": 1024,
-        "batch_size": 32,
         "steps": 50_000,
         "lr": 4e-4,
         "disc_channels": 64,
@@ -65,30 +87,45 @@ PRESETS = {
         "attn_resolutions": [16],
         "norm_groups": 32,
         "z_channels": 256,
-        "code_dim": 256,
         "codebook_size": 1024,
+        "code_dim": 256,
         "batch_size": 12,
         "steps": 1_000_000,
         "lr": 4.5e-6 * 12,
         "lr_decay": 0.0,
+        "perceptual": "vgg16",
         "disc_start": 0.25,
+        "disc_weight": 0.8,
         "disc_channels": 64,
         "disc_layers": 3,
-        "disc_weight": 0.8,
-        "perceptual": "vgg16",
         "val_every": 5000,
         "save_every": 2000,
         "log_every": 100,
     },
 }
 
+# Flags that are fields of VQGANConfig, under the same names.
+MODEL_FLAGS = (
+    "image_size ch ch_mult num_res_blocks attn_resolutions norm_groups z_channels dropout "
+    "codebook_size code_dim beta legacy l2_norm rotation gumbel"
+).split()
+
 # What a resumed run may change; everything else would make another model of it.
-MAY_CHANGE = set("steps device amp compile workers resume val_every val_images save_every log_every out preset".split())
+MAY_CHANGE = "steps device amp compile workers resume val_every val_images save_every log_every out preset".split()
 
 COLUMNS = (
     "step seconds lr rec_loss l1 perceptual codebook_loss gen_loss disc_loss logits_real logits_fake lambda adv_share "
     "usage perplexity revived val_l1 val_psnr val_lpips val_cross_entropy val_pixel_accuracy val_usage val_perplexity"
 ).split()
+
+# Which columns loss.png shows, panel by panel.
+PANELS = [
+    ["rec_loss", "l1", "val_l1", "val_cross_entropy"],
+    ["perceptual", "val_lpips"],
+    ["val_psnr"],
+    ["disc_loss", "logits_real", "logits_fake"],
+    ["usage", "val_usage"],
+]
 
 
 def parse_flags():
@@ -103,8 +140,8 @@ def parse_flags():
     g.add_argument("--data", default="shapes", help="folder of pictures, `shapes`, or a torchvision set by name")
     g.add_argument("--input", default="rgb", choices=data.KINDS, help="what the pictures are read as")
     g.add_argument("--num-labels", type=runtime.positive, default=None, help="number of labels, for --input labels")
-    g.add_argument("--image-size", type=runtime.positive, default=32, help="side of the training pictures, in pixels")
-    g.add_argument("--resize", type=runtime.positive, default=None, help="scale shorter sides to this, then crop (image size)")
+    g.add_argument("--image-size", type=runtime.positive, help="side of the training pictures, in pixels")
+    g.add_argument("--resize", type=runtime.positive, default=None, help="scale the shorter side to this, then crop")
     g.add_argument("--flip", action=BooleanOptionalAction, default=True, help="mirror half of the pictures of a folder")
     g.add_argument("--out", default="runs/vqgan", help="run folder")
     g.add_argument("--preset", default="tiny", choices=PRESETS, help="defaults of all flags: 32, 64 or 256 pixels")
@@ -114,47 +151,58 @@ def parse_flags():
     g.add_argument("--amp", action=BooleanOptionalAction, default=None, help="bfloat16 mixed precision (on CUDA yes)")
     g.add_argument("--compile", action="store_true", help="torch.compile: slower to start, faster to run")
     g.add_argument("--workers", type=int, default=None, help="processes that read pictures (0 on a CPU, 8 for a GPU)")
-    g.add_argument("--log-every", type=runtime.positive, default=20, help="steps between rows of metrics.csv")
-    g.add_argument("--val-every", type=runtime.positive, default=200, help="steps between held-out metrics and grids")
+    g.add_argument("--log-every", type=runtime.positive, help="steps between rows of metrics.csv")
+    g.add_argument("--val-every", type=runtime.positive, help="steps between held-out metrics and grids")
     g.add_argument("--val-images", type=runtime.positive, default=500, help="held-out pictures used, at most")
-    g.add_argument("--save-every", type=runtime.positive, default=200, help="steps between checkpoints")
+    g.add_argument("--save-every", type=runtime.positive, help="steps between checkpoints")
 
     g = p.add_argument_group("model (names of the official configuration)")
-    g.add_argument("--ch", type=runtime.positive, default=32, help="channels at full resolution")
-    g.add_argument("--ch-mult", type=runtime.positive, nargs="+", default=[1, 2, 2], help="channel factor of each level; f = 2^(levels - 1)")
-    g.add_argument("--num-res-blocks", type=runtime.positive, default=1, help="residual blocks a level")
-    g.add_argument("--attn-resolutions", type=int, nargs="*", default=[], help="side lengths of further maps with attention")
-    g.add_argument("--norm-groups", type=runtime.positive, default=2, help="groups of each GroupNorm; 16 channels a group or more")
-    g.add_argument("--z-channels", type=runtime.positive, default=64, help="channels of the latent map")
+    g.add_argument("--ch", type=runtime.positive, help="channels at full resolution")
+    g.add_argument(
+        "--ch-mult", type=runtime.positive, nargs="+", help="channel factor of each level; f = 2^(levels - 1)"
+    )
+    g.add_argument("--num-res-blocks", type=runtime.positive, help="residual blocks a level")
+    g.add_argument("--attn-resolutions", type=int, nargs="*", help="side lengths of further maps with attention")
+    g.add_argument("--norm-groups", type=runtime.positive, help="groups of each GroupNorm; 16 channels a group or more")
+    g.add_argument("--z-channels", type=runtime.positive, help="channels of the latent map")
     g.add_argument("--dropout", type=runtime.share, default=0.0, help="in the residual blocks")
-    g.add_argument("--codebook-size", type=runtime.positive, default=256, help="number of codes K")
-    g.add_argument("--code-dim", type=runtime.positive, default=16, help="dimensions of a code")
+    g.add_argument("--codebook-size", type=runtime.positive, help="number of codes K")
+    g.add_argument("--code-dim", type=runtime.positive, help="dimensions of a code")
     g.add_argument("--beta", type=float, default=0.25, help="weight of the commitment term")
     g.add_argument("--legacy", action="store_true", help="beta on the codebook term, as the official code did for long")
-    g.add_argument("--l2-norm", action=BooleanOptionalAction, default=False, help="compare latents and codes by direction")
+    g.add_argument("--l2-norm", action=BooleanOptionalAction, help="compare latents and codes by direction")
     g.add_argument("--rotation", action="store_true", help="rotation trick instead of straight-through")
     g.add_argument("--gumbel", action="store_true", help="Gumbel-softmax quantizer instead of nearest neighbours")
 
     g = p.add_argument_group("training")
-    g.add_argument("--steps", type=runtime.positive, default=2000, help="optimizer steps in all")
-    g.add_argument("--batch-size", type=runtime.positive, default=32, help="pictures a step, over all processes")
-    g.add_argument("--accumulate", type=runtime.positive, default=1, help="parts that a batch is computed in, for small memory")
-    g.add_argument("--lr", type=float, default=1e-3, help="learning rate of both Adams (betas 0.5, 0.9)")
-    g.add_argument("--lr-decay", type=runtime.share, default=0.4, help="last share of the steps, over which lr falls to 5 %%")
+    g.add_argument("--steps", type=runtime.positive, help="optimizer steps in all")
+    g.add_argument("--batch-size", type=runtime.positive, help="pictures a step, over all processes")
+    g.add_argument(
+        "--accumulate", type=runtime.positive, default=1, help="parts that a batch is computed in, for small memory"
+    )
+    g.add_argument("--lr", type=float, help="learning rate of both Adams (betas 0.5, 0.9)")
+    g.add_argument("--lr-decay", type=runtime.share, help="last share of the steps, over which lr falls to 5 %%")
     g.add_argument("--loss", default="vqgan", choices=["vqgan", "vqvae"], help="vqvae: squared error, no LPIPS, no D")
-    g.add_argument("--perceptual", default="none", help="vgg16 (LPIPS), none, or the file of a classifier")
+    g.add_argument("--perceptual", help="vgg16 (LPIPS), none, or the file of a classifier")
     g.add_argument("--perceptual-weight", type=float, default=1.0, help="of the perceptual distance beside L1")
-    g.add_argument("--revive-every", type=int, default=20, help="steps between revivals of dead codes; 0: never, start as the paper")
-    g.add_argument("--disc-start", type=runtime.share, default=0.5, help="share of the steps after which D begins to learn")
-    g.add_argument("--disc-warmup", type=runtime.share, default=0.05, help="share of the steps that D then learns alone")
-    g.add_argument("--disc-ramp", type=runtime.share, default=0.1, help="share of the steps over which its gradient comes in")
-    g.add_argument("--disc-weight", type=float, default=0.1, help="times lambda")
-    g.add_argument("--disc-loss", default="hinge", choices=["hinge", "log"], help="the paper writes log, its code trains with hinge")
-    g.add_argument("--disc-channels", type=runtime.positive, default=32, help="channels of D's first layer")
-    g.add_argument("--disc-layers", type=runtime.positive, default=2, help="2: patches of 34 pixels, 3: of 70")
+    g.add_argument(
+        "--revive-every", type=int, help="steps between revivals of dead codes; 0: never, start as the paper"
+    )
+    g.add_argument("--disc-start", type=runtime.share, help="share of the steps after which D begins to learn")
+    g.add_argument("--disc-warmup", type=runtime.share, help="share of the steps that D then learns alone")
+    g.add_argument("--disc-ramp", type=runtime.share, help="share of the steps over which its gradient comes in")
+    g.add_argument("--disc-weight", type=float, help="times lambda")
+    g.add_argument(
+        "--disc-loss",
+        default="hinge",
+        choices=["hinge", "log"],
+        help="the paper writes log, its code trains with hinge",
+    )
+    g.add_argument("--disc-channels", type=runtime.positive, help="channels of D's first layer")
+    g.add_argument("--disc-layers", type=runtime.positive, help="2: patches of 34 pixels, 3: of 70")
     g.add_argument("--max-lambda", type=float, default=1e4, help="cap of the adaptive weight")
 
-    p.set_defaults(**PRESETS.get(early.preset, {}))
+    p.set_defaults(**PRESETS["tiny"] | PRESETS.get(early.preset, {}))
     saved = None
     if early.resume:
         saved = checkpoint.read(Path(early.out) / "last.pt", "vqgan")
@@ -163,7 +211,8 @@ def parse_flags():
     if saved:
         for name, value in saved["flags"].items():
             if name not in MAY_CHANGE and getattr(args, name, None) != value:
-                raise UserError(f"--{name.replace('_', '-')} was {value} in {args.out}; a resumed run keeps it (or choose another --out)")
+                flag = "--" + name.replace("_", "-")
+                raise UserError(f"{flag} was {value} in {args.out}; a resumed run keeps it, so choose another --out")
     return args, saved
 
 
@@ -174,12 +223,16 @@ def check(args, world: int) -> None:
         below = args.image_size // f * f
         raise UserError(f"--image-size {args.image_size} is not divisible by f = {f}; use {below or f} or {below + f}")
     if args.batch_size % (world * args.accumulate):
-        raise UserError(f"--batch-size {args.batch_size} cannot be split into {world} processes x {args.accumulate} parts")
+        raise UserError(
+            f"--batch-size {args.batch_size} cannot be split into {world} processes x {args.accumulate} parts"
+        )
     for channels in [args.ch] + [args.ch * m for m in args.ch_mult]:
         if channels % args.norm_groups:
             raise UserError(f"--norm-groups {args.norm_groups} does not divide {channels} channels")
     if uses_disc(args) and args.image_size < 2 ** (args.disc_layers + 2):
-        raise UserError(f"--disc-layers {args.disc_layers} needs pictures of {2 ** (args.disc_layers + 2)} pixels or more")
+        raise UserError(
+            f"--disc-layers {args.disc_layers} needs pictures of {2 ** (args.disc_layers + 2)} pixels or more"
+        )
     if args.lr <= 0:
         raise UserError(f"--lr {args.lr} must be above 0")
 
@@ -195,6 +248,19 @@ def learning_rate(args, step: int) -> float:
     return args.lr * warm * max(0.05, min(1.0, left))
 
 
+def reconstruction_loss(args, x, x_hat, perceptual) -> dict[str, torch.Tensor]:
+    """L_rec of x, x_hat (B, C, H, W) as {"rec_loss": scalar} with its parts beside it."""
+    if args.input == "labels":
+        return {"rec_loss": F.cross_entropy(x_hat, x.argmax(1))}
+    if args.loss == "vqvae":  # Eq. 4 as it stands, with the squared error
+        return {"rec_loss": (x - x_hat).square().mean()}
+    l1 = (x - x_hat).abs().mean()
+    if perceptual is None:
+        return {"rec_loss": l1, "l1": l1}
+    distance = perceptual(x, x_hat).mean()
+    return {"rec_loss": l1 + args.perceptual_weight * distance, "l1": l1, "perceptual": distance}
+
+
 def main() -> int:
     args, saved = parse_flags()
     device = runtime.pick_device(args.device)
@@ -206,243 +272,207 @@ def main() -> int:
     if (out / "last.pt").exists() and not args.resume:
         raise UserError(f"{out} already holds a run; add --resume to go on with it, or choose another --out")
 
-    # Data, and the perceptual network: both can be missing, so they come before anything is written.
+    # Data and the perceptual network can be missing, so they come before anything is built or written.
     in_channels = data.input_channels(args.input, args.num_labels)
+    sources = (data.SOURCE_OF[args.input],)
     train_set, val_set = data.open_data(
-        args.data, args.image_size, args.resize, (data.SOURCE_OF[args.input],), args.num_labels, args.seed, args.flip
+        args.data, args.image_size, args.resize, sources, args.num_labels, args.seed, args.flip
     )
     perceptual = metrics.load_perceptual(args.perceptual) if uses_disc(args) else None
 
-    torch.manual_seed(args.seed)
-    config = VQGANConfig(
-        args.image_size,
-        in_channels,
-        args.ch,
-        tuple(args.ch_mult),
-        args.num_res_blocks,
-        tuple(args.attn_resolutions),
-        args.z_channels,
-        args.norm_groups,
-        args.dropout,
-        args.codebook_size,
-        args.code_dim,
-        args.beta,
-        args.legacy,
-        args.l2_norm,
-        args.rotation,
-        args.gumbel,
-        args.input,
-    )
     # channels_last: on a CPU convolutions of few channels run up to six times as fast, on a GPU bfloat16 gains too.
-    vqgan = VQGAN(config).to(device, memory_format=torch.channels_last)
-    disc = PatchDiscriminator(in_channels, args.disc_channels, args.disc_layers).to(device, memory_format=torch.channels_last)
-    perceptual = perceptual and perceptual.to(device, memory_format=torch.channels_last)
+    placed = {"device": device, "memory_format": torch.channels_last}
+    torch.manual_seed(args.seed)
+    from_flags = {name: getattr(args, name) for name in MODEL_FLAGS}
+    config = VQGANConfig(in_channels=in_channels, input_kind=args.input, **from_flags)
+    vqgan = VQGAN(config).to(**placed)
+    disc = PatchDiscriminator(in_channels, args.disc_channels, args.disc_layers).to(**placed)
+    perceptual = perceptual and perceptual.to(**placed)
     opt_g = torch.optim.Adam(vqgan.parameters(), args.lr, betas=(0.5, 0.9))
     opt_d = torch.optim.Adam(disc.parameters(), args.lr, betas=(0.5, 0.9))
+    disc_loss_of = {"hinge": hinge_loss, "log": log_loss}[args.disc_loss]
 
     # Where D comes in, in steps, fixed for good: a resumed run with more --steps must not take D away again.
-    disc_start, disc_warmup, disc_ramp = (round(s * args.steps) for s in (args.disc_start, args.disc_warmup, args.disc_ramp))
+    disc_steps = [round(share * args.steps) for share in (args.disc_start, args.disc_warmup, args.disc_ramp)]
     start, seconds_before, best = 0, 0.0, float("inf")
     if saved:
-        checkpoint.fill(vqgan, saved["model"], out / "last.pt")
-        checkpoint.fill(disc, saved["discriminator"], out / "last.pt")
-        opt_g.load_state_dict(saved["opt_g"])
-        opt_d.load_state_dict(saved["opt_d"])
-        start, seconds_before, best = saved["step"], saved["seconds"], saved["best"]
-        disc_start, disc_warmup, disc_ramp = saved["disc_steps"]
+        parts = {"model": vqgan, "discriminator": disc, "opt_g": opt_g, "opt_d": opt_d}
+        checkpoint.restore(saved, parts, out / "last.pt")
+        start, seconds_before, best, disc_steps = (saved[k] for k in ("step", "seconds", "best", "disc_steps"))
         if start >= args.steps:
             raise UserError(f"{out} is at step {start} of {args.steps} already; give more --steps to go on")
-    joined = disc_start + disc_warmup + disc_ramp  # from here on D has its full weight
+    disc_start, disc_joined = disc_steps[0], sum(disc_steps)
 
     if args.compile:
         # Not conv_out: lambda needs the gradient of this one layer, and a compiled backward pass is all or nothing.
         for part in (vqgan.encoder, vqgan.decoder.layers, disc, perceptual):
             if part is not None:
                 part.compile()
-    model, judge = vqgan, disc
-    if world > 1:
-        # Buffers are equal already (codebook use is summed over the processes), except BatchNorm's running statistics.
-        ids = [device] if device.type == "cuda" else None
-        model = DistributedDataParallel(vqgan, device_ids=ids, broadcast_buffers=False)
-        judge = DistributedDataParallel(disc, device_ids=ids, broadcast_buffers=False)
+    model, judge = runtime.distributed(vqgan, device), runtime.distributed(disc, device)
 
     part_size = args.batch_size // (world * args.accumulate)
-    batches = data.train_loader(
-        train_set, part_size, args.seed, start * args.batch_size, workers, rank, world, pin=device.type == "cuda"
-    )
+    seen = start * args.batch_size
+    batches = data.train_loader(train_set, part_size, args.seed, seen, workers, rank, world, pin=device.type == "cuda")
 
-    def next_x():
-        batch = {k: v.to(device, non_blocking=True) for k, v in next(batches).items()}
-        x = data.to_input(batch, args.input, args.num_labels)
-        return x.contiguous(memory_format=torch.channels_last)  # (B, C, H, W)
+    def to_x(batch: dict) -> torch.Tensor:
+        batch = {k: v.to(device, non_blocking=True) for k, v in batch.items()}
+        return data.to_input(batch, args.input, args.num_labels).contiguous(memory_format=torch.channels_last)
 
     def held_out():
         return data.held_out_batches(val_set, part_size, args.val_images)
 
-    if rank == 0:
-        (out / "images").mkdir(parents=True, exist_ok=True)
-        (out / "config.json").write_text(json.dumps({"flags": vars(args), "model": vqgan.config_dict()}, indent=2))
-        log = runtime.MetricsFile(out / "metrics.csv", COLUMNS, start)
-        n_params = sum(p.numel() for p in vqgan.parameters()) / 1e6
-        print(
-            f"{len(train_set)} pictures to learn from, {min(len(val_set), args.val_images)} held out; {n_params:.1f} M parameters, "
-            f"{args.image_size // config.f} x {args.image_size // config.f} codes of {args.codebook_size} a picture; {device}"
-        )
-
-    def save(step: int) -> None:
-        checkpoint.save(
-            out / "last.pt",
-            "vqgan",
-            config=vqgan.config_dict(),
-            model=vqgan.state_dict(),
-            discriminator=disc.state_dict(),
-            opt_g=opt_g.state_dict(),
-            opt_d=opt_d.state_dict(),
-            step=step,
-            seconds=seconds_before + time.time() - began,
-            best=best,
-            disc_steps=[disc_start, disc_warmup, disc_ramp],
-            flags=vars(args),
-            random=runtime.random_state(),
-        )
-
     if not saved and args.revive_every and not args.gumbel:
         # Codes begin where latents are. All are "dead" before the first step, so this places every one of them.
         with torch.no_grad():
-            vqgan.quantizer.revive_dead_codes(vqgan.eval().encode(next_x()).z)
-        batches = data.train_loader(train_set, part_size, args.seed, 0, workers, rank, world, pin=device.type == "cuda")
+            vqgan.quantizer.revive_dead_codes(vqgan.eval().encode(to_x(next(batches))).z)
     if saved:
         runtime.set_random_state(saved["random"])
+
+    if rank == 0:
+        (out / "images").mkdir(parents=True, exist_ok=True)
+        (out / "config.json").write_text(json.dumps({"flags": vars(args), "model": asdict(config)}, indent=2))
+        log = runtime.MetricsFile(out / "metrics.csv", COLUMNS, start)
+        print(
+            f"{len(train_set)} pictures to learn from, {min(len(val_set), args.val_images)} held out; "
+            f"{sum(p.numel() for p in vqgan.parameters()) / 1e6:.1f} M parameters; a picture becomes "
+            f"{args.image_size // config.f} x {args.image_size // config.f} of {args.codebook_size} codes; on {device}"
+        )
+
     vqgan.train()
     stopper, began = runtime.Stopper(), time.time()
-    counts = torch.zeros(args.codebook_size, device=device)
-    revived = 0
+    counts, revived = torch.zeros(args.codebook_size, device=device), 0  # since the last row of metrics.csv
     bar = tqdm(range(start + 1, args.steps + 1), initial=start, total=args.steps, disable=rank > 0, dynamic_ncols=True)
     for step in bar:
-        for opt in (opt_g, opt_d):
-            opt.param_groups[0]["lr"] = learning_rate(args, step)
+        opt_g.param_groups[0]["lr"] = opt_d.param_groups[0]["lr"] = learning_rate(args, step)
         if args.gumbel:  # from soft choices to almost hard ones
             vqgan.quantizer.temperature = max(1 / 16, 1 - step / (0.8 * args.steps))
         disc_on = uses_disc(args) and step > disc_start
-        adv_share = adversarial_ramp(step, disc_start, disc_warmup, disc_ramp) if disc_on else 0.0
-        losses: dict[str, float] = {}
-
-        def note(losses=losses, **terms):
-            for name, term in terms.items():
-                losses[name] = losses.get(name, 0.0) + term.item() / args.accumulate
+        adv_share = adversarial_ramp(step, *disc_steps) if disc_on else 0.0
+        parts: list[dict[str, torch.Tensor]] = []
 
         for part in range(args.accumulate):
-            x = next_x()  # (B, C, H, W)
-            # Gradients are averaged over the processes once a step, with the last part.
-            last_part = part == args.accumulate - 1
-            synced = contextlib.ExitStack()
-            if world > 1 and not last_part:
-                synced.enter_context(model.no_sync())
-                synced.enter_context(judge.no_sync())
-            with synced:
+            with runtime.averaged(model, judge, last_part=part == args.accumulate - 1):
+                x = to_x(next(batches))  # (B, C, H, W)
+
                 # x_hat = G(q(E(x)))
                 with runtime.autocast(device, amp):
                     x_hat, quantized = model(x)
                 x_hat = x_hat.float()
 
-                # G: L_rec + lambda L_GAN + L_VQ. Each loss goes back to x_hat alone; their weighted sum then goes back
-                # through the network once. The derivation stands at `adaptive_weight`.
+                # G: L_rec + lambda L_GAN + L_VQ (Eq. 6). Each loss goes back to x_hat alone; their weighted sum then
+                # goes back through the network once. The derivation stands at `adaptive_weight`.
                 x_leaf = x_hat.detach().requires_grad_()
                 with runtime.autocast(device, amp):
-                    if args.input == "labels":
-                        rec_loss = F.cross_entropy(x_leaf, x.argmax(1))
-                    elif args.loss == "vqvae":
-                        rec_loss = (x - x_leaf).square().mean()
-                    else:
-                        l1 = rec_loss = (x - x_leaf).abs().mean()
-                        note(l1=l1.detach())
-                        if perceptual is not None:
-                            p_loss = perceptual(x, x_leaf).mean()
-                            rec_loss = l1 + args.perceptual_weight * p_loss
-                            note(perceptual=p_loss.detach())
-                (grad,) = torch.autograd.grad(rec_loss, x_leaf)
+                    terms = reconstruction_loss(args, x, x_leaf, perceptual) | {"codebook_loss": quantized.loss}
+                (grad,) = torch.autograd.grad(terms["rec_loss"], x_leaf)
                 if adv_share > 0:
                     with runtime.autocast(device, amp):
-                        gen_loss = generator_loss(disc(x_leaf).float())
-                    # Only x_leaf is asked for, so no gradient is left in D.
-                    (gan_grad,) = torch.autograd.grad(gen_loss, x_leaf)
-                    lambda_, _, _ = adaptive_weight(
-                        grad, gan_grad, x_hat, vqgan.decoder.conv_out.weight, max_weight=args.max_lambda
-                    )
+                        terms["gen_loss"] = generator_loss(disc(x_leaf).float())
+                    # Only x_leaf's gradient is asked for, so none is left in D.
+                    (gan_grad,) = torch.autograd.grad(terms["gen_loss"], x_leaf)
+                    last_layer = vqgan.decoder.conv_out.weight
+                    lambda_, _, _ = adaptive_weight(grad, gan_grad, x_hat, last_layer, max_weight=args.max_lambda)
                     grad = grad + adv_share * args.disc_weight * lambda_ * gan_grad
-                    note(gen_loss=gen_loss.detach(), **{"lambda": lambda_})
-                scale = 1 / args.accumulate
-                torch.autograd.backward([x_hat, quantized.loss], [grad * scale, torch.full_like(quantized.loss, scale)])
-                note(rec_loss=rec_loss.detach(), codebook_loss=quantized.loss.detach())
+                    terms["lambda"] = lambda_
+                scale = torch.tensor(1 / args.accumulate, device=device)
+                torch.autograd.backward([x_hat, quantized.loss], [scale * grad, scale])
 
-                # D: real pictures up, reconstructions down. Without the detach its loss would train G as well, to
-                # make bad pictures.
+                # D: real pictures up, reconstructions down (Eq. 5). Without the detach this loss would reach G as
+                # well, and train it to make bad pictures.
                 if disc_on:
                     with runtime.autocast(device, amp):
                         logits_real, logits_fake = judge(x).float(), judge(x_hat.detach()).float()
-                    disc_loss = (hinge_loss if args.disc_loss == "hinge" else log_loss)(logits_real, logits_fake)
-                    (disc_loss * scale).backward()
-                    note(disc_loss=disc_loss.detach(), logits_real=logits_real.mean(), logits_fake=logits_fake.mean())
+                    terms["disc_loss"] = disc_loss_of(logits_real, logits_fake)
+                    (scale * terms["disc_loss"]).backward()
+                    terms |= {"logits_real": logits_real.mean(), "logits_fake": logits_fake.mean()}
+            parts.append(terms)
             counts += torch.bincount(quantized.indices.flatten(), minlength=args.codebook_size)
 
+        losses = runtime.mean_of(parts)
         for name, value in losses.items():
-            if value != value or value in (float("inf"), float("-inf")):
-                raise UserError(f"step {step}: {name} is {value}; training stopped, the last good checkpoint is kept in {out}. Lower --lr?")
+            if not math.isfinite(value):
+                raise UserError(
+                    f"step {step}: {name} is {value}; {out} keeps the last good checkpoint. Try a lower --lr"
+                )
         opt_g.step()
-        opt_g.zero_grad(set_to_none=True)
+        opt_g.zero_grad()
         if disc_on:
             opt_d.step()
-            opt_d.zero_grad(set_to_none=True)
+            opt_d.zero_grad()
         if args.revive_every and step % args.revive_every == 0 and not args.gumbel:
             revived += vqgan.quantizer.revive_dead_codes(quantized.z)
 
-        stopping = stopper.stop(device)
-        last = step == args.steps
-        if rank == 0:
-            if uses_disc(args) and step == disc_start + 1:
-                tqdm.write(f"step {step}: D begins to learn; it reaches the generator from step {disc_start + disc_warmup} on. Expect L1 to rise a little, edges to sharpen, and disc_loss below 1.")
-            row = {}
-            if step % args.log_every == 0 or last:
-                usage, perplexity = codebook_stats(counts.cpu())
-                counts.zero_()
-                row = losses | {"lr": learning_rate(args, step), "adv_share": adv_share, "usage": usage, "perplexity": perplexity, "revived": revived}
-                revived = 0
-                bar.set_postfix(rec=f"{losses['rec_loss']:.3f}", code=f"{losses['codebook_loss']:.4f}", used=f"{usage:.0%}", **({"disc": f"{losses['disc_loss']:.2f}"} if disc_on else {}))
-            if step % args.val_every == 0 or last:
-                values = metrics.evaluate_vqgan(vqgan, held_out(), device, perceptual)
-                row |= {f"val_{k}": v for k, v in values.items()}
-                tqdm.write(f"step {step}: held out " + ", ".join(f"{k} {v:.4g}" for k, v in values.items()))
-                if values["usage"] < 0.5:
-                    tqdm.write(f"  only {values['usage']:.0%} of the codes are in use: more data, fewer codes (--codebook-size) or --revive-every 20 help")
-                # Best is the lowest held-out error, judged afresh once D has its full weight: D trades some of it for
-                # sharpness, and the best of the time before would be a blurry model for good.
-                score = values.get("cross_entropy", values.get("l1", 0.0) + values.get("lpips", 0.0))
-                if uses_disc(args) and step - args.val_every < joined <= step:
-                    best = float("inf")
-                if score < best:
-                    best = score
-                    checkpoint.save(out / "best.pt", "vqgan", config=vqgan.config_dict(), model=vqgan.state_dict(), step=step, flags=vars(args))
-                save_pictures(vqgan, next(held_out()), device, out / "images" / f"step_{step:07d}.png")
-            if row:
-                log.write(step=step, seconds=seconds_before + time.time() - began, **row)
-            if step % args.val_every == 0 or last or stopping:
-                panels = [["rec_loss", "l1", "val_l1", "val_cross_entropy"], ["perceptual", "val_lpips"], ["val_psnr"], ["disc_loss", "logits_real", "logits_fake"], ["usage", "val_usage"]]
-                pictures.plot_columns(out / "loss.png", log.rows(), panels, mark=disc_start if uses_disc(args) else None)
-            if step % args.save_every == 0 or last or stopping:
-                save(step)
-        if stopping:
-            if rank == 0:
-                bar.close()
-                print(f"stopped and saved at step {step}; go on with: python train_vqgan.py --out {out} --resume", file=sys.stderr)
+        stopping, last = stopper.stop(device), step == args.steps
+        if rank > 0:
+            if stopping:
+                return stopper.exit_code
+            continue
+        row = {}
+        if step % args.log_every == 0 or last:
+            usage, perplexity = codebook_stats(counts.cpu())
+            row = losses | {"lr": learning_rate(args, step), "adv_share": adv_share, "revived": revived}
+            row |= {"usage": usage, "perplexity": perplexity}
+            counts, revived = torch.zeros_like(counts), 0
+            shown = {k: f"{losses[k]:.3f}" for k in ("rec_loss", "disc_loss") if k in losses}
+            bar.set_postfix(shown | {"codes": f"{usage:.0%}"})
+        if uses_disc(args) and step == disc_start + 1:
+            tqdm.write(
+                f"step {step}: D begins to learn; its gradient reaches G from step {disc_start + disc_steps[1]} on. "
+                "Then expect L1 to rise a little, edges to sharpen, and disc_loss to stay between 0.5 and 1."
+            )
+        if step % args.val_every == 0 or last:
+            values = metrics.evaluate_vqgan(vqgan, held_out(), device, perceptual)
+            row |= {f"val_{k}": v for k, v in values.items()}
+            tqdm.write(f"step {step}: held out " + ", ".join(f"{k} {v:.4g}" for k, v in values.items()))
+            if values["usage"] < 0.5:
+                tqdm.write("  less than half of the codes in use: fewer codes, --revive-every 20 or --l2-norm help")
+            # Best is the lowest held-out error, judged afresh once D has its full weight: D trades some of it for
+            # sharpness, and the best of the time before would be a blurry model for good.
+            score = values.get("cross_entropy", values.get("l1", 0.0) + values.get("lpips", 0.0))
+            if uses_disc(args) and step - args.val_every < disc_joined <= step:
+                best = float("inf")
+            if score < best:
+                best = score
+                checkpoint.save(
+                    out / "best.pt",
+                    "vqgan",
+                    config=asdict(config),
+                    model=vqgan.state_dict(),
+                    step=step,
+                    flags=vars(args),
+                )
+            save_pictures(vqgan, next(held_out()), device, out / "images" / f"step_{step:07d}.png")
+        if row:
+            log.write(step=step, seconds=seconds_before + time.time() - began, **row)
+        if step % args.val_every == 0 or last or stopping:
+            pictures.plot_columns(out / "loss.png", log.rows(), PANELS, mark=disc_start if uses_disc(args) else None)
+        if step % args.save_every == 0 or last or stopping:
+            checkpoint.save(
+                out / "last.pt",
+                "vqgan",
+                config=asdict(config),
+                model=vqgan.state_dict(),
+                discriminator=disc.state_dict(),
+                opt_g=opt_g.state_dict(),
+                opt_d=opt_d.state_dict(),
+                step=step,
+                seconds=seconds_before + time.time() - began,
+                best=best,
+                disc_steps=disc_steps,
+                flags=vars(args),
+                random=runtime.random_state(),
+            )
+        if stopping and not last:
+            bar.close()
+            print(f"stopped and saved at step {step}; go on with: python train_vqgan.py --out {out} --resume")
             return stopper.exit_code
 
     if rank == 0:
         bar.close()
-        print(f"done in {(seconds_before + time.time() - began) / 60:.1f} minutes: " + ", ".join(f"{k} {v:.4g}" for k, v in values.items()))
-        print(f"pictures: {out / 'images'} (originals, reconstructions, codes)   curves: {out / 'loss.png'}   model: {out / 'last.pt'}")
+        minutes = (seconds_before + time.time() - began) / 60
+        print(f"done in {minutes:.1f} minutes: " + ", ".join(f"{k} {v:.4g}" for k, v in values.items()))
+        print(f"pictures (originals, reconstructions, codes): {out / 'images'}   curves: {out / 'loss.png'}")
         print(f"next: python train_gpt.py --vqgan {out / 'last.pt'} --data {args.data}")
-    if dist.is_initialized():
-        dist.barrier()
     return 0
 
 

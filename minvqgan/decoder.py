@@ -3,7 +3,8 @@
     (B, z_channels, h, w) -> (B, C, H, W),   H = f * h,  W = f * w
 
 The encoder's mirror (paper, Tab. 7): convolution; residual block, attention, residual block; m + 1 levels from the
-lowest resolution up; norm, SiLU, convolution. Each level has one residual block more than in E, as in the official code.
+lowest resolution up; norm, SiLU, convolution. Each level has one residual block more than in E, as in the official
+code.
 """
 
 from collections.abc import Sequence

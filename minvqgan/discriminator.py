@@ -1,6 +1,6 @@
 """Everything adversarial (Sec. 3.1, Eq. 5 to 7): the patch discriminator D, its losses, and the adaptive weight lambda.
 
-    D learns  L_D = mean max(0, 1 - D(x)) + mean max(0, 1 + D(x_hat)), halved       (hinge; the paper writes the log loss)
+    D learns  L_D = mean max(0, 1 - D(x)) + mean max(0, 1 + D(x_hat)), halved    (hinge; the paper has the log loss)
     G learns  L_rec + lambda L_GAN,   L_GAN = -mean D(x_hat)                                            (Eq. 6)
     lambda = |grad_{G_L} L_rec| / (|grad_{G_L} L_GAN| + delta),   G_L = the decoder's last layer         (Eq. 7)
 
@@ -28,7 +28,11 @@ class PatchDiscriminator(nn.Module):
             c_next = channels * min(2**n, 8)
             stride = 2 if n < num_layers else 1
             # No bias: the BatchNorm that follows would subtract it again.
-            layers += [nn.Conv2d(c, c_next, 4, stride, padding=1, bias=False), nn.BatchNorm2d(c_next), nn.LeakyReLU(0.2)]
+            layers += [
+                nn.Conv2d(c, c_next, 4, stride, padding=1, bias=False),
+                nn.BatchNorm2d(c_next),
+                nn.LeakyReLU(0.2),
+            ]
             c = c_next
         layers.append(nn.Conv2d(c, 1, 4, padding=1))
         self.layers = nn.Sequential(*layers)
@@ -82,7 +86,8 @@ def adaptive_weight(
     delta: float = 1e-6,
     max_weight: float = 1e4,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """lambda of Eq. 7 from the two losses' gradients at x_hat -> (lambda, |grad L_rec|, |grad L_GAN|), detached scalars.
+    """lambda of Eq. 7 from the two losses' gradients at x_hat -> (lambda, |grad L_rec|, |grad L_GAN|), detached
+    scalars.
 
     rec_grad, gan_grad: dL_rec/dx_hat and dL_GAN/dx_hat, (B, C, H, W).
     x_hat: the decoder's output, still in its graph. last_weight: G_L's weight.
@@ -94,9 +99,9 @@ def adaptive_weight(
         d(L_rec + lambda L_GAN)/d theta = (d x_hat/d theta)^T (dL_rec/dx_hat + lambda dL_GAN/dx_hat)
 
     So the two gradients at x_hat are taken once each (through LPIPS and D, not through the network). Pushed through
-    the last convolution alone, a single layer, they give the two norms and with them lambda. Then their weighted sum goes
-    back through the whole network once. The textbook way, `backward` on L_rec + lambda L_GAN after two `autograd.grad`,
-    runs LPIPS and D backward twice for the same numbers.
+    the last convolution alone, a single layer, they give the two norms and with them lambda. Then their weighted sum
+    goes back through the whole network once. The textbook way, `backward` on L_rec + lambda L_GAN after two
+    `autograd.grad`, runs LPIPS and D backward twice for the same numbers.
     """
     grads = [torch.autograd.grad(x_hat, last_weight, g, retain_graph=True)[0].float() for g in (rec_grad, gan_grad)]
     if dist.is_initialized():  # the ratio of the whole batch's gradients, not of this process's share

@@ -15,11 +15,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# Mean and standard deviation of ImageNet for images in [0, 1], rewritten for images in [-1, 1] as the authors' code does.
+# Mean and standard deviation of ImageNet for images in [0, 1], rewritten for images in [-1, 1] as the authors' code
+# does.
 IMAGENET_SHIFT = (-0.030, -0.088, -0.188)
 IMAGENET_SCALE = (0.458, 0.448, 0.450)
 
-# relu1_2, relu2_2, relu3_3, relu4_3, relu5_3: the last layer before each pooling, by their place in torchvision's VGG16.
+# relu1_2, relu2_2, relu3_3, relu4_3, relu5_3: the last layer before each pooling, by their place in torchvision's
+# VGG16.
 VGG16_TAPS = (3, 8, 15, 22, 29)
 
 

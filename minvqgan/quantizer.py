@@ -93,8 +93,8 @@ class VectorQuantizer(nn.Module):
         self.codebook_size, self.beta, self.legacy = codebook_size, beta, legacy
         self.l2_norm, self.rotation = l2_norm, rotation
         self.codebook = nn.Embedding(codebook_size, code_dim)
-        # The paper's start: small and uniform. Untouched, a few codes near the latents win every comparison and the rest
-        # never move, because the loss pulls only on codes that were chosen. `revive_dead_codes` is the cure.
+        # The paper's start: small and uniform. Untouched, a few codes near the latents win every comparison and the
+        # rest never move, because the loss pulls only on codes that were chosen. `revive_dead_codes` is the cure.
         nn.init.uniform_(self.codebook.weight, -1 / codebook_size, 1 / codebook_size)
         # Running share of the latents that chose each code; 0 before the first batch, so that all codes begin as dead.
         self.register_buffer("recent_use", torch.zeros(codebook_size))

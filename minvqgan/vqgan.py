@@ -9,7 +9,7 @@ Two 1x1 convolutions stand around the quantizer: from E's z_channels to the D di
 than z_channels makes the nearest-neighbour search a search among few, all meaningful, dimensions.
 """
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -26,15 +26,15 @@ class VQGANConfig:
 
     image_size: int = 32  # side of the training images in pixels; other sizes divisible by f work too
     in_channels: int = 3  # of the image, and of the reconstruction
-    ch: int = 32
-    ch_mult: tuple[int, ...] = (1, 2, 2)
+    ch: int = 16
+    ch_mult: tuple[int, ...] = (1, 2, 4)
     num_res_blocks: int = 1
     attn_resolutions: tuple[int, ...] = ()
     z_channels: int = 64
-    norm_groups: int = 2
+    norm_groups: int = 1
     dropout: float = 0.0
     codebook_size: int = 256  # K
-    code_dim: int = 64  # D
+    code_dim: int = 16  # D
     beta: float = 0.25
     legacy: bool = False
     l2_norm: bool = False
@@ -81,7 +81,9 @@ class VQGAN(nn.Module):
         H, W = x.shape[2:]
         if H % f or W % f or not H or not W:
             nearest = [tuple(max(1, side // f + up) * f for side in (H, W)) for up in (0, 1)]
-            raise ValueError(f"{H} x {W} is not divisible by f = {f}; nearest sizes that work: {nearest[0]}, {nearest[1]}")
+            raise ValueError(
+                f"{H} x {W} is not divisible by f = {f}; nearest sizes that work: {nearest[0]}, {nearest[1]}"
+            )
         return self.to_code(self.encoder(x))
 
     def encode(self, x: Tensor) -> Quantized:
@@ -108,7 +110,3 @@ class VQGAN(nn.Module):
         if indices.numel() and (indices.min() < 0 or indices.max() >= K):
             raise ValueError(f"indices must lie in [0, {K}), got {indices.min().item()} to {indices.max().item()}")
         return self.decode(self.quantizer.embed(indices))
-
-    def config_dict(self) -> dict:
-        """The configuration as plain containers, for a checkpoint."""
-        return asdict(self.config)

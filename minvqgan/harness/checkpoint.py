@@ -17,8 +17,8 @@ FORMAT = "minvqgan 1"
 def save(path: str | Path, kind: str, **content) -> None:
     """Write a checkpoint of a kind ("vqgan", "classifier", ...). `content`: tensors in plain containers.
 
-    It goes to a temporary name beside `path` and is renamed when it is complete and on the disk: whatever happens on the way,
-    `path` is the old file or the new one. Raises OSError (disk full) with the old file intact.
+    It goes to a temporary name beside `path` and is renamed when it is complete and on the disk: whatever happens on
+    the way, `path` is the old file or the new one. Raises OSError (disk full) with the old file intact.
     """
     path = Path(path)
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
@@ -35,8 +35,8 @@ def save(path: str | Path, kind: str, **content) -> None:
 
 
 def read(path: str | Path, kind: str | None = None) -> dict:
-    """The content of a checkpoint, on the CPU. Raises UserError, one line, for a file that is missing, broken, of another kind, or
-    that holds code."""
+    """The content of a checkpoint, on the CPU. Raises UserError, one line, for a file that is missing, broken, of
+    another kind, or that holds code."""
     path = Path(path)
     if not path.is_file():
         raise UserError(f"no checkpoint at {path}")
@@ -44,9 +44,21 @@ def read(path: str | Path, kind: str | None = None) -> dict:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         if "Unsupported global" in str(error) or "Unsupported operand" in str(error) or "GLOBAL" in str(error):
-            raise UserError(f"{path} holds objects other than tensors; nothing in it was executed, and it was not loaded") from None
+            raise UserError(
+                f"{path} holds objects other than tensors; nothing in it was executed, and it was not loaded"
+            ) from None
         raise UserError(f"{path} is truncated or not a checkpoint") from None
-    except (RuntimeError, EOFError, ValueError, KeyError, TypeError, AttributeError, IndexError, zipfile.BadZipFile, OSError):
+    except (
+        RuntimeError,
+        EOFError,
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        IndexError,
+        zipfile.BadZipFile,
+        OSError,
+    ):
         raise UserError(f"{path} is truncated or not a checkpoint") from None
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise UserError(f"{path} is not a minvqgan checkpoint")
@@ -69,10 +81,27 @@ def fill(module: torch.nn.Module, state: dict, path: str | Path) -> None:
     own = module.state_dict()
     for key in sorted(own.keys() | state.keys(), key=str):
         if key not in state or key not in own:
-            raise UserError(f"{path}: {key} is {'missing' if key in own else 'unknown'}; the file is of another configuration")
+            raise UserError(
+                f"{path}: {key} is {'missing' if key in own else 'unknown'}; the file is of another configuration"
+            )
         if not isinstance(state[key], torch.Tensor) or own[key].shape != state[key].shape:
             raise UserError(f"{path}: {key} has another shape than the configuration says")
     module.load_state_dict(state)
+
+
+def restore(saved: dict, parts: dict, path: str | Path) -> None:
+    """Fill each part (a module or an optimizer) from saved[name]. Raises UserError naming what does not fit."""
+    for name, part in parts.items():
+        state = saved.get(name)
+        if not isinstance(state, dict):
+            raise UserError(f"{path} has no {name}; training cannot go on from it")
+        if isinstance(part, torch.nn.Module):
+            fill(part, state, path)
+            continue
+        try:
+            part.load_state_dict(state)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"{path}: {name} does not fit ({error})") from None
 
 
 def load_vqgan(path: str | Path) -> VQGAN:

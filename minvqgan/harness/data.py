@@ -1,7 +1,7 @@
 """Pictures for training: folders, torchvision sets by name, and the built-in `shapes`.
 
-A dataset yields dicts with the sources asked for (`image` (3, S, S) in [-1, 1], `labels` (S, S) int64, `depth` (1, S, S) in
-[-1, 1]) and `class`, an int. `to_input` turns a batch of them into what a VQGAN of an input kind reads:
+A dataset yields dicts with the sources asked for (`image` (3, S, S) in [-1, 1], `labels` (S, S) int64, `depth` (1, S,
+S) in [-1, 1]) and `class`, an int. `to_input` turns a batch of them into what a VQGAN of an input kind reads:
 
     rgb     (B, 3, S, S)  the picture
     gray    (B, 1, S, S)  its luminance
@@ -114,7 +114,7 @@ READERS = {"image": read_rgb, "labels": read_labels, "depth": read_depth}
 
 
 def _fit(image: Image.Image, resize: int, smooth: bool) -> Image.Image:
-    """Scale so that the shorter side is `resize`. Labels take the nearest pixel: between 2 and 6 there is no label 4."""
+    """Scale the shorter side to `resize`. Labels take the nearest pixel: between 2 and 6 there is no label 4."""
     scale = resize / min(image.size)
     size = tuple(max(resize, round(side * scale)) for side in image.size)
     if size == image.size:
@@ -158,7 +158,9 @@ class FolderPictures(Dataset):
         if source == "labels" and self.num_labels:
             top = int(np.asarray(image).max())
             if top >= self.num_labels or np.asarray(image).min() < 0:
-                raise UserError(f"{path}: holds label {top}, but --num-labels {self.num_labels} allows 0 to {self.num_labels - 1}")
+                raise UserError(
+                    f"{path}: holds label {top}, but --num-labels {self.num_labels} allows 0 to {self.num_labels - 1}"
+                )
         image = _fit(image, self.resize, smooth=source != "labels")
         bytes_taken = image.width * image.height * (3 if source == "image" else 4)
         if bytes_taken <= self.room:
@@ -231,11 +233,13 @@ class TorchvisionPictures(FolderPictures):
     """A torchvision dataset of (PIL image, class) pairs, cropped and flipped like files are."""
 
     def __init__(self, wrapped, classes, image_size, resize, seed, flip):
-        super().__init__([{"image": i} for i in range(len(wrapped))], None, classes, image_size, resize, None, seed, flip)
+        super().__init__(
+            [{"image": i} for i in range(len(wrapped))], None, classes, image_size, resize, None, seed, flip
+        )
         self.wrapped = wrapped
 
     def _read(self, index: int, source: str) -> Image.Image:
-        image, label = self.wrapped[index]
+        image, _ = self.wrapped[index]
         return _fit(image.convert("RGB"), self.resize, smooth=True)
 
     def _sample(self, index: int, draw: int | None) -> dict:
@@ -265,7 +269,8 @@ def _torchvision(name: str, image_size: int, resize: int, seed: int, flip: bool)
             wrapped = getattr(torchvision.datasets, cls)(TORCHVISION_ROOT, download=True, **part)
         except (OSError, RuntimeError) as error:  # no network, a moved mirror, a broken archive
             raise UserError(
-                f"{name} is not in ./{TORCHVISION_ROOT} and could not be downloaded ({error}); put it there or name a folder"
+                f"{name} is not in ./{TORCHVISION_ROOT} and could not be downloaded ({error}); "
+                "put it there or name a folder"
             ) from None
         count = max((int(wrapped[i][1]) for i in range(len(wrapped))), default=0) + 1 if cls == "SVHN" else 0
         classes = tuple(map(str, getattr(wrapped, "classes", None) or range(count)))
@@ -298,7 +303,9 @@ def _scan(root: Path, sources: tuple[str, ...]) -> tuple[list[dict[str, Path]], 
     folders = {"image": "images", "labels": "labels", "depth": "depth"}
     if not (root / "images").is_dir() or not any((root / folders[s]).is_dir() for s in ("labels", "depth")):
         if len(sources) > 1:
-            raise UserError(f"{root}: {' and '.join(sources)} together need {root}/images beside {root}/{folders[sources[1]]}")
+            raise UserError(
+                f"{root}: {' and '.join(sources)} together need {root}/images beside {root}/{folders[sources[1]]}"
+            )
         paths = _readable(_find(root))
         names = [p.relative_to(root).parts[0] if len(p.relative_to(root).parts) > 1 else "" for p in paths]
         return [{sources[0]: p} for p in paths], names
@@ -318,14 +325,18 @@ def _scan(root: Path, sources: tuple[str, ...]) -> tuple[list[dict[str, Path]], 
 
 def _folder(root: Path, image_size: int, resize: int, sources, num_labels, seed: int, flip: bool):
     if not root.exists():
-        raise UserError(f"--data {root}: no such folder, and no data set of that name ({', '.join(['shapes', *TORCHVISION])})")
+        raise UserError(
+            f"--data {root}: no such folder, and no data set of that name ({', '.join(['shapes', *TORCHVISION])})"
+        )
     if not root.is_dir():
         raise UserError(f"--data {root} is a file; give the folder that holds the pictures")
     split = (root / "train").is_dir() and (root / "val").is_dir()
     parts = [_scan(root / part, sources) for part in ("train", "val")] if split else [_scan(root, sources)]
     for (files, _), part in zip(parts, ("train", "val"), strict=False):
         if not files:
-            raise UserError(f"no readable picture in {root / part if split else root} (looked for {', '.join(sorted(EXTENSIONS))})")
+            raise UserError(
+                f"no readable picture in {root / part if split else root} (looked for {', '.join(sorted(EXTENSIONS))})"
+            )
     if not split:
         files, names = parts[0]
         if len(files) < 2:
@@ -333,7 +344,10 @@ def _folder(root: Path, image_size: int, resize: int, sources, num_labels, seed:
         held_out = np.zeros(len(files), bool)  # 5 %, one at least, the same ones for a seed
         held_out[np.random.default_rng(seed).permutation(len(files))[: max(1, len(files) // 20)]] = True
         parts = [
-            ([f for f, h in zip(files, held_out, strict=True) if h == want], [n for n, h in zip(names, held_out, strict=True) if h == want])
+            (
+                [f for f, h in zip(files, held_out, strict=True) if h == want],
+                [n for n, h in zip(names, held_out, strict=True) if h == want],
+            )
             for want in (False, True)
         ]
     classes = tuple(sorted({name for _, names in parts for name in names}))
@@ -389,7 +403,9 @@ class Stream(Sampler):
             position += self.world
 
 
-def train_loader(dataset, batch_size: int, seed: int, start: int, workers: int, rank: int = 0, world: int = 1, pin=False):
+def train_loader(
+    dataset, batch_size: int, seed: int, start: int, workers: int, rank: int = 0, world: int = 1, pin=False
+):
     """Endless batches for one process; `start`: pictures that all processes together have seen before."""
     # A generator of its own: the loader draws a worker seed on creation, and from the global generator that would make
     # a resumed run differ from an uninterrupted one.

@@ -24,11 +24,14 @@ def psnr(x: Tensor, x_hat: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def evaluate_vqgan(model: VQGAN, batches: Iterable[dict], device: torch.device, perceptual: LPIPS | None = None) -> dict:
+def evaluate_vqgan(
+    model: VQGAN, batches: Iterable[dict], device: torch.device, perceptual: LPIPS | None = None
+) -> dict:
     """Held-out metrics, means over the pictures. Leaves the model in the mode it was in.
 
-    images: l1 (on [-1, 1]), psnr (dB), lpips (with `perceptual`); label maps: cross_entropy (nats a pixel), pixel_accuracy.
-    Both: usage (share of the codes chosen at all) and perplexity of the codebook over all these pictures.
+    images: l1 (on [-1, 1]), psnr (dB), lpips (with `perceptual`); label maps: cross_entropy (nats a pixel),
+    pixel_accuracy. Both: usage (share of the codes chosen at all) and perplexity of the codebook over all these
+    pictures.
     """
     kind, K, training = model.config.input_kind, model.config.codebook_size, model.training
     model.eval()
@@ -82,8 +85,8 @@ def vgg16_lpips() -> LPIPS:
     except (OSError, RuntimeError) as error:  # no network; a file that is broken or of another network
         place = Path(torch.hub.get_dir()) / "checkpoints" / Path(weights.url).name
         raise UserError(
-            f"the VGG16 weights could not be loaded ({' '.join(str(error).split())[:80]}): download {weights.url} to {place}, "
-            "or train with --perceptual none or --perceptual CLASSIFIER.pt"
+            f"the VGG16 weights could not be loaded ({' '.join(str(error).split())[:80]}): "
+            f"download {weights.url} to {place}, or train with --perceptual none or --perceptual CLASSIFIER.pt"
         ) from None
     return LPIPS(VGG16Features(vgg.features), lpips_weights())
 

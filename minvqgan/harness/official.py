@@ -1,13 +1,12 @@
 """The names of the official implementation (CompVis/taming-transformers) and ours, one beside the other.
 
 Both sides hold the same tensors in the same order, so a mapping is a list of pairs (official prefix, our prefix),
-made by walking a configuration the way the official constructors do. Every key is used or reported: a checkpoint that was
-loaded "almost" gives pictures that are almost right, and costs days.
+made by walking a configuration the way the official constructors do. Every key is used or reported: a checkpoint that
+was loaded "almost" gives pictures that are almost right, and costs days.
 """
 
 from collections.abc import Iterable
 
-import torch
 from torch import Tensor, nn
 
 from ..quantizer import GumbelQuantizer
@@ -17,11 +16,14 @@ from ..vqgan import VQGAN, VQGANConfig
 UNNEEDED = ("loss.",)
 
 
-def vqgan_config(ddconfig: dict, n_embed: int, embed_dim: int, beta: float = 0.25, legacy: bool = True, **ours) -> VQGANConfig:
+def vqgan_config(
+    ddconfig: dict, n_embed: int, embed_dim: int, beta: float = 0.25, legacy: bool = True, **ours
+) -> VQGANConfig:
     """Our configuration from the official `ddconfig`, `n_embed` and `embed_dim`.
 
-    legacy: the published models were trained with beta on the codebook term. Further fields of VQGANConfig (`input_kind`,
-    `gumbel`) pass through. Raises ValueError for what no published VQGAN uses: double_z, or other channels out than in.
+    legacy: the published models were trained with beta on the codebook term. Further fields of VQGANConfig
+    (`input_kind`, `gumbel`) pass through. Raises ValueError for what no published VQGAN uses: double_z, or other
+    channels out than in.
     """
     dd = dict(ddconfig)
     if dd.pop("double_z", False):

@@ -12,12 +12,12 @@ from ..vqgan import VQGAN
 
 
 def to_pixels(x: Tensor) -> Tensor:
-    """Model range [-1, 1] (..., C, H, W) -> uint8 [0, 255]. The one place where the range changes; values outside are clipped."""
+    """Model range [-1, 1] (..., C, H, W) -> uint8 [0, 255], clipped. The one place where the range changes."""
     return ((x.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
 
 
 def _distinct_colours(n: int) -> Tensor:
-    """n colours in [-1, 1], (n, 3), neighbours far apart in hue (golden-ratio steps) and stepping through three lightnesses."""
+    """n colours in [-1, 1], (n, 3): hues in golden-ratio steps, in three lightnesses."""
     i = torch.arange(n)
     hue = (i * 0.618034) % 1
     rgb = ((hue[:, None] * 6 + torch.tensor([0.0, 4.0, 2.0])) % 6 - 3).abs().sub(1).clamp(0, 1)

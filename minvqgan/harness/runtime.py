@@ -1,4 +1,4 @@
-"""What a script needs around its loop: flags, devices, processes, signals, errors that a user can read, the metrics file."""
+"""What a script needs around its loop: flags, devices, processes, signals, readable errors, the metrics file."""
 
 import argparse
 import contextlib
@@ -13,10 +13,12 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 
 class UserError(Exception):
-    """Something the user can put right: printed as one line, exit code 2. The message says what, where, and what to do."""
+    """Something the user can put right, printed as one line, exit code 2: what is wrong, where, and what to do."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -61,7 +63,9 @@ def run(main: Callable[[], int | None]) -> None:
         print("interrupted", file=sys.stderr)
         code = 130
     except torch.OutOfMemoryError:
-        print("error: out of GPU memory; try a smaller --batch-size (with --accumulate for the same sum)", file=sys.stderr)
+        print(
+            "error: out of GPU memory; try a smaller --batch-size (with --accumulate for the same sum)", file=sys.stderr
+        )
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EFBIG, errno.EDQUOT):
             raise
@@ -103,8 +107,35 @@ def autocast(device: torch.device, amp: bool):
     return torch.autocast(device.type, torch.bfloat16) if amp else contextlib.nullcontext()
 
 
+def distributed(module: nn.Module, device: torch.device) -> nn.Module:
+    """The module, under torchrun wrapped so that its gradients are averaged over the processes."""
+    if not dist.is_initialized():
+        return module
+    # Buffers stay as they are: the codebook's use is summed over the processes already, and BatchNorm's running
+    # statistics serve nobody, for D always judges with those of the batch.
+    ids = [device] if device.type == "cuda" else None
+    return DistributedDataParallel(module, device_ids=ids, broadcast_buffers=False)
+
+
+@contextlib.contextmanager
+def averaged(*modules: nn.Module, last_part: bool):
+    """Around one part of a batch: gradients are averaged over the processes once a step, with the last part."""
+    with contextlib.ExitStack() as stack:
+        for module in modules:
+            if isinstance(module, DistributedDataParallel) and not last_part:
+                stack.enter_context(module.no_sync())
+        yield
+
+
+def mean_of(parts: list[dict[str, torch.Tensor]]) -> dict[str, float]:
+    """Means of named scalars over the parts of a batch. One transfer for all: every `.item()` makes a GPU wait."""
+    names = list(parts[0])
+    table = torch.stack([torch.stack([part[name].detach().float() for name in names]) for part in parts])
+    return dict(zip(names, table.mean(0).tolist(), strict=True))
+
+
 class Stopper:
-    """Turns Ctrl-C and SIGTERM into a flag, so that the step under way ends and is saved. A second Ctrl-C ends at once."""
+    """Turns Ctrl-C and SIGTERM into a flag, so that the step under way is saved. A second Ctrl-C ends at once."""
 
     def __init__(self):
         self.signal = 0
@@ -117,7 +148,7 @@ class Stopper:
         self.signal = number
 
     def stop(self, device: torch.device) -> bool:
-        """True once any process was asked to stop: all must leave the loop at the same step, or the rest wait for ever."""
+        """True once any process was asked to stop: all must leave the loop at the same step."""
         if not dist.is_initialized():
             return bool(self.signal)
         flag = torch.tensor(self.signal, device=device)
@@ -131,7 +162,7 @@ class Stopper:
 
 
 def random_state() -> dict:
-    """State of torch's generators, for a checkpoint. (Crops and data order are functions of the seed: see data.Stream.)"""
+    """State of torch's generators. (Crops and data order are functions of the seed alone: see data.Stream.)"""
     return {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []}
 
 
@@ -142,7 +173,7 @@ def set_random_state(state: dict) -> None:
 
 
 class MetricsFile:
-    """`metrics.csv`: one row a logged step. On resume rows from `step` on are dropped, for they will be written again."""
+    """`metrics.csv`: one row a logged step. Rows after `step`, the resumed one, are dropped and written anew."""
 
     def __init__(self, path: Path, columns: list[str], step: int):
         self.path, self.columns = path, columns

@@ -1,9 +1,9 @@
 """`shapes`: procedural pictures to learn on, without files or downloads.
 
-Each picture shows a horizon between a sky and a ground, one large object of six kinds and eight colours, sometimes a sun.
-The object is lit from the sun's side and its shadow falls to the other: whether a picture is right cannot be told from a
-patch of it, and that is what stage two has to learn. Every picture comes with its class (the object's kind), a label map and a
-depth map, is drawn at any size, and depends on (seed, index) alone.
+Each picture shows a horizon between a sky and a ground, one large object of six kinds and eight colours, sometimes a
+sun. The object is lit from the sun's side and its shadow falls to the other: whether a picture is right cannot be told
+from a patch of it, and that is what stage two has to learn. Every picture comes with its class (the object's kind), a
+label map and a depth map, is drawn at any size, and depends on (seed, index) alone.
 
 Coordinates: x to the right, y downwards, both in [-1, 1] over the picture.
 """
