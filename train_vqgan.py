@@ -110,6 +110,10 @@ MODEL_FLAGS = (
     "codebook_size code_dim beta legacy l2_norm rotation gumbel"
 ).split()
 
+# What a checkpoint must hold beside the weights for training to go on from it.
+RESUME_NEEDS = {"discriminator": dict, "opt_g": dict, "opt_d": dict, "step": int, "seconds": float, "best": float}
+RESUME_NEEDS |= {"disc_steps": list, "flags": dict, "random": dict}
+
 # What a resumed run may change; everything else would make another model of it.
 MAY_CHANGE = "steps device amp compile workers resume val_every val_images save_every log_every out preset".split()
 
@@ -205,7 +209,7 @@ def parse_flags():
     p.set_defaults(**PRESETS["tiny"] | PRESETS.get(early.preset, {}))
     saved = None
     if early.resume:
-        saved = checkpoint.read(Path(early.out) / "last.pt", "vqgan")
+        saved = checkpoint.read(Path(early.out) / "last.pt", "vqgan", needs=RESUME_NEEDS)
         p.set_defaults(**saved["flags"])
     args = p.parse_args()
     if saved:
@@ -311,20 +315,19 @@ def main() -> int:
     model, judge = runtime.distributed(vqgan, device), runtime.distributed(disc, device)
 
     part_size = args.batch_size // (world * args.accumulate)
-    seen = start * args.batch_size
-    batches = data.train_loader(train_set, part_size, args.seed, seen, workers, rank, world, pin=device.type == "cuda")
+
+    def batches_from(step: int):
+        seen = step * args.batch_size
+        return data.train_loader(train_set, part_size, args.seed, seen, workers, rank, world, device.type == "cuda")
 
     def to_x(batch: dict) -> torch.Tensor:
         batch = {k: v.to(device, non_blocking=True) for k, v in batch.items()}
         return data.to_input(batch, args.input, args.num_labels).contiguous(memory_format=torch.channels_last)
 
-    def held_out():
-        return data.held_out_batches(val_set, part_size, args.val_images)
-
     if not saved and args.revive_every and not args.gumbel:
         # Codes begin where latents are. All are "dead" before the first step, so this places every one of them.
         with torch.no_grad():
-            vqgan.quantizer.revive_dead_codes(vqgan.eval().encode(to_x(next(batches))).z)
+            vqgan.quantizer.revive_dead_codes(vqgan.eval().encode(to_x(next(batches_from(0)))).z)
     if saved:
         runtime.set_random_state(saved["random"])
 
@@ -339,6 +342,7 @@ def main() -> int:
         )
 
     vqgan.train()
+    batches = batches_from(start)
     stopper, began = runtime.Stopper(), time.time()
     counts, revived = torch.zeros(args.codebook_size, device=device), 0  # since the last row of metrics.csv
     bar = tqdm(range(start + 1, args.steps + 1), initial=start, total=args.steps, disable=rank > 0, dynamic_ncols=True)
@@ -421,7 +425,9 @@ def main() -> int:
                 "Then expect L1 to rise a little, edges to sharpen, and disc_loss to stay between 0.5 and 1."
             )
         if step % args.val_every == 0 or last:
-            values = metrics.evaluate_vqgan(vqgan, held_out(), device, perceptual)
+            values = metrics.evaluate_vqgan(
+                vqgan, data.held_out_batches(val_set, part_size, args.val_images), device, perceptual
+            )
             row |= {f"val_{k}": v for k, v in values.items()}
             tqdm.write(f"step {step}: held out " + ", ".join(f"{k} {v:.4g}" for k, v in values.items()))
             if values["usage"] < 0.5:
@@ -441,7 +447,9 @@ def main() -> int:
                     step=step,
                     flags=vars(args),
                 )
-            save_pictures(vqgan, next(held_out()), device, out / "images" / f"step_{step:07d}.png")
+            save_pictures(
+                vqgan, next(data.held_out_batches(val_set, 8, 8)), device, out / "images" / f"step_{step:07d}.png"
+            )
         if row:
             log.write(step=step, seconds=seconds_before + time.time() - began, **row)
         if step % args.val_every == 0 or last or stopping:
@@ -478,9 +486,9 @@ def main() -> int:
 
 @torch.no_grad()
 def save_pictures(vqgan: VQGAN, batch: dict, device: torch.device, path: Path) -> None:
-    """Eight held-out pictures, always the same: originals, reconstructions, codes."""
+    """A batch of held-out pictures, always the same ones: originals, reconstructions, codes."""
     kind = vqgan.config.input_kind
-    x = data.to_input({k: v[:8].to(device) for k, v in batch.items()}, kind, vqgan.config.in_channels)
+    x = data.to_input({k: v.to(device) for k, v in batch.items()}, kind, vqgan.config.in_channels)
     vqgan.eval()
     x_hat, quantized = vqgan(x)
     vqgan.train()

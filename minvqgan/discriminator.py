@@ -103,7 +103,7 @@ def adaptive_weight(
     goes back through the whole network once. The textbook way, `backward` on L_rec + lambda L_GAN after two
     `autograd.grad`, runs LPIPS and D backward twice for the same numbers.
     """
-    grads = [torch.autograd.grad(x_hat, last_weight, g, retain_graph=True)[0].float() for g in (rec_grad, gan_grad)]
+    grads = [torch.autograd.grad(x_hat, last_weight, g, retain_graph=True)[0] for g in (rec_grad, gan_grad)]
     if dist.is_initialized():  # the ratio of the whole batch's gradients, not of this process's share
         for g in grads:
             dist.all_reduce(g)

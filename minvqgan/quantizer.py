@@ -123,10 +123,11 @@ class VectorQuantizer(nn.Module):
     @torch.autocast("cpu", enabled=False)
     def forward(self, z: Tensor) -> Quantized:
         B, D, h, w = z.shape
-        flat = z.float().permute(0, 2, 3, 1).reshape(-1, D)  # (N, D)
+        z = z.to(torch.promote_types(z.dtype, torch.float32))
+        flat = z.permute(0, 2, 3, 1).reshape(-1, D)  # (N, D)
         if self.l2_norm:
             flat = F.normalize(flat, dim=1)
-        codes = self.codes().float()  # (K, D)
+        codes = self.codes()  # (K, D)
         with torch.no_grad():
             indices = nearest_code(flat, codes)  # (N,)
         if self.training:
@@ -145,7 +146,7 @@ class VectorQuantizer(nn.Module):
         counts = torch.bincount(indices.flatten(), minlength=self.codebook_size).float()  # (K,)
         if dist.is_initialized():  # every process must come to the same verdict about a code
             dist.all_reduce(counts)
-        self.recent_use.lerp_(counts / counts.sum(), 0.02)
+        self.recent_use.lerp_((counts / counts.sum()).to(self.recent_use), 0.02)
 
     @torch.no_grad()
     def revive_dead_codes(self, z: Tensor, threshold: float = 0.05) -> int:

@@ -64,6 +64,9 @@ def read(path: str | Path, kind: str | None = None) -> dict:
         raise UserError(f"{path} is not a minvqgan checkpoint")
     if kind and content.get("kind") != kind:
         raise UserError(f"{path} holds a {content.get('kind')}, not a {kind}")
+    for name, type_ in (needs or {}).items():
+        if not isinstance(content.get(name), type_):
+            raise UserError(f"{path} has no {name}; training cannot go on from it")
     return content
 
 
@@ -79,6 +82,8 @@ def config_from(cls, values: dict, path: str | Path):
 def fill(module: torch.nn.Module, state: dict, path: str | Path) -> None:
     """load_state_dict, strictly, with a UserError of one line that names the first key that does not fit."""
     own = module.state_dict()
+    if not isinstance(state, dict):
+        raise UserError(f"{path}: the weights are not a dict of tensors")
     for key in sorted(own.keys() | state.keys(), key=str):
         if key not in state or key not in own:
             raise UserError(
@@ -92,14 +97,11 @@ def fill(module: torch.nn.Module, state: dict, path: str | Path) -> None:
 def restore(saved: dict, parts: dict, path: str | Path) -> None:
     """Fill each part (a module or an optimizer) from saved[name]. Raises UserError naming what does not fit."""
     for name, part in parts.items():
-        state = saved.get(name)
-        if not isinstance(state, dict):
-            raise UserError(f"{path} has no {name}; training cannot go on from it")
         if isinstance(part, torch.nn.Module):
-            fill(part, state, path)
+            fill(part, saved[name], path)
             continue
         try:
-            part.load_state_dict(state)
+            part.load_state_dict(saved[name])
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{path}: {name} does not fit ({error})") from None
 

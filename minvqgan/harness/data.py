@@ -404,7 +404,7 @@ class Stream(Sampler):
 
 
 def train_loader(
-    dataset, batch_size: int, seed: int, start: int, workers: int, rank: int = 0, world: int = 1, pin=False
+    dataset, batch_size: int, seed: int, start: int, workers: int, rank: int = 0, world: int = 1, pin: bool = False
 ):
     """Endless batches for one process; `start`: pictures that all processes together have seen before."""
     # A generator of its own: the loader draws a worker seed on creation, and from the global generator that would make

@@ -1,5 +1,6 @@
 """Held-out quality of a VQGAN, and the networks that judge pictures: LPIPS on VGG16, and a small classifier."""
 
+import pickle
 from collections.abc import Iterable
 from importlib.util import find_spec
 from pathlib import Path
@@ -82,7 +83,7 @@ def vgg16_lpips() -> LPIPS:
     weights = torchvision.models.VGG16_Weights.IMAGENET1K_V1
     try:
         vgg = torchvision.models.vgg16(weights=weights)
-    except (OSError, RuntimeError) as error:  # no network; a file that is broken or of another network
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:  # no network; a broken or other file
         place = Path(torch.hub.get_dir()) / "checkpoints" / Path(weights.url).name
         raise UserError(
             f"the VGG16 weights could not be loaded ({' '.join(str(error).split())[:80]}): "

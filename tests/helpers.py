@@ -1,0 +1,58 @@
+"""What several test files need: the official numbers, a distance, and a way to run a script as a user."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def fixture(name: str) -> dict:
+    """Random weights, inputs and outputs of the official implementation; `what` says which part."""
+    return torch.load(ROOT / "tests" / "fixtures" / f"{name}.pt", weights_only=True)
+
+
+def relative_error(ours: torch.Tensor, truth: torch.Tensor) -> float:
+    """Largest difference, as a share of the largest true number. Shapes must agree: broadcasting would hide an error."""
+    assert ours.shape == truth.shape, f"{tuple(ours.shape)} is not {tuple(truth.shape)}"
+    return ((ours.double() - truth.double()).abs().max() / truth.double().abs().max()).item()
+
+
+def run_script(*words, cwd: Path, timeout: float = 120, limit: str = "") -> subprocess.CompletedProcess:
+    """`python SCRIPT ...` in a process of its own. limit: a shell command before it, such as `ulimit -f 100`.
+
+    One thread: on few cores several torch processes slow each other down many times over.
+    """
+    command = [sys.executable, str(ROOT / str(words[0])), *map(str, words[1:])]
+    if limit:
+        command = ["bash", "-c", f'{limit}; exec "$@"', "bash", *command]
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=timeout)
+
+
+def assert_one_line_error(done: subprocess.CompletedProcess, *words: str) -> None:
+    """Exit code 2, no traceback, and a last line that begins with `error:` and holds all the words."""
+    assert done.returncode == 2, f"exit code {done.returncode}: {done.stderr[-2000:]}"
+    assert "Traceback" not in done.stderr, done.stderr[-2000:]
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("error: "), done.stderr[-2000:]
+    for word in words:
+        assert word in last, f"{word!r} is not in {last!r}"
+
+
+def make_photos(folder: Path, n: int = 8, size: tuple[int, int] = (40, 36)) -> list[Path]:
+    """n smooth random RGB pictures of (width, height) as PNG."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rng = np.random.default_rng(0)
+    paths = []
+    for i in range(n):
+        coarse = Image.fromarray(rng.integers(0, 256, (4, 4, 3), dtype=np.uint8))
+        path = folder / f"photo_{i:02d}.png"
+        coarse.resize(size, Image.Resampling.BICUBIC).save(path)
+        paths.append(path)
+    return paths

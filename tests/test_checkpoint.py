@@ -1,0 +1,122 @@
+"""Checkpoints: whole or not at all, plain tensors only, and one line for every file that does not fit."""
+
+import os
+import pickle
+import subprocess
+import sys
+
+import pytest
+import torch
+from helpers import ROOT
+
+import minvqgan
+from minvqgan import VQGAN, VQGANConfig
+from minvqgan.harness import checkpoint
+from minvqgan.harness.runtime import UserError
+
+CONFIG = VQGANConfig(image_size=16, ch=8, ch_mult=(1, 2), z_channels=8, code_dim=4, codebook_size=16)
+
+
+@pytest.fixture
+def saved(tmp_path):
+    torch.manual_seed(0)
+    vqgan = VQGAN(CONFIG)
+    checkpoint.save(tmp_path / "last.pt", "vqgan", config=vars(CONFIG), model=vqgan.state_dict())
+    return tmp_path / "last.pt", vqgan
+
+
+def test_load_gives_the_model_back_in_eval_mode(saved):
+    path, vqgan = saved
+    loaded = minvqgan.load(path)
+    assert not loaded.training and loaded.config == CONFIG
+    x = torch.randn(1, 3, 16, 16)
+    assert torch.equal(loaded(x)[0], vqgan.eval()(x)[0])
+
+
+class Bomb:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.path}",)
+
+
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+@pytest.mark.parametrize("protocol", [2, 4])
+def test_code_in_a_file_is_not_executed(tmp_path, protocol):
+    mark, path = tmp_path / "executed", tmp_path / "bomb.pt"
+    torch.save({"format": "minvqgan 1", "kind": "vqgan", "model": Bomb(mark)}, path, pickle_protocol=protocol)
+    with pytest.raises(UserError, match="other than tensors; nothing in it was executed"):
+        minvqgan.load(path)
+    path.write_bytes(pickle.dumps(Bomb(mark), protocol=protocol))
+    with pytest.raises(UserError):
+        minvqgan.load(path)
+    assert not mark.exists()
+
+
+def test_files_that_do_not_fit(saved, tmp_path):
+    path, vqgan = saved
+    content = checkpoint.read(path)
+
+    def refused(match, **changes):
+        torch.save(content | changes, tmp_path / "odd.pt")
+        with pytest.raises(UserError, match=match):
+            minvqgan.load(tmp_path / "odd.pt")
+
+    state = vqgan.state_dict()
+    refused("is not a minvqgan checkpoint", format="another 1")
+    refused("holds a classifier, not a vqgan", kind="classifier")
+    refused(r"the configuration does not fit this version \(colour\)", config=vars(CONFIG) | {"colour": 1})
+    refused("decoder.layers.0.weight has another shape", config=vars(CONFIG) | {"z_channels": 16})
+    refused("no model can be built", config=vars(CONFIG) | {"norm_groups": 3})
+    refused("no model can be built", config=vars(CONFIG) | {"ch": "many"})
+    refused("decoder.conv_out.bias is missing", model={k: v for k, v in state.items() if k != "decoder.conv_out.bias"})
+    refused("surprise is unknown", model=state | {"surprise": torch.zeros(1)})
+    refused("has another shape", model=state | {"to_code.bias": torch.zeros(99)})
+    refused("has another shape", model=state | {"to_code.bias": 3.0})
+    refused("not a dict of tensors", model=[1, 2])
+    with pytest.raises(UserError, match="no checkpoint at"):
+        minvqgan.load(tmp_path / "nowhere.pt")
+
+
+def test_truncated_anywhere(saved, tmp_path):
+    whole = saved[0].read_bytes()
+    for share in (0, 0.001, 0.1, 0.5, 0.9, 0.999):
+        (tmp_path / "part.pt").write_bytes(whole[: int(share * len(whole))])
+        with pytest.raises(UserError, match="truncated or not a checkpoint"):
+            minvqgan.load(tmp_path / "part.pt")
+
+
+def test_a_full_disk_leaves_the_old_file(saved, monkeypatch):
+    path, vqgan = saved
+    before = path.read_bytes()
+
+    def fail(content, file):
+        file.write(b"half of it")
+        raise RuntimeError("[enforce fail at inline_container.cc] . unexpected pos 64 vs 0")
+
+    monkeypatch.setattr(torch, "save", fail)
+    with pytest.raises(OSError, match="disk is full"):
+        checkpoint.save(path, "vqgan", model=vqgan.state_dict())
+    assert path.read_bytes() == before
+    assert [p.name for p in path.parent.iterdir()] == ["last.pt"]
+
+
+def test_kill_9_in_the_middle_of_a_save_leaves_the_old_file(saved):
+    path, _ = saved
+    before = path.read_bytes()
+    program = f"""
+import os, signal, torch
+from minvqgan.harness import checkpoint
+whole = torch.save
+def half(content, file):
+    whole(content, file)
+    file.seek(1000); file.truncate(); file.flush()
+    os.kill(os.getpid(), signal.SIGKILL)
+torch.save = half
+checkpoint.save({str(path)!r}, "vqgan", model={{"a": torch.zeros(1000)}})
+"""
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT)
+    assert done.returncode == -9
+    assert path.read_bytes() == before
+    assert len(list(path.parent.iterdir())) == 2  # the half file lies beside it, under another name

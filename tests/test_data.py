@@ -1,0 +1,294 @@
+"""Folders, torchvision sets and shapes: every odd file ends as the right numbers, every mistake as one line."""
+
+import gzip
+import struct
+
+import numpy as np
+import pytest
+import torch
+from helpers import make_photos
+from PIL import Image
+
+from minvqgan.harness import data, shapes
+from minvqgan.harness.data import open_data, read_depth, read_labels, read_rgb, to_input
+from minvqgan.harness.runtime import UserError
+
+RED, HALF = (255, 0, 0), 128
+
+
+def pixel(path, at=(2, 2)):
+    return read_rgb(path).getpixel(at)
+
+
+def test_every_mode_becomes_rgb(tmp_path):
+    size = (8, 6)
+    Image.new("RGB", size, RED).save(tmp_path / "rgb.png")
+    Image.new("RGB", size, RED).convert("P", palette=Image.Palette.ADAPTIVE).save(tmp_path / "palette.png")
+    Image.new("CMYK", size, (0, 255, 255, 0)).save(tmp_path / "cmyk.tif")
+    for name in ("rgb.png", "palette.png", "cmyk.tif"):
+        assert read_rgb(tmp_path / name).mode == "RGB"
+        assert pixel(tmp_path / name) == RED, name
+    Image.new("L", size, HALF).save(tmp_path / "gray.png")
+    Image.new("LA", size, (HALF, 255)).save(tmp_path / "gray_alpha.png")
+    Image.fromarray(np.full((6, 8), HALF * 257, np.uint16)).save(tmp_path / "deep.png")
+    Image.fromarray(np.full((6, 8), HALF / 255, np.float32)).save(tmp_path / "float.tif")
+    for name in ("gray.png", "gray_alpha.png", "deep.png", "float.tif"):
+        assert pixel(tmp_path / name) == (HALF,) * 3, name
+
+
+def test_transparent_parts_lie_on_white(tmp_path):
+    Image.new("RGBA", (8, 6), (255, 0, 0, 0)).save(tmp_path / "clear.png")
+    assert pixel(tmp_path / "clear.png") == (255, 255, 255)
+    Image.new("RGBA", (8, 6), (255, 0, 0, 255)).save(tmp_path / "solid.png")
+    assert pixel(tmp_path / "solid.png") == RED
+
+
+def test_exif_orientation_is_applied(tmp_path):
+    image = Image.new("RGB", (8, 4), "white")
+    image.putpixel((0, 0), RED)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # stored lying on its side: turn by 90 degrees clockwise
+    image.save(tmp_path / "turned.png", exif=exif)
+    assert read_rgb(tmp_path / "turned.png").size == (4, 8)
+    assert pixel(tmp_path / "turned.png", (3, 0)) == RED
+
+
+def test_an_animation_shows_its_first_frame(tmp_path):
+    frames = [Image.new("RGB", (8, 6), c) for c in ("red", "blue")]
+    frames[0].save(tmp_path / "moving.gif", save_all=True, append_images=frames[1:])
+    assert pixel(tmp_path / "moving.gif") == RED
+
+
+def test_depth_keeps_sixteen_bits(tmp_path):
+    values = np.array([[0, 1, 32768, 65535]] * 2, np.uint16)
+    Image.fromarray(values).save(tmp_path / "depth.png")
+    assert np.allclose(np.asarray(read_depth(tmp_path / "depth.png")), values / 65535 * 2 - 1, atol=1e-6)
+
+
+def test_label_maps_are_read_by_index(tmp_path):
+    indices = np.arange(12, dtype=np.uint8).reshape(3, 4)
+    image = Image.fromarray(indices)
+    image.save(tmp_path / "plain.png")
+    image = Image.fromarray(indices, mode="P")
+    image.putpalette([0] * 768)  # all black to the eye
+    image.save(tmp_path / "palette.png")
+    for name in ("plain.png", "palette.png"):
+        assert np.array_equal(np.asarray(read_labels(tmp_path / name)), indices)
+    Image.new("RGB", (4, 3)).save(tmp_path / "colour.png")
+    with pytest.raises(UserError, match=r"colour\.png: a label map has one channel"):
+        read_labels(tmp_path / "colour.png")
+
+
+def test_folder_range_size_and_held_out_share(tmp_path):
+    make_photos(tmp_path, n=40, size=(50, 30))
+    train, val = open_data(str(tmp_path), image_size=24)
+    assert (len(train), len(val)) == (38, 2)
+    x = train[0, 7]["image"]
+    assert x.shape == (3, 24, 24) and x.dtype == torch.float32 and -1 <= x.min() < x.max() <= 1
+    again, _ = open_data(str(tmp_path), image_size=24)
+    assert [f["image"] for f in again.files] == [f["image"] for f in train.files]
+    assert not {f["image"] for f in train.files} & {f["image"] for f in val.files}
+    assert torch.equal(again[0, 7]["image"], x)  # a crop depends on (seed, draw) alone
+    draws = torch.stack([train[0, draw]["image"] for draw in range(8)])
+    assert len(draws.unique(dim=0)) > 4
+
+
+def test_small_pictures_are_enlarged_and_large_ones_scaled(tmp_path):
+    make_photos(tmp_path / "a", n=1, size=(7, 5))
+    make_photos(tmp_path / "b", n=1, size=(300, 90))
+    train, val = open_data(str(tmp_path), image_size=32)
+    for dataset in (train, val):
+        assert dataset[0, 0]["image"].shape == (3, 32, 32)
+    with pytest.raises(UserError, match="--resize 16 is smaller than --image-size 32"):
+        open_data(str(tmp_path), image_size=32, resize=16)
+
+
+def test_subfolders_are_classes_and_val_is_respected(tmp_path):
+    for part, n in (("train", 3), ("val", 2)):
+        for name in ("cat", "dog"):
+            make_photos(tmp_path / part / name, n=n)
+    train, val = open_data(str(tmp_path), image_size=16)
+    assert train.classes == val.classes == ("cat", "dog")
+    assert [train[i, 0]["class"] for i in range(6)] == [0, 0, 0, 1, 1, 1]
+    assert len(val) == 4
+
+
+def test_flip_mirrors_half_of_the_draws(tmp_path):
+    ramp = np.tile(np.arange(0, 256, 8, dtype=np.uint8)[None, :, None], (32, 1, 3))
+    for i in range(2):
+        Image.fromarray(ramp).save(tmp_path / f"{i}.png")
+    for flip, expected in ((True, range(30, 71)), (False, [0])):
+        train, _ = open_data(str(tmp_path), image_size=32, flip=flip)
+        mirrored = sum(bool(x[0, 0, 0] > x[0, 0, -1]) for x in (train[0, d]["image"] for d in range(100)))
+        assert mirrored in expected
+
+
+def test_broken_files_are_skipped_and_named_once(tmp_path, capfd):
+    good = make_photos(tmp_path, n=6)
+    (tmp_path / "text.jpg").write_text("not a picture")
+    whole = good[0].read_bytes()
+    (tmp_path / "half.png").write_bytes(whole[: len(whole) // 2])  # a good header, half of the pixels
+    train, val = open_data(str(tmp_path), image_size=16)
+    for draw in range(50):
+        for dataset in (train, val):
+            assert dataset[draw % len(dataset), draw]["image"].shape == (3, 16, 16)
+    err = capfd.readouterr().err
+    assert err.count("text.jpg") == 1 and err.count("half.png") == 1
+
+
+def test_folder_mistakes(tmp_path):
+    with pytest.raises(UserError, match="no such folder"):
+        open_data(str(tmp_path / "nowhere"), 16)
+    with pytest.raises(UserError, match="no readable picture"):
+        open_data(str(tmp_path), 16)
+    (tmp_path / "only.png").write_text("no")
+    with pytest.raises(UserError, match="no readable picture"):
+        open_data(str(tmp_path), 16)
+    with pytest.raises(UserError, match="is a file"):
+        open_data(str(tmp_path / "only.png"), 16)
+    make_photos(tmp_path, n=1)
+    with pytest.raises(UserError, match="at least two"):
+        open_data(str(tmp_path), 16)
+
+
+def make_pairs(folder, n=4, size=(24, 20), top=5):
+    photos = make_photos(folder / "images", n, size)
+    (folder / "labels").mkdir()
+    for i, photo in enumerate(photos):
+        labels = np.random.default_rng(i).integers(0, top + 1, size[::-1], dtype=np.uint8)
+        Image.fromarray(labels).save(folder / "labels" / photo.name)
+    return photos
+
+
+def test_pairs_are_cut_alike(tmp_path):
+    """The label map is made from the picture itself, so each crop and flip can be checked against it."""
+    for kind in ("images", "labels"):
+        (tmp_path / kind).mkdir()
+    for i in range(4):
+        labels = np.random.default_rng(i).integers(0, 6, (30, 40), dtype=np.uint8)
+        Image.fromarray(np.repeat(labels[:, :, None] * 40, 3, 2)).save(tmp_path / "images" / f"{i}.png")
+        Image.fromarray(labels).save(tmp_path / "labels" / f"{i}.png")
+    train, _ = open_data(str(tmp_path), 16, resize=30, sources=("image", "labels"), num_labels=6)
+    for draw in range(20):
+        pair = train[draw % 3, draw]
+        assert torch.equal(((pair["image"][0] + 1) * 127.5).round() / 40, pair["labels"].float())
+
+
+def test_pair_mistakes_name_the_file(tmp_path):
+    photos = make_pairs(tmp_path)
+    both = ("image", "labels")
+    train, val = open_data(str(tmp_path), 16, sources=both, num_labels=5)
+    with pytest.raises(UserError, match=r"photo_0\d\.png: holds label 5, but --num-labels 5 allows 0 to 4"):
+        [d[i, 0] for d in (train, val) for i in range(len(d))]
+    Image.new("L", (10, 10)).save(tmp_path / "labels" / photos[0].name)
+    train, val = open_data(str(tmp_path), 16, sources=both, num_labels=6)
+    with pytest.raises(UserError, match=r"photo_00\.png and .*photo_00\.png differ in shape"):
+        [d[i, 0] for d in (train, val) for i in range(len(d))]
+    (tmp_path / "labels" / photos[2].name).unlink()
+    with pytest.raises(UserError, match=r"photo_02\.png has no partner"):
+        open_data(str(tmp_path), 16, sources=both, num_labels=6)
+    with pytest.raises(UserError, match="needs --num-labels"):
+        data.input_channels("labels", None)
+
+
+def test_input_kinds(tmp_path):
+    train, _ = open_data("shapes", 32, sources=("image", "labels", "depth"))
+    batch = {k: v[None] for k, v in train[0, 0].items() if k != "class"}
+    n = len(shapes.LABELS)
+    for kind, channels in (("rgb", 3), ("gray", 1), ("edges", 1), ("lowres", 3), ("labels", n), ("depth", 1)):
+        x = to_input(batch, kind, n)
+        assert x.shape == (1, channels, 32, 32) == (1, data.input_channels(kind, n), 32, 32)
+        assert -1 <= x.min() < x.max() <= 1, kind
+    assert torch.equal(to_input(batch, "labels", n).argmax(1), batch["labels"])
+    gray = np.asarray(
+        Image.fromarray(((batch["image"][0].permute(1, 2, 0).numpy() + 1) * 127.5).astype("uint8")).convert("L")
+    )
+    assert np.abs(to_input(batch, "gray")[0, 0].numpy() - (gray / 127.5 - 1)).max() < 0.02
+    low = to_input(batch, "lowres")
+    assert (
+        torch.nn.functional.avg_pool2d(low, 4) - torch.nn.functional.avg_pool2d(batch["image"], 4)
+    ).abs().mean() < 0.1
+
+
+def test_edges_by_hand():
+    x = torch.full((1, 3, 5, 6), -1.0)
+    x[..., 3:] = 1.0  # a vertical step of height 2, whose Sobel response is 2 on both sides of it
+    edges = to_input({"image": x}, "edges")[0, 0]
+    assert torch.equal(edges, torch.tensor([-1.0, -1, 1, 1, -1, -1]).expand(5, -1))
+
+
+def test_shapes_are_reproducible_and_have_no_files():
+    a, b = shapes.draw(0, 5, 32, 32), shapes.draw(0, 5, 32, 32)
+    assert np.array_equal(a["image"], b["image"]) and a["class"] == b["class"]
+    assert not np.array_equal(a["image"], shapes.draw(1, 5, 32, 32)["image"])
+    train, val = open_data("shapes", 32)
+    assert not set(train.indices) & set(val.indices)
+
+
+@pytest.mark.parametrize("size", [(32, 32), (128, 128), (48, 80)])
+def test_shapes_label_and_depth_agree_with_the_picture(size):
+    seen = set()
+    for index in range(40):
+        scene = shapes.draw(0, index, *size)
+        assert (
+            scene["image"].shape == (3, *size) and scene["labels"].shape == size and scene["depth"].shape == (1, *size)
+        )
+        assert np.abs(scene["image"]).max() <= 1 and np.abs(scene["depth"]).max() <= 1
+        kinds = {shapes.LABELS[i] for i in np.unique(scene["labels"])} - {"sky", "ground", "sun"}
+        assert kinds == {shapes.KINDS[scene["class"]]}
+        mine = scene["labels"] >= 3
+        assert 0.1 < mine.mean() < 0.6  # large enough to be told apart
+        assert scene["depth"][0][mine].min() > scene["depth"][0][scene["labels"] == 0].max()
+        seen |= kinds
+    assert seen == set(shapes.KINDS)
+
+
+def test_the_same_scene_at_every_size():
+    for index in range(10):
+        small, large = shapes.draw(0, index, 32, 32), shapes.draw(0, index, 128, 128)
+        averaged = large["image"].reshape(3, 32, 4, 32, 4).mean((2, 4))
+        assert np.abs(averaged - small["image"]).mean() < 0.05
+
+
+def test_stream_depends_on_seed_and_position_alone():
+    def take(n, **kwargs):
+        it = iter(data.Stream(10, seed=3, **kwargs))
+        return [next(it) for _ in range(n)]
+
+    whole = take(35)
+    assert sorted(i for i, _ in whole[:10]) == sorted(i for i, _ in whole[10:20]) == list(range(10))
+    assert [i for i, _ in whole[:10]] != [i for i, _ in whole[10:20]]
+    assert take(12, start=23) == whole[23:]
+    two = [take(17, rank=r, world=2) for r in range(2)]
+    assert [key for pair in zip(*two, strict=True) for key in pair] == whole[:34]
+
+
+def test_a_torchvision_set_by_name(tmp_path, monkeypatch):
+    """MNIST in its own file format, made here: 4 training and 2 test pictures."""
+    monkeypatch.chdir(tmp_path)
+    raw = tmp_path / "data" / "MNIST" / "raw"
+    raw.mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    pixels = {"train": rng.integers(0, 256, (4, 28, 28), np.uint8), "t10k": rng.integers(0, 256, (2, 28, 28), np.uint8)}
+    for part, values in pixels.items():
+        header = struct.pack(">iiii", 2051, len(values), 28, 28)
+        labels = struct.pack(">ii", 2049, len(values)) + bytes(range(3, 3 + len(values)))
+        for name, content in (("images-idx3", header + values.tobytes()), ("labels-idx1", labels)):
+            (raw / f"{part}-{name}-ubyte").write_bytes(content)
+            (raw / f"{part}-{name}-ubyte.gz").write_bytes(gzip.compress(content))
+    train, val = open_data("mnist", 28)
+    assert (len(train), len(val), len(train.classes)) == (4, 2, 10)
+    sample = val[1, None]
+    assert sample["class"] == 4
+    assert torch.equal(sample["image"][0], torch.from_numpy(pixels["t10k"][1]) / 127.5 - 1)
+    with pytest.raises(UserError, match="mnist has pictures only"):
+        open_data("mnist", 28, sources=("labels",))
+
+
+def test_a_torchvision_set_that_cannot_be_had(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(
+        data.torchvision.datasets, "CIFAR10", lambda *a, **k: (_ for _ in ()).throw(OSError("no network"))
+    )
+    with pytest.raises(UserError, match=r"cifar10 is not in \./data and could not be downloaded \(no network\)"):
+        open_data("cifar10", 32)

@@ -1,0 +1,104 @@
+"""Encoder, decoder and VQGAN: shapes, sizes, the codes of a picture and back, and what is refused."""
+
+import pytest
+import torch
+
+from minvqgan import VQGAN, VQGANConfig
+from minvqgan.layers import Downsample, SelfAttention2d, Upsample
+
+SMALL = VQGANConfig(image_size=16, ch=8, ch_mult=(1, 2, 2), z_channels=8, code_dim=4, codebook_size=32)
+
+
+@pytest.fixture(scope="module")
+def vqgan():
+    torch.manual_seed(0)
+    return VQGAN(SMALL).eval()
+
+
+@pytest.mark.parametrize("size", [(16, 16), (8, 24), (4, 4)])
+def test_any_size_divisible_by_f(vqgan, size):
+    x = torch.randn(2, 3, *size)
+    x_hat, quantized = vqgan(x)
+    assert x_hat.shape == x.shape
+    assert quantized.indices.shape == (2, size[0] // 4, size[1] // 4) and quantized.indices.dtype == torch.int64
+    assert quantized.z_q.shape == (2, 4, size[0] // 4, size[1] // 4)
+
+
+def test_picture_to_indices_to_picture(vqgan):
+    x = torch.randn(2, 3, 16, 16)
+    indices = vqgan.encode_indices(x)
+    assert torch.allclose(vqgan.decode_indices(indices), vqgan(x)[0], atol=1e-5)
+
+
+def test_sizes_that_do_not_fit_are_named(vqgan):
+    with pytest.raises(ValueError, match=r"not divisible by f = 4; nearest sizes that work: \(16, 12\), \(20, 16\)"):
+        vqgan(torch.randn(1, 3, 18, 15))
+    with pytest.raises(ValueError, match=r"expected images \(B, 3, H, W\)"):
+        vqgan(torch.randn(1, 1, 16, 16))
+    with pytest.raises(ValueError, match=r"must lie in \[0, 32\)"):
+        vqgan.decode_indices(torch.full((1, 4, 4), 32))
+    with pytest.raises(ValueError, match="norm_groups = 3 does not divide"):
+        VQGAN(VQGANConfig(ch=16, norm_groups=3))
+
+
+def test_every_parameter_learns():
+    """A parameter without a gradient is a wire that leads nowhere."""
+    torch.manual_seed(0)
+    for extra in ({}, {"attn_resolutions": (8,), "num_res_blocks": 2}, {"l2_norm": True}, {"rotation": True}):
+        vqgan = VQGAN(VQGANConfig(**vars(SMALL) | extra))
+        x = torch.randn(4, 3, 16, 16)
+        x_hat, quantized = vqgan(x)
+        ((x - x_hat).square().mean() + quantized.loss).backward()
+        for name, p in vqgan.named_parameters():
+            if not name.endswith(
+                "k.bias"
+            ):  # softmax ignores a constant added to all scores: this gradient is exactly 0
+                assert p.grad is not None and p.grad.abs().max() > 0, name
+
+
+def test_one_batch_can_be_learned_by_heart():
+    torch.manual_seed(0)
+    vqgan = VQGAN(SMALL)
+    x = torch.rand(2, 3, 16, 16) * 0.5 + torch.tensor([-1.0, 0.4])[:, None, None, None]
+    opt = torch.optim.Adam(vqgan.parameters(), 3e-3)
+    vqgan.quantizer.revive_dead_codes(vqgan.encode(x).z)
+    for _ in range(150):
+        x_hat, quantized = vqgan(x)
+        loss = (x - x_hat).square().mean()
+        opt.zero_grad()
+        (loss + quantized.loss).backward()
+        opt.step()
+    assert loss < 0.2 * (x - x.mean()).square().mean()
+
+
+def test_attention_by_the_definition():
+    torch.manual_seed(0)
+    layer = SelfAttention2d(8, 2).double()
+    x = torch.randn(2, 8, 3, 5, dtype=torch.float64)
+    h = layer.norm(x)
+    q, k, v = (conv(h).flatten(2) for conv in (layer.q, layer.k, layer.v))  # (B, C, N)
+    out = torch.zeros_like(v)
+    for b in range(2):
+        for i in range(15):
+            weights = torch.softmax(torch.stack([q[b, :, i] @ k[b, :, j] for j in range(15)]) / 8**0.5, 0)
+            out[b, :, i] = sum(w * v[b, :, j] for j, w in enumerate(weights))
+    assert torch.allclose(layer(x), x + layer.proj(out.view(2, 8, 3, 5)), atol=1e-12)
+
+
+def test_downsampling_pads_right_and_below_only():
+    """Padding on all sides gives the same shape and shifts every window by a pixel."""
+    layer = Downsample(1)
+    torch.nn.init.zeros_(layer.conv.weight)
+    torch.nn.init.zeros_(layer.conv.bias)
+    layer.conv.weight.data[0, 0, 0, 0] = 1  # reads the window's upper left pixel
+    x = torch.arange(16.0).view(1, 1, 4, 4)
+    assert torch.equal(layer(x), x[:, :, ::2, ::2])
+
+
+def test_upsampling_repeats_pixels():
+    layer = Upsample(1)
+    torch.nn.init.zeros_(layer.conv.weight)
+    torch.nn.init.zeros_(layer.conv.bias)
+    layer.conv.weight.data[0, 0, 1, 1] = 1  # the window's middle
+    x = torch.arange(4.0).view(1, 1, 2, 2)
+    assert torch.equal(layer(x)[0, 0], torch.tensor([[0.0, 0, 1, 1], [0, 0, 1, 1], [2, 2, 3, 3], [2, 2, 3, 3]]))

@@ -1,0 +1,118 @@
+"""Our stage one against numbers of the official implementation, to 1e-5 relative: same weights, same batch."""
+
+import pytest
+import torch
+from helpers import fixture, relative_error
+
+from minvqgan.discriminator import PatchDiscriminator, adaptive_weight, generator_loss, hinge_loss, log_loss
+from minvqgan.harness import official
+
+TOLERANCE = 1e-5
+
+
+@pytest.fixture(scope="module")
+def fx():
+    return fixture("vqgan")
+
+
+def build(fx, legacy):
+    c = fx["config"]
+    config = official.vqgan_config(c["ddconfig"], c["n_embed"], c["embed_dim"], c["beta"], legacy=legacy)
+    disc = PatchDiscriminator(3, c["disc_ndf"], c["disc_num_layers"])
+    return official.load_vqgan(fx["state_dict"], config), official.load_discriminator(disc, fx["discriminator"])
+
+
+def test_encoder_quantizer_and_decoder(fx):
+    vqgan, _ = build(fx, legacy=True)
+    quantized = vqgan.encode(fx["x"])
+    assert relative_error(vqgan.latents(fx["x"]), fx["latent"]) < TOLERANCE
+    assert torch.equal(quantized.indices, fx["indices"])
+    assert relative_error(quantized.z_q, fx["quant"]) < TOLERANCE
+    assert relative_error(quantized.loss, fx["vq_loss"]) < TOLERANCE
+    assert relative_error(vqgan.decode(quantized.z_q), fx["x_rec"]) < TOLERANCE
+    assert relative_error(vqgan.decode_indices(fx["indices"]), fx["x_rec"]) < TOLERANCE
+
+
+@pytest.mark.parametrize("variant", ["paper", "legacy"])
+def test_both_codebook_losses_move_the_same_side_as_the_official_ones(fx, variant):
+    vqgan, _ = build(fx, legacy=variant == "legacy")
+    z = fx["latent"].clone().requires_grad_()
+    vqgan.quantizer(z).loss.backward()
+    assert relative_error(z.grad, fx["vq_loss_grads"][variant]["latent"]) < TOLERANCE
+    assert relative_error(vqgan.quantizer.codebook.weight.grad, fx["vq_loss_grads"][variant]["codebook"]) < TOLERANCE
+
+
+def test_discriminator_and_its_losses(fx):
+    _, disc = build(fx, legacy=True)
+    disc.train()  # BatchNorm judges with the statistics of the batch, there as here
+    real, fake = disc(fx["x"]), disc(fx["x_rec"])
+    assert relative_error(real, fx["logits_real"]) < TOLERANCE
+    assert relative_error(fake, fx["logits_fake"]) < TOLERANCE
+    assert relative_error(generator_loss(fake), fx["g_loss"]) < TOLERANCE
+    assert relative_error(hinge_loss(real, fake), fx["d_loss_hinge"]) < TOLERANCE
+    assert relative_error(log_loss(real, fake), fx["d_loss_vanilla"]) < TOLERANCE
+
+
+def test_one_pass_step_gives_the_official_lambda_and_gradients(fx):
+    vqgan, disc = build(fx, legacy=False)
+    disc.train()
+    x_hat, quantized = vqgan(fx["x"])
+    x_leaf = x_hat.detach().requires_grad_()
+    rec_loss, gen_loss = (fx["x"] - x_leaf).abs().mean(), generator_loss(disc(x_leaf))
+    (rec_grad,) = torch.autograd.grad(rec_loss, x_leaf)
+    (gan_grad,) = torch.autograd.grad(gen_loss, x_leaf)
+    lambda_, rec_norm, gan_norm = adaptive_weight(
+        rec_grad, gan_grad, x_hat, vqgan.decoder.conv_out.weight, delta=1e-4, max_weight=1e4
+    )
+    weight = fx["config"]["disc_weight"] * lambda_
+    torch.autograd.backward([x_hat, quantized.loss], [rec_grad + weight * gan_grad, None])
+
+    assert relative_error(rec_loss, fx["l1"]) < TOLERANCE
+    assert relative_error(rec_norm, fx["grad_norm_rec"]) < TOLERANCE
+    assert relative_error(gan_norm, fx["grad_norm_gan"]) < TOLERANCE
+    assert relative_error(weight, fx["adaptive_weight"]) < TOLERANCE
+    assert relative_error(rec_loss + weight * gen_loss + quantized.loss, fx["total_loss"]) < TOLERANCE
+    ours = {
+        "encoder.conv_in.weight": vqgan.encoder.layers[0].weight,
+        "decoder.conv_out.weight": vqgan.decoder.conv_out.weight,
+        "quantize.embedding.weight": vqgan.quantizer.codebook.weight,
+        "quant_conv.weight": vqgan.to_code.weight,
+    }
+    assert ours.keys() == fx["grads"].keys()
+    for name, parameter in ours.items():
+        assert relative_error(parameter.grad, fx["grads"][name]) < TOLERANCE, name
+
+
+def test_gumbel_quantizer():
+    fx = fixture("gumbel")
+    quantizer = official.load_gumbel(fx["state_dict"])
+    quantized = quantizer(fx["z"])
+    assert relative_error(quantizer.proj(fx["z"]), fx["logits"]) < TOLERANCE
+    assert torch.equal(quantized.indices, fx["argmax"])
+    assert relative_error(quantized.z_q, fx["quant_of_argmax"]) < TOLERANCE
+
+
+def test_keys_that_do_not_fit_are_named(fx):
+    c = fx["config"]
+    config = official.vqgan_config(c["ddconfig"], c["n_embed"], c["embed_dim"])
+    with pytest.raises(ValueError, match=r"encoder\.surprise"):
+        official.load_vqgan(fx["state_dict"] | {"encoder.surprise": torch.zeros(1)}, config)
+    with pytest.raises(ValueError, match="to_code"):
+        official.load_vqgan({k: v for k, v in fx["state_dict"].items() if k != "quant_conv.bias"}, config)
+
+
+def test_every_official_configuration_has_our_architecture():
+    """Per-resolution attention, several blocks a level, six levels: each official layer name is met exactly once."""
+    dd = {"double_z": False, "z_channels": 16, "resolution": 64, "in_channels": 3, "out_ch": 3, "ch": 32}
+    dd |= {"ch_mult": [1, 1, 2, 2, 4], "num_res_blocks": 2, "attn_resolutions": [4, 16], "dropout": 0.0}
+    config = official.vqgan_config(dd, n_embed=32, embed_dim=8)
+    names = official._encoder_names(config)
+    assert [n for n in names if n and "attn" in n] == [
+        "down.2.attn.0",
+        "down.2.attn.1",
+        "down.4.attn.0",
+        "down.4.attn.1",
+        "mid.attn_1",
+    ]
+    assert len([n for n in names if n and ".block." in n]) == 5 * 2
+    assert len([n for n in official._decoder_names(config) if ".block." in n]) == 5 * 3

@@ -1,0 +1,147 @@
+"""The quantizer against brute force and against autograd by the definition."""
+
+import math
+
+import pytest
+import torch
+
+from minvqgan import quantizer as Q
+from minvqgan.quantizer import GumbelQuantizer, VectorQuantizer, codebook_stats, nearest_code, rotation_trick
+
+
+def random_quantizer(K=20, D=5, **flags):
+    torch.manual_seed(0)
+    quantizer = VectorQuantizer(K, D, **flags)
+    torch.nn.init.normal_(quantizer.codebook.weight)
+    return quantizer
+
+
+def test_nearest_code_by_brute_force(monkeypatch):
+    torch.manual_seed(0)
+    z, codebook = torch.randn(300, 5), torch.randn(20, 5)
+    truth = torch.tensor([min(range(20), key=lambda k: (z[n] - codebook[k]).square().sum().item()) for n in range(300)])
+    assert torch.equal(nearest_code(z, codebook), truth)
+    monkeypatch.setattr(Q, "MAX_DISTANCES", 100)  # five rows at a time
+    assert torch.equal(nearest_code(z, codebook), truth)
+
+
+def test_a_code_is_its_own_nearest():
+    quantizer = random_quantizer()
+    indices = torch.arange(20).view(1, 4, 5)
+    assert torch.equal(quantizer(quantizer.embed(indices)).indices, indices)
+
+
+def test_l2_norm_compares_directions():
+    quantizer = random_quantizer(l2_norm=True)
+    z = torch.randn(2, 5, 4, 4)
+    cosine = torch.einsum(
+        "bdhw,kd->bkhw",
+        z / z.norm(dim=1, keepdim=True),
+        quantizer.codebook.weight / quantizer.codebook.weight.norm(dim=1)[:, None],
+    )
+    quantized = quantizer(z)
+    assert torch.equal(quantized.indices, cosine.argmax(1))
+    assert torch.allclose(quantized.z_q.norm(dim=1), torch.ones(2, 4, 4), atol=1e-6)
+    assert torch.equal(quantizer(100 * z).indices, quantized.indices)
+
+
+def test_straight_through_is_the_identity_for_gradients():
+    quantizer = random_quantizer()
+    z = torch.randn(2, 5, 4, 4, requires_grad=True)
+    g = torch.randn(2, 5, 4, 4)
+    quantized = quantizer(z)
+    z_grad, code_grad = torch.autograd.grad(quantized.z_q, (z, quantizer.codebook.weight), g, allow_unused=True)
+    assert torch.equal(z_grad, g)
+    assert code_grad is None  # the decoder's loss does not move the codes
+    assert torch.allclose(quantized.z_q, quantizer.embed(quantized.indices), atol=1e-6)
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_beta_weighs_the_commitment_side_only(legacy):
+    """Derivatives of Eq. 4 written down by hand: the mean of n squares has the derivative 2 (a - b) / n."""
+    quantizer = random_quantizer(beta=0.25, legacy=legacy).double()
+    z = torch.randn(2, 5, 4, 4, dtype=torch.float64, requires_grad=True)
+    quantized = quantizer(z)
+    quantized.loss.backward()
+    codes = quantizer.embed(quantized.indices).detach()
+    on_latents, on_codes = (1.0, 0.25) if legacy else (0.25, 1.0)
+    n = z.numel()
+    assert torch.allclose(z.grad, on_latents * 2 * (z.detach() - codes) / n)
+    truth = torch.zeros(20, 5, dtype=torch.float64)
+    rows = (codes - z.detach()).permute(0, 2, 3, 1).reshape(-1, 5)
+    truth.index_add_(0, quantized.indices.flatten(), on_codes * 2 * rows / n)
+    assert torch.allclose(quantizer.codebook.weight.grad, truth)
+
+
+def test_rotation_trick_is_a_rotation_and_a_scaling():
+    """Its value is z_q, and its Jacobian is (|z_q| / |z|) R with R orthogonal and R z/|z| = z_q/|z_q|."""
+    torch.manual_seed(0)
+    z, z_q = torch.randn(6, 5, dtype=torch.float64), torch.randn(6, 5, dtype=torch.float64)
+    assert torch.allclose(rotation_trick(z, z_q), z_q)
+    for n in range(6):
+        J = torch.autograd.functional.jacobian(lambda row, n=n: rotation_trick(row[None], z_q[n : n + 1])[0], z[n])
+        R = J * z[n].norm() / z_q[n].norm()
+        assert torch.allclose(R @ R.T, torch.eye(5, dtype=torch.float64))
+        assert torch.allclose(torch.linalg.det(R), torch.ones((), dtype=torch.float64))
+        assert torch.allclose(R @ z[n] / z[n].norm(), z_q[n] / z_q[n].norm())
+
+
+def test_autocast_does_not_reach_the_quantizer():
+    quantizer = random_quantizer(K=200)
+    z = torch.randn(2, 5, 8, 8)
+    with torch.autocast("cpu", torch.bfloat16):
+        quantized = quantizer(z)
+    assert torch.equal(quantized.indices, quantizer(z).indices)
+    assert quantized.loss.dtype == quantized.z_q.dtype == torch.float32
+
+
+def test_usage_and_perplexity_by_hand():
+    assert codebook_stats(torch.tensor([5, 5, 0, 0])) == (0.5, pytest.approx(2.0))
+    assert codebook_stats(torch.tensor([1, 0, 0, 0])) == (0.25, pytest.approx(1.0))
+    p = [0.5, 0.25, 0.25]
+    entropy = -sum(q * math.log(q) for q in p)
+    assert codebook_stats(torch.tensor([2, 1, 1, 0])) == (0.75, pytest.approx(math.exp(entropy)))
+
+
+def test_first_revival_places_every_code_on_a_latent():
+    quantizer = random_quantizer(K=30)
+    z = torch.randn(4, 5, 4, 4)
+    assert quantizer.revive_dead_codes(z) == 30
+    latents = z.permute(0, 2, 3, 1).reshape(-1, 5)
+    for code in quantizer.codebook.weight:
+        assert (latents == code).all(1).any()
+
+
+def test_revival_moves_dead_codes_and_leaves_the_living():
+    quantizer = random_quantizer(K=8, D=2)
+    angle = torch.arange(8) * 0.01  # eight codes close together; only the outermost win for distant latents
+    quantizer.codebook.weight.data = torch.stack([angle.cos(), angle.sin()], 1)
+    quantizer.recent_use.fill_(1 / 8)
+    z = 3 * torch.randn(16, 2, 4, 4)
+    for _ in range(400):
+        quantized = quantizer(z)
+    before = quantizer.codebook.weight.detach().clone()
+    counts = torch.bincount(quantized.indices.flatten(), minlength=8)
+    moved = quantizer.revive_dead_codes(z)
+    changed = (quantizer.codebook.weight != before).any(1)
+    dead = counts < 0.05 * counts.sum() / 8  # less than a twentieth of an equal share
+    assert torch.equal(changed, dead) and moved == dead.sum() > 0
+    assert (torch.bincount(quantizer(z).indices.flatten(), minlength=8) > 0).sum() > (counts > 0).sum()
+
+
+def test_gumbel_training_draws_codes_from_its_softmax():
+    torch.manual_seed(0)
+    quantizer = GumbelQuantizer(4, 3, in_channels=2)
+    z = torch.randn(1, 2, 1, 1).expand(20_000, -1, -1, -1)
+    frequency = torch.bincount(quantizer(z).indices.flatten(), minlength=4) / 20_000
+    assert torch.allclose(frequency, quantizer.proj(z[:1]).softmax(1).flatten(), atol=0.015)
+
+
+def test_gumbel_loss_is_the_divergence_from_uniform():
+    quantizer = GumbelQuantizer(4, 3, in_channels=2, kl_weight=1.0)
+    z = torch.randn(2, 2, 3, 3)
+    p = quantizer.proj(z).softmax(1)
+    truth = torch.distributions.kl_divergence(
+        torch.distributions.Categorical(p.permute(0, 2, 3, 1)), torch.distributions.Categorical(torch.ones(4) / 4)
+    ).mean()
+    assert torch.allclose(quantizer(z).loss, truth)

@@ -1,0 +1,256 @@
+"""train_vqgan.py as a user runs it: what it leaves behind, resuming, interruption, and one line for each mistake."""
+
+import csv
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from helpers import ROOT, assert_one_line_error, make_photos, run_script
+from PIL import Image
+
+import minvqgan
+from minvqgan.harness import checkpoint
+
+# A model of a few thousand parameters, D in after a third of twelve steps.
+TINY = (
+    "train_vqgan.py --image-size 16 --ch 8 --ch-mult 1 2 --norm-groups 1 --z-channels 8 --code-dim 4 "
+    "--codebook-size 32 --batch-size 4 --steps 12 --val-images 8 --val-every 6 --log-every 2 --save-every 3 "
+    "--disc-start 0.3 --disc-channels 8"
+).split()
+
+
+def train(tmp_path, *flags, **kwargs):
+    return run_script(*TINY, "--out", "run", *flags, cwd=tmp_path, **kwargs)
+
+
+def rows(run):
+    with open(run / "metrics.csv") as file:
+        return list(csv.DictReader(file))
+
+
+def same_bits(a, b) -> bool:
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same_bits(a[k], b[k]) for k in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same_bits, a, b))
+    return a == b
+
+
+def assert_same_run(one, other):
+    """Everything but the clock and the name of the folder."""
+    a, b = checkpoint.read(one), checkpoint.read(other)
+    for name in a.keys() - {"seconds", "flags"}:
+        assert same_bits(a[name], b[name]), name
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """One uninterrupted run, that several tests look at."""
+    folder = tmp_path_factory.mktemp("whole")
+    done = train(folder)
+    assert done.returncode == 0, done.stderr
+    return folder, done
+
+
+def test_a_run_leaves_what_it_promises(whole):
+    folder, done = whole
+    run = folder / "run"
+    assert {p.name for p in run.iterdir()} == {"last.pt", "best.pt", "config.json", "metrics.csv", "loss.png", "images"}
+    assert [p.name for p in sorted((run / "images").iterdir())] == ["step_0000006.png", "step_0000012.png"]
+    assert json.loads((run / "config.json").read_text())["flags"]["codebook_size"] == 32
+    vqgan = minvqgan.load(run / "best.pt")
+    assert vqgan.config.codebook_size == 32 and vqgan.config.f == 2
+
+    table = rows(run)
+    assert [int(r["step"]) for r in table] == [2, 4, 6, 8, 10, 12]
+    assert [r["step"] for r in table if r["val_psnr"]] == ["6", "12"]
+    assert [bool(r["disc_loss"]) for r in table] == [False, False, True, True, True, True]  # from step 5 on
+    assert [bool(r["gen_loss"]) for r in table] == [False, False, True, True, True, True]
+    assert all(float(r["seconds"]) > 0 for r in table)
+
+    assert "held out l1" in done.stderr or "held out l1" in done.stdout
+    last = done.stdout.strip().splitlines()
+    assert "psnr" in last[-3] and "run/images" in last[-2]
+    assert last[-1] == "next: python train_gpt.py --vqgan run/last.pt --data shapes"
+
+
+def test_the_grid_shows_originals_reconstructions_and_codes(whole):
+    picture = Image.open(whole[0] / "run" / "images" / "step_0000012.png")
+    scale = 64 // 16
+    assert picture.size == (8 * (16 * scale + 2), 3 * (16 * scale + 2))
+    from minvqgan.harness.data import open_data
+
+    _, val = open_data("shapes", 16)
+    pixels = np.asarray(picture)[::scale, ::scale][:16, :16]
+    truth = ((val[0, None]["image"] + 1) * 127.5).round().permute(1, 2, 0).numpy()
+    assert np.array_equal(pixels, truth)
+
+
+def test_resumed_equals_uninterrupted_bit_for_bit(whole, tmp_path):
+    """SIGINT after some steps, then --resume: the same bits, and the same rows of metrics.csv."""
+    command = [sys.executable, str(ROOT / TINY[0]), *TINY[1:], "--out", "run"]
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen(
+        command, cwd=tmp_path, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    while not (tmp_path / "run" / "metrics.csv").exists() or not rows(tmp_path / "run"):
+        time.sleep(0.02)
+        assert process.poll() is None, process.stderr.read()
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    assert "Traceback" not in err
+    stopped = checkpoint.read(tmp_path / "run" / "last.pt")["step"]
+    assert 2 <= stopped < 12 and f"saved at step {stopped}" in out and "--resume" in out
+    done = run_script("train_vqgan.py", "--out", "run", "--resume", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert_same_run(whole[0] / "run" / "last.pt", tmp_path / "run" / "last.pt")
+    timeless = [[{k: v for k, v in r.items() if k != "seconds"} for r in rows(p / "run")] for p in (whole[0], tmp_path)]
+    assert timeless[0][-1] == timeless[1][-1]
+    assert [r["step"] for r in timeless[0]] == [r["step"] for r in timeless[1]]
+
+
+def test_kill_9_loses_at_most_the_steps_since_the_last_save(whole, tmp_path):
+    command = [sys.executable, str(ROOT / TINY[0]), *TINY[1:], "--out", "run"]
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen(command, cwd=tmp_path, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while not (tmp_path / "run" / "last.pt").exists():
+        time.sleep(0.01)
+        assert process.poll() is None
+    process.kill()
+    process.wait()
+    assert checkpoint.read(tmp_path / "run" / "last.pt")["step"] % 3 == 0
+    done = run_script("train_vqgan.py", "--out", "run", "--resume", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert_same_run(whole[0] / "run" / "last.pt", tmp_path / "run" / "last.pt")
+
+
+def test_resume_mistakes(whole, tmp_path):
+    run = whole[0] / "run"
+    assert_one_line_error(run_script(*TINY, "--out", run, cwd=tmp_path), "already holds a run", "--resume")
+    again = ("train_vqgan.py", "--out", run, "--resume")
+    assert_one_line_error(run_script(*again, cwd=tmp_path), "is at step 12 of 12 already", "--steps")
+    assert_one_line_error(run_script(*again, "--ch", "16", cwd=tmp_path), "--ch was 8", "another --out")
+    before = (run / "last.pt").read_bytes()
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "last.pt").write_bytes(before[:5000])
+    done = run_script("train_vqgan.py", "--out", "broken", "--resume", cwd=tmp_path)
+    assert_one_line_error(done, "broken/last.pt is truncated")
+    assert (tmp_path / "broken" / "last.pt").read_bytes() == before[:5000]
+    (tmp_path / "broken" / "last.pt").write_bytes((run / "best.pt").read_bytes())
+    done = run_script("train_vqgan.py", "--out", "broken", "--resume", "--steps", "20", cwd=tmp_path)
+    assert_one_line_error(done, "has no discriminator")
+    assert_one_line_error(run_script("train_vqgan.py", "--resume", cwd=tmp_path), "no checkpoint at runs/vqgan/last.pt")
+
+
+def test_flags_that_cannot_work(tmp_path):
+    for flags, words in (
+        (["--image-sise", "32"], ["unknown flag --image-sise", "did you mean --image-size"]),
+        (["--image-size", "33"], ["--image-size 33 is not divisible by f = 2; use 32 or 34"]),
+        (["--batch-size", "4", "--accumulate", "3"], ["cannot be split"]),
+        (["--norm-groups", "3"], ["--norm-groups 3 does not divide"]),
+        (["--image-size", "8"], ["--disc-layers 2 needs pictures of 16 pixels"]),
+        (["--device", "cuda:7"], ["--device cuda:7 cannot be used here"]),
+        (["--data", "nowhere"], ["nowhere: no such folder"]),
+        (["--input", "labels"], ["needs --num-labels"]),
+        (["--disc-start", "2"], ["--disc-start"]),
+        (["--perceptual", "nowhere.pt"], ["no checkpoint at nowhere.pt"]),
+    ):
+        assert_one_line_error(train(tmp_path, *flags), *words)
+        assert not (tmp_path / "run").exists(), "nothing may be written before the flags are known to work"
+
+
+def test_vgg_weights_that_cannot_be_downloaded(tmp_path):
+    """A proxy that does not exist stands for a machine without network."""
+    env = {"https_proxy": "http://127.0.0.1:9", "HTTPS_PROXY": "http://127.0.0.1:9", "TORCH_HOME": str(tmp_path)}
+    limit = "; ".join(f"export {k}={v}" for k, v in env.items())
+    done = train(tmp_path, "--perceptual", "vgg16", limit=limit)
+    assert_one_line_error(done, "download https://", "vgg16", str(tmp_path), "--perceptual none")
+
+
+def test_a_full_disk_keeps_the_previous_checkpoint(whole, tmp_path):
+    run = tmp_path / "run"
+    run.mkdir()
+    content = (whole[0] / "run" / "last.pt").read_bytes()
+    (run / "last.pt").write_bytes(content)
+    kilobytes = len(content) // 1024 // 2
+    done = run_script(
+        *("train_vqgan.py", "--out", "run", "--resume", "--steps", "15"), cwd=tmp_path, limit=f"ulimit -f {kilobytes}"
+    )
+    assert_one_line_error(done, "cannot write")
+    assert (run / "last.pt").read_bytes() == content
+
+
+def test_a_loss_that_is_not_a_number_stops_and_names_the_term(tmp_path):
+    done = train(tmp_path, "--lr", "1e20", "--save-every", "1")
+    assert_one_line_error(done, "is nan" if "is nan" in done.stderr else "is inf", "step ", "last good checkpoint")
+    step = int(re.search(r"step (\d+): \w+ is", done.stderr).group(1))
+    assert checkpoint.read(tmp_path / "run" / "last.pt")["step"] == step - 1
+
+
+def test_a_folder_with_a_broken_picture_trains(tmp_path):
+    photos = make_photos(tmp_path / "photos", n=12)
+    (tmp_path / "photos" / "broken.png").write_bytes(photos[0].read_bytes()[:300])
+    done = train(tmp_path, "--data", "photos")
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("broken.png") == 1
+
+
+def test_label_maps_are_learned_with_cross_entropy(tmp_path):
+    done = train(tmp_path, "--input", "labels", "--num-labels", "9", "--steps", "40", "--val-every", "20")
+    assert done.returncode == 0, done.stderr
+    values = [
+        (float(r["val_cross_entropy"]), float(r["val_pixel_accuracy"]))
+        for r in rows(tmp_path / "run")
+        if r["val_usage"]
+    ]
+    assert values[-1][0] < values[0][0] and values[-1][1] > 0.4
+    assert not any(r["disc_loss"] for r in rows(tmp_path / "run"))
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--loss vqvae --legacy --rotation --l2-norm",
+        "--gumbel --input gray --disc-loss log --dropout 0.1",
+        "--accumulate 2 --input edges --amp --workers 1 --no-flip",
+        "--preset small --perceptual none --steps 2 --revive-every 0 --attn-resolutions 8 --input lowres",
+    ],
+)
+def test_variants_run(tmp_path, flags):
+    done = train(tmp_path, *flags.split())
+    assert done.returncode == 0, done.stderr
+
+
+def test_two_processes_are_one_program(tmp_path):
+    """torchrun: one log, one checkpoint, one set of rows."""
+    words = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29617", str(ROOT / TINY[0]), *TINY[1:]]
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, *words, "--out", "run"]
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.count("next: python train_gpt.py") == 1
+    assert [int(r["step"]) for r in rows(tmp_path / "run")] == [2, 4, 6, 8, 10, 12]
+    assert checkpoint.read(tmp_path / "run" / "last.pt")["step"] == 12
+
+
+def test_every_flag_is_read_and_explained():
+    source = (ROOT / "train_vqgan.py").read_text()
+    flags = re.findall(r'add_argument\("--([a-z0-9-]+)"(.*)', source)
+    assert len(flags) > 40
+    for name, rest in flags:
+        field = name.replace("-", "_")
+        used = f"args.{field}" in source or f"early.{field}" in source
+        assert used or re.search(rf"\b{field}\b", source[source.index("MODEL_FLAGS") : source.index("MAY_CHANGE")]), (
+            name
+        )
+        assert "help=" in rest or name in ("preset", "out", "resume"), name
