@@ -18,7 +18,7 @@ def fixture(name: str) -> dict:
 
 
 def relative_error(ours: torch.Tensor, truth: torch.Tensor) -> float:
-    """Largest difference, as a share of the largest true number. Shapes must agree: broadcasting would hide an error."""
+    """Largest difference, as a share of the largest true number. Shapes must agree: broadcasting hides errors."""
     assert ours.shape == truth.shape, f"{tuple(ours.shape)} is not {tuple(truth.shape)}"
     return ((ours.double() - truth.double()).abs().max() / truth.double().abs().max()).item()
 

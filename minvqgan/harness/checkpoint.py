@@ -2,7 +2,6 @@
 
 import os
 import pickle
-import zipfile
 from dataclasses import fields
 from pathlib import Path
 
@@ -34,31 +33,22 @@ def save(path: str | Path, kind: str, **content) -> None:
         part.unlink(missing_ok=True)
 
 
-def read(path: str | Path, kind: str | None = None) -> dict:
-    """The content of a checkpoint, on the CPU. Raises UserError, one line, for a file that is missing, broken, of
-    another kind, or that holds code."""
+def read(path: str | Path, kind: str | None = None, needs: dict[str, type] | None = None) -> dict:
+    """The content of a checkpoint, on the CPU.
+
+    kind: what it must hold. needs: names that must be there, with their types. Raises UserError, one line, for a file
+    that is missing, broken, of another kind, incomplete, or that holds code.
+    """
     path = Path(path)
     if not path.is_file():
         raise UserError(f"no checkpoint at {path}")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        if "Unsupported global" in str(error) or "Unsupported operand" in str(error) or "GLOBAL" in str(error):
-            raise UserError(
-                f"{path} holds objects other than tensors; nothing in it was executed, and it was not loaded"
-            ) from None
+        if any(word in str(error) for word in ("Unsupported global", "Unsupported operand", "GLOBAL")):
+            raise UserError(f"{path} holds objects other than tensors; nothing in it was executed") from None
         raise UserError(f"{path} is truncated or not a checkpoint") from None
-    except (
-        RuntimeError,
-        EOFError,
-        ValueError,
-        KeyError,
-        TypeError,
-        AttributeError,
-        IndexError,
-        zipfile.BadZipFile,
-        OSError,
-    ):
+    except Exception:  # a broken zip, tar or pickle ends in any of a dozen kinds
         raise UserError(f"{path} is truncated or not a checkpoint") from None
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise UserError(f"{path} is not a minvqgan checkpoint")
