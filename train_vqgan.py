@@ -292,8 +292,8 @@ def main() -> int:
     vqgan = VQGAN(config).to(**placed)
     disc = PatchDiscriminator(in_channels, args.disc_channels, args.disc_layers).to(**placed)
     perceptual = perceptual and perceptual.to(**placed)
-    opt_g = torch.optim.Adam(vqgan.parameters(), args.lr, betas=(0.5, 0.9))
-    opt_d = torch.optim.Adam(disc.parameters(), args.lr, betas=(0.5, 0.9))
+    fused = device.type in ("cpu", "cuda")
+    opt_g, opt_d = (torch.optim.Adam(m.parameters(), args.lr, betas=(0.5, 0.9), fused=fused) for m in (vqgan, disc))
     disc_loss_of = {"hinge": hinge_loss, "log": log_loss}[args.disc_loss]
 
     # Where D comes in, in steps, fixed for good: a resumed run with more --steps must not take D away again.
@@ -369,11 +369,13 @@ def main() -> int:
                 with runtime.autocast(device, amp):
                     terms = reconstruction_loss(args, x, x_leaf, perceptual) | {"codebook_loss": quantized.loss}
                 (grad,) = torch.autograd.grad(terms["rec_loss"], x_leaf)
-                if adv_share > 0:
+                if disc_on:
                     with runtime.autocast(device, amp):
-                        terms["gen_loss"] = generator_loss(disc(x_leaf).float())
+                        logits_real, logits_fake = judge(x).float(), judge(x_leaf).float()  # (B, 1, h', w')
+                if adv_share > 0:
+                    terms["gen_loss"] = generator_loss(logits_fake)
                     # Only x_leaf's gradient is asked for, so none is left in D.
-                    (gan_grad,) = torch.autograd.grad(terms["gen_loss"], x_leaf)
+                    (gan_grad,) = torch.autograd.grad(terms["gen_loss"], x_leaf, retain_graph=True)
                     last_layer = vqgan.decoder.conv_out.weight
                     lambda_, _, _ = adaptive_weight(grad, gan_grad, x_hat, last_layer, max_weight=args.max_lambda)
                     grad = grad + adv_share * args.disc_weight * lambda_ * gan_grad
@@ -381,11 +383,10 @@ def main() -> int:
                 scale = torch.tensor(1 / args.accumulate, device=device)
                 torch.autograd.backward([x_hat, quantized.loss], [scale * grad, scale])
 
-                # D: real pictures up, reconstructions down (Eq. 5). Without the detach this loss would reach G as
-                # well, and train it to make bad pictures.
+                # D: real pictures up, reconstructions down (Eq. 5), from the same logits. They were made from x_leaf,
+                # which is x_hat.detach(): from x_hat this loss would reach G as well, and train it to make bad
+                # pictures.
                 if disc_on:
-                    with runtime.autocast(device, amp):
-                        logits_real, logits_fake = judge(x).float(), judge(x_hat.detach()).float()
                     terms["disc_loss"] = disc_loss_of(logits_real, logits_fake)
                     (scale * terms["disc_loss"]).backward()
                     terms |= {"logits_real": logits_real.mean(), "logits_fake": logits_fake.mean()}

@@ -12,7 +12,6 @@ Letters: B batch, C channels, H x W pixels; layer l has C_l channels on H_l x W_
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 # Mean and standard deviation of ImageNet for images in [0, 1], rewritten for images in [-1, 1] as the authors' code
@@ -34,9 +33,6 @@ class VGG16Features(nn.Module):
     def __init__(self, layers: nn.Sequential):
         super().__init__()
         self.layers = layers[: VGG16_TAPS[-1] + 1]
-        for layer in self.layers:
-            if isinstance(layer, nn.ReLU):
-                layer.inplace = False  # in place, the next block would write over a map that was already returned
         self.register_buffer("shift", torch.tensor(IMAGENET_SHIFT)[:, None, None])
         self.register_buffer("scale", torch.tensor(IMAGENET_SCALE)[:, None, None])
 
@@ -63,15 +59,16 @@ class LPIPS(nn.Module):
         self.features = features.eval().requires_grad_(False)
         self.n_layers = None if weights is None else len(weights)
         for i, w in enumerate(weights or ()):
-            self.register_buffer(f"weight_{i}", w.detach().reshape(1, -1, 1, 1))
+            self.register_buffer(f"weight_{i}", w.detach().flatten())
 
     def train(self, mode: bool = True) -> "LPIPS":
         """Stays in eval mode: a dropout or a batch statistic in here would make the loss itself noisy."""
         return super().train(False)
 
     def _features(self, x: Tensor) -> list[Tensor]:
-        # float32 and eps: bfloat16 rounds small differences away, and sqrt at an all-zero position has no gradient.
-        return [F.normalize(f.float(), dim=1, eps=1e-10) for f in self.features(x)]
+        maps = [f.to(torch.promote_types(f.dtype, torch.float32)) for f in self.features(x)]  # bfloat16 is too coarse
+        # Times 1/norm and not divided by it: the backward pass of a division goes over the map twice as often.
+        return [f * f.norm(dim=1, keepdim=True).clamp_min(1e-10).reciprocal() for f in maps]
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         if x.shape != y.shape:
@@ -81,9 +78,9 @@ class LPIPS(nn.Module):
             x, y = (t.reshape(B * C, 1, H, W).expand(-1, 3, -1, -1) for t in (x, y))
         distances = []
         for i, (fx, fy) in enumerate(zip(self._features(x), self._features(y), strict=True)):
-            d = (fx - fy).square()  # (B, C_l, H_l, W_l)
-            if self.n_layers is not None:
-                d = d * getattr(self, f"weight_{i}")
-            distances.append(d.sum(1).mean((1, 2)))  # (B,)
+            d = (fy - fx).square()  # (B, C_l, H_l, W_l)
+            # As a product with w_l and not `(w * d).sum(1)`: one pass over the largest maps instead of two.
+            d = d.sum(1) if self.n_layers is None else d.movedim(1, -1) @ getattr(self, f"weight_{i}")  # (B, H_l, W_l)
+            distances.append(d.mean((1, 2)))  # (B,)
         total = torch.stack(distances).sum(0)
         return total if C == 3 else total.view(B, C).mean(1)

@@ -61,7 +61,8 @@ def test_one_pass_equals_the_textbook_step(parts):
     x_hat, quantized = vqgan(x)
     x_leaf = x_hat.detach().requires_grad_()
     (rec_grad,) = torch.autograd.grad((x - x_leaf).abs().mean() + perceptual(x, x_leaf).mean(), x_leaf)
-    (gan_grad,) = torch.autograd.grad(generator_loss(disc(x_leaf)), x_leaf)
+    logits_fake = disc(x_leaf)
+    (gan_grad,) = torch.autograd.grad(generator_loss(logits_fake), x_leaf, retain_graph=True)
     ours, _, _ = adaptive_weight(rec_grad, gan_grad, x_hat, last)
     torch.autograd.backward([x_hat, quantized.loss], [rec_grad + 0.8 * ours * gan_grad, None])
 
@@ -74,10 +75,14 @@ def test_the_generators_step_leaves_no_gradient_in_d_and_ds_step_none_in_g(parts
     vqgan, disc, _, x = parts
     x_hat, _ = vqgan(x)
     x_leaf = x_hat.detach().requires_grad_()
-    torch.autograd.grad(generator_loss(disc(x_leaf)), x_leaf)
+    logits_real, logits_fake = disc(x), disc(x_leaf)
+    torch.autograd.grad(generator_loss(logits_fake), x_leaf, retain_graph=True)
     assert all(p.grad is None for p in disc.parameters())
-    hinge_loss(disc(x), disc(x_hat.detach())).backward()
-    assert all(p.grad is not None for p in disc.parameters())
+    hinge_loss(logits_real, logits_fake).backward()
+    ours = gradients(disc)
+    disc.zero_grad()
+    hinge_loss(disc(x), disc(x_hat.detach())).backward()  # the textbook way, with a forward pass of its own
+    assert all(torch.equal(grad, ours[name]) for name, grad in gradients(disc).items())
     assert all(p.grad is None for p in vqgan.parameters())
 
 
