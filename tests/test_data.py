@@ -292,3 +292,14 @@ def test_a_torchvision_set_that_cannot_be_had(tmp_path, monkeypatch):
     )
     with pytest.raises(UserError, match=r"cifar10 is not in \./data and could not be downloaded \(no network\)"):
         open_data("cifar10", 32)
+
+
+def test_held_out_pictures_come_from_all_classes(tmp_path):
+    for part in ("train", "val"):
+        for name in ("a", "b", "c", "d"):
+            make_photos(tmp_path / part / name, n=5)
+    _, val = open_data(str(tmp_path), 16)
+    batches = list(data.held_out_batches(val, batch_size=3, limit=8))
+    assert [len(b["class"]) for b in batches] == [3, 3, 2]
+    assert torch.cat([b["class"] for b in batches]).tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
+    assert len(list(data.held_out_batches(val, 3, 1000))) == 7

@@ -415,6 +415,7 @@ def train_loader(
 
 
 def held_out_batches(dataset, batch_size: int, limit: int) -> Iterator[dict]:
-    """The first `limit` held-out pictures, centre-cropped, always in the same order."""
-    keys = [(i, None) for i in range(min(limit, len(dataset)))]
+    """`limit` held-out pictures, centre-cropped, always the same: evenly spread, for folders are sorted by class."""
+    count = min(limit, len(dataset))
+    keys = [(i * len(dataset) // count, None) for i in range(count)]
     yield from DataLoader(dataset, batch_size, sampler=keys, generator=torch.Generator().manual_seed(0))

@@ -1,0 +1,145 @@
+"""The transformer of stage two (Sec. 3.2): an image as a sentence of codes, s = s_1 ... s_T, read one after another.
+
+    p(s | c) = prod_i p(s_i | s_<i, c)                                                                  (Eq. 9)
+
+A decoder-only transformer of the GPT-2 kind: learned positions, pre-norm blocks, GELU. It reads tokens (B, T) and says
+at every position what comes next: logits (B, T, K). Tokens below K are image codes, tokens from K on belong to the
+condition; the head knows image codes only, because nobody asks it to predict c.
+
+Letters: B batch, T tokens, C width, h heads of C/h dims, K image codes.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+@dataclass
+class GPTConfig:
+    num_codes: int  # K: the head's outputs
+    num_cond: int  # condition tokens, numbered K to K + num_cond - 1
+    block_size: int  # longest sequence [c | s]
+    n_layer: int = 4
+    n_head: int = 4
+    n_embd: int = 128
+    dropout: float = 0.0
+
+
+class KVCache:
+    """Keys and values of the tokens read so far, for up to `length` tokens of `batch` sequences.
+
+    Without it each new token would recompute those of all before it: T forward passes of growing length for one picture
+    instead of T of length one. The memory is taken once; growing it by `cat` would copy everything at every token.
+    """
+
+    def __init__(self, config: GPTConfig, batch: int, length: int, like: Tensor):
+        shape = (config.n_layer, 2, batch, config.n_head, length, config.n_embd // config.n_head)
+        self.memory = torch.empty(shape, dtype=like.dtype, device=like.device)
+        self.filled = 0
+
+    def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Store k, v (B, h, t, C/h) of t new tokens; returns all up to them, (B, h, filled + t, C/h)."""
+        end = self.filled + k.shape[2]
+        keys, values = self.memory[layer]
+        keys[:, :, self.filled : end], values[:, :, self.filled : end] = k, v
+        return keys[:, :, :end], values[:, :, :end]
+
+
+class CausalSelfAttention(nn.Module):
+    """softmax(q k^T / sqrt(C/h) + mask) v, in h heads: (B, t, C) -> (B, t, C). The mask hides every later token."""
+
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.n_head, self.dropout = config.n_head, config.dropout
+        self.qkv = nn.Linear(config.n_embd, 3 * config.n_embd)
+        self.proj = nn.Linear(config.n_embd, config.n_embd)
+
+    def forward(self, x: Tensor, cache: KVCache | None, layer: int) -> Tensor:
+        B, t, C = x.shape
+        q, k, v = self.qkv(x).view(B, t, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)  # (B, h, t, C/h)
+        mask = None
+        if cache is not None:
+            k, v = cache.extend(layer, k, v)  # (B, h, filled + t, C/h)
+            if cache.filled and t > 1:  # several tokens after others: row i sees all up to filled + i
+                mask = torch.ones(t, k.shape[2], dtype=torch.bool, device=x.device).tril(cache.filled)
+        # A single new token sees everything that is there, and needs no mask.
+        causal = mask is None and t > 1
+        dropout = self.dropout if self.training else 0.0
+        y = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=causal, dropout_p=dropout
+        )  # (B, h, t, C/h)
+        return self.proj(y.transpose(1, 2).reshape(B, t, C))
+
+
+class Block(nn.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x)). Norms stand before and not after: the sum stays untouched from the
+    first block to the last, and deep stacks train stably."""
+
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        C = config.n_embd
+        self.norm1, self.norm2 = nn.LayerNorm(C), nn.LayerNorm(C)
+        self.attention = CausalSelfAttention(config)
+        self.mlp = nn.Sequential(nn.Linear(C, 4 * C), nn.GELU(), nn.Linear(4 * C, C))
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x: Tensor, cache: KVCache | None, layer: int) -> Tensor:
+        x = x + self.dropout(self.attention(self.norm1(x), cache, layer))
+        return x + self.dropout(self.mlp(self.norm2(x)))
+
+
+class GPT(nn.Module):
+    """forward: tokens (B, T) int64 in [0, K + num_cond) -> logits (B, T, K).
+
+    cache: logits are then those of T *further* tokens after the ones it holds, equal to those of the whole sequence.
+    last_only: logits of the last token alone, (B, 1, K): all that sampling needs.
+    Raises ValueError for a sequence longer than block_size, or heads that do not divide the width.
+    """
+
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        if config.n_embd % config.n_head:
+            raise ValueError(f"{config.n_head} heads do not divide a width of {config.n_embd}")
+        self.config = config
+        self.token_embedding = nn.Embedding(config.num_codes + config.num_cond, config.n_embd)
+        self.position_embedding = nn.Parameter(torch.zeros(config.block_size, config.n_embd))
+        self.dropout = nn.Dropout(config.dropout)
+        self.blocks = nn.ModuleList([Block(config) for _ in range(config.n_layer)])
+        self.norm = nn.LayerNorm(config.n_embd)
+        self.head = nn.Linear(config.n_embd, config.num_codes, bias=False)
+        self.apply(self._init)
+
+    @staticmethod
+    def _init(module: nn.Module) -> None:
+        if isinstance(module, (nn.Linear, nn.Embedding)):
+            nn.init.normal_(module.weight, std=0.02)
+        if isinstance(module, nn.Linear) and module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+    def forward(self, tokens: Tensor, cache: KVCache | None = None, last_only: bool = False) -> Tensor:
+        first = cache.filled if cache is not None else 0
+        end = first + tokens.shape[1]
+        if end > self.config.block_size:
+            raise ValueError(f"{end} tokens are more than the {self.config.block_size} of this transformer")
+        x = self.dropout(self.token_embedding(tokens) + self.position_embedding[first:end])  # (B, T, C)
+        for layer, block in enumerate(self.blocks):
+            x = block(x, cache, layer)
+        if cache is not None:
+            cache.filled = end
+        if last_only:
+            x = x[:, -1:]  # (B, 1, C)
+        return self.head(self.norm(x))  # (B, T, K)
+
+
+def parameter_groups(gpt: GPT, weight_decay: float) -> list[dict]:
+    """For AdamW: decay for the matrices of linear layers alone, as GPT-2 and the paper's code have it.
+
+    A bias or a norm pulled towards zero only loses its place, and an embedding's row decays on every step but learns
+    only when its token occurs.
+    """
+    matrices = {id(m.weight) for m in gpt.modules() if isinstance(m, nn.Linear)}
+    decayed = [p for p in gpt.parameters() if id(p) in matrices]
+    others = [p for p in gpt.parameters() if id(p) not in matrices]
+    return [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]

@@ -1,0 +1,70 @@
+"""In which order the n x n codes of an image are read as a sentence (Sec. 4.4 and Fig. 47 of the paper's appendix).
+
+An order is a permutation: sentence[:, t] = raster[:, order[t]], where raster is the map row by row. Row-major is the
+paper's choice after comparing all of them, and the only one that completion and the sliding window can use.
+"""
+
+import torch
+from torch import Tensor
+
+
+def row(n: int) -> Tensor:
+    """Row by row, from left to right."""
+    return torch.arange(n * n)
+
+
+def alternate(n: int) -> Tensor:
+    """Row by row, every other one from right to left: neighbours in the sentence are neighbours in the image."""
+    raster = row(n).view(n, n)
+    raster[1::2] = raster[1::2].flip(1)
+    return raster.flatten()
+
+
+def _bits(n: int) -> tuple[Tensor, Tensor, int]:
+    """Row and column of every raster position, and the number of binary digits that they need."""
+    position = row(n)
+    return position // n, position % n, max(1, (n - 1).bit_length())
+
+
+def z_curve(n: int) -> Tensor:
+    """Square by square, each square's four quarters before the next square (Morton order): the binary digits of row and
+    column, interleaved, are the rank."""
+    rows, cols, m = _bits(n)
+    rank = sum(((cols >> k & 1) << 2 * k) + ((rows >> k & 1) << 2 * k + 1) for k in range(m))
+    return rank.argsort()
+
+
+def subsample(n: int) -> Tensor:
+    """Coarse to fine: every 2^k-th position before those between. The z-curve's digits, most significant last."""
+    rows, cols, m = _bits(n)
+    rank = sum(((cols >> m - 1 - k & 1) << 2 * k) + ((rows >> m - 1 - k & 1) << 2 * k + 1) for k in range(m))
+    return rank.argsort()
+
+
+def spiral_out(n: int) -> Tensor:
+    """From the middle outwards, clockwise: up 1, right 1, down 2, left 2, up 3, ..."""
+    i, j = n // 2, (n - 1) // 2
+    order, leg = [(i, j)], 0
+    while len(order) < n * n:
+        di, dj = ((-1, 0), (0, 1), (1, 0), (0, -1))[leg % 4]
+        for _ in range(leg // 2 + 1):
+            i, j = i + di, j + dj
+            if 0 <= i < n and 0 <= j < n:
+                order.append((i, j))
+        leg += 1
+    return torch.tensor([i * n + j for i, j in order])
+
+
+def spiral_in(n: int) -> Tensor:
+    """From a corner inwards: `spiral_out` backwards."""
+    return spiral_out(n).flip(0)
+
+
+ORDERS = {
+    "row": row,
+    "subsample": subsample,
+    "z-curve": z_curve,
+    "spiral-out": spiral_out,
+    "spiral-in": spiral_in,
+    "alternate": alternate,
+}

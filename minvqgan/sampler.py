@@ -1,0 +1,216 @@
+"""One token after another (Sec. 3.2), and a window that slides over images of any size (Sec. 3.3, Fig. 3).
+
+    s_i ~ p(s_i | s_<i, c)        with the distribution sharpened (temperature), cut (top-k, top-p), or pulled towards c
+
+Randomness is one uniform number u per token position, drawn in advance: a token is the code at which the cumulative
+distribution passes u. So a seed gives the same image whatever else is in the batch, with or without the cache, and in
+whatever order a large image is filled.
+
+Letters: B batch, K codes, R condition tokens, T image tokens, h x w latents, n x n the window.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .gpt import GPT, KVCache
+
+
+@dataclass
+class Sampling:
+    """How a token is chosen. The defaults sample from the model's distribution as it is.
+
+    temperature: above 0; below 1 sharpens. 0 means greedy, the likeliest code.
+    top_k: only the k likeliest codes. top_p: only the likeliest codes that together have this probability.
+    guidance: 1 is the model's own p(s | c); above 1 what c changes is exaggerated (needs a model trained with dropped
+        conditions; Ho & Salimans 2022, arXiv:2207.12598)
+    """
+
+    temperature: float = 1.0
+    top_k: int | None = None
+    top_p: float | None = None
+    guidance: float = 1.0
+
+    def __post_init__(self):
+        if self.temperature < 0:
+            raise ValueError(f"temperature {self.temperature} is below 0")
+        if self.top_k is not None and self.top_k < 1:
+            raise ValueError(f"top_k {self.top_k} leaves no code")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p {self.top_p} is not in (0, 1]")
+
+
+def filter_logits(logits: Tensor, top_k: int | None, top_p: float | None) -> Tensor:
+    """logits (B, K) -> (B, K) with -inf at the codes that may not be chosen. top-p: the smallest set of likeliest codes
+    whose probabilities reach top_p (Holtzman et al. 2019, arXiv:1904.09751); the likeliest one always stays."""
+    if top_k is not None and top_k < logits.shape[1]:
+        order = logits.argsort(dim=1, descending=True, stable=True)  # not a threshold: equal logits would all stay
+        logits = logits.scatter(1, order[:, top_k:], float("-inf"))
+    if top_p is not None and top_p < 1:
+        sorted_logits, order = logits.sort(dim=1, descending=True, stable=True)
+        p = sorted_logits.softmax(1)
+        before = p.cumsum(1) - p  # probability of all likelier codes
+        logits = logits.scatter(1, order, sorted_logits.masked_fill(before >= top_p, float("-inf")))
+    return logits
+
+
+def choose(logits: Tensor, u: Tensor, sampling: Sampling) -> Tensor:
+    """logits (B, K), u (B,) uniform in [0, 1) -> codes (B,)."""
+    if sampling.temperature == 0:
+        return logits.argmax(1)
+    logits = filter_logits(logits.double() / sampling.temperature, sampling.top_k, sampling.top_p)
+    cumulative = logits.softmax(1).cumsum(1)  # (B, K)
+    # Scaled by the sum, which rounding leaves a hair below 1: u above it would fall off the end.
+    return torch.searchsorted(cumulative, (u.double() * cumulative[:, -1])[:, None], right=True)[:, 0]
+
+
+def uniforms(seeds: Sequence[int], count: int) -> Tensor:
+    """The u of every token position, (len(seeds), count), each row from its own seed."""
+    rows = [torch.rand(count, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+    return torch.stack(rows)
+
+
+def continue_tokens(
+    gpt: GPT,
+    r: Tensor,
+    s: Tensor,
+    u: Tensor,
+    sampling: Sampling,
+    null: Tensor | None = None,
+    use_cache: bool = True,
+    on_token: Callable[[int], None] | None = None,
+) -> Tensor:
+    """Continue s by as many tokens as u has: [r | s | new] -> new (B, T_new).
+
+    r (B, R) condition tokens, s (B, T) image tokens that are there already, u (B, T_new) uniforms.
+    null (B, R): tokens of "no condition", needed for guidance other than 1.
+    use_cache=False recomputes everything for each token: the definition, and the slow way to check the cache.
+    """
+    guided = sampling.guidance != 1
+    if guided:
+        if null is None:
+            raise ValueError("guidance needs a model that was trained with dropped conditions")
+        r, s = torch.cat([r, null]), torch.cat([s, s])  # both halves are read in one batch
+    cache = (
+        KVCache(gpt.config, len(r), r.shape[1] + s.shape[1] + u.shape[1], gpt.position_embedding) if use_cache else None
+    )
+    tokens, new = torch.cat([r, s], 1), []
+    for i in range(u.shape[1]):
+        logits = gpt(tokens, cache, last_only=True)[:, 0].float()  # (B, K)
+        if guided:
+            with_c, without_c = logits.chunk(2)
+            logits = without_c + sampling.guidance * (with_c - without_c)
+        code = choose(logits, u[:, i], sampling)  # (B,)
+        new.append(code)
+        column = code.repeat(2)[:, None] if guided else code[:, None]
+        tokens = column if use_cache else torch.cat([tokens, column], 1)
+        if on_token:
+            on_token(len(code))
+    return torch.stack(new, 1) if new else s.new_empty(len(u), 0)
+
+
+def window_start(i: int, size: int, n: int) -> int:
+    """First row (or column) of the window in which position i of `size` is predicted: i sits in its middle, n // 2, or
+    nearer to its border where the image ends (Fig. 3)."""
+    return min(max(i - n // 2, 0), size - n)
+
+
+@dataclass(frozen=True)
+class Run:
+    """Neighbouring positions of one row that are predicted in the same window, so that one cache serves them all."""
+
+    row: int
+    col: int
+    length: int
+    top: int  # of the window
+    left: int
+
+    def prefix(self, n: int) -> int:
+        """Tokens of the window that come before the run's first one."""
+        return (self.row - self.top) * n + self.col - self.left
+
+
+def row_runs(row: int, first: int, h: int, w: int, n: int) -> list[Run]:
+    """The columns of a row from `first` on, cut into runs."""
+    runs: list[Run] = []
+    for col in range(first, w):
+        top, left = window_start(row, h, n), window_start(col, w, n)
+        if runs and runs[-1].left == left:
+            last = runs.pop()
+            runs.append(Run(row, last.col, last.length + 1, top, left))
+        else:
+            runs.append(Run(row, col, 1, top, left))
+    return runs
+
+
+def schedule(h: int, w: int, n: int, start: int = 0, wave: bool = True) -> Iterator[list[Run]]:
+    """All runs of an h x w image from raster position `start` on, in batches that may be predicted at once.
+
+    A run needs every token of its window that comes before it in reading order: in its own row all to the left, in the
+    rows above all up to the window's right edge. So a row can follow the one above it at a distance of a window's
+    width, and rows advance together as a slanted wave front. A batch holds runs of equal prefix and length. wave=False:
+    one by one, in reading order.
+    """
+    waiting = [row_runs(i, max(0, start - i * w), h, w, n) for i in range(h)]
+    done = [min(w, max(0, start - i * w)) for i in range(h)]  # columns finished in each row
+    while any(waiting):
+        ready = []
+        for i in range(h):
+            if waiting[i] and (i == 0 or done[i - 1] >= waiting[i][0].left + n):
+                ready.append(waiting[i][0])
+                if not wave:
+                    break
+        batches: dict[tuple[int, int], list[Run]] = {}
+        for run in ready:
+            batches.setdefault((run.prefix(n), run.length), []).append(run)
+            waiting[run.row].pop(0)
+        yield from batches.values()
+        for run in ready:
+            done[run.row] = run.col + run.length
+
+
+def slide(
+    gpt: GPT,
+    r: Tensor,
+    s: Tensor,
+    u: Tensor,
+    n: int,
+    sampling: Sampling,
+    start: int = 0,
+    null: int | None = None,
+    wave: bool = True,
+    on_token: Callable[[int], None] | None = None,
+) -> Tensor:
+    """Fill an image larger than the n x n latents that the transformer was trained on -> s (B, h, w).
+
+    r: a map of condition tokens (B, h, w), cut to each window, or (B, R) tokens that go before every window.
+    s (B, h, w): its tokens before raster position `start` are kept. u (B, h, w): uniforms. null: the dropped condition.
+    Raises ValueError when the image is smaller than the window.
+    """
+    B, h, w = s.shape
+    if h < n or w < n:
+        raise ValueError(f"{h} x {w} latents are fewer than the {n} x {n} that the transformer was trained on")
+    s = s.clone()
+    for runs in schedule(h, w, n, start, wave):
+
+        def cut(m: Tensor, runs=runs) -> Tensor:  # the runs' windows, (B * len(runs), n * n)
+            return torch.cat([m[:, a.top : a.top + n, a.left : a.left + n].flatten(1) for a in runs])
+
+        prefix, length = runs[0].prefix(n), runs[0].length
+        tokens = cut(r) if r.ndim == 3 else r.repeat(len(runs), 1)
+        nulls = None if null is None else torch.full_like(tokens, null)
+        numbers = torch.cat([u[:, a.row, a.col : a.col + length] for a in runs])
+        new = continue_tokens(gpt, tokens, cut(s)[:, :prefix], numbers, sampling, nulls, on_token=on_token)
+        for a, codes in zip(runs, new.split(B), strict=True):
+            s[:, a.row, a.col : a.col + length] = codes
+    return s
+
+
+def reject(scores: Tensor, rate: float) -> Tensor:
+    """Rejection sampling (Sec. 4.4): of n images with a classifier's `scores` (n,) for what was asked, the indices of
+    the best share `rate` in (0, 1], best first; one at least."""
+    if not 0 < rate <= 1:
+        raise ValueError(f"an acceptance rate of {rate} is not in (0, 1]")
+    return scores.argsort(descending=True, stable=True)[: max(1, round(rate * len(scores)))]

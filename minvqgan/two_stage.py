@@ -1,0 +1,164 @@
+"""Both stages as one model of images: p(x | c) through p(s | r), s = codes of x, r = tokens of c (Sec. 3.2).
+
+    x -> s    the frozen first stage, q(E(x)), read in an order          c -> r    the condition's tokens
+    loss      -log p(s | r), the mean over s alone: [r | s] is read, r is given and not learned          (Eq. 10, 11)
+    sample    r, then one code after another, then G
+
+Condition tokens are numbered behind the image codes: K + index. In the official checkpoints both share one range and
+the start token is also code 0; `shared_range` reads those.
+
+Letters: B batch, C x H x W image, n x n its latents at the training size, h x w at any size, T = n*n, R tokens of c.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from . import sampler
+from .conditioning import Condition, NoCondition, coordinates
+from .gpt import GPT
+from .orders import ORDERS
+from .sampler import Sampling
+from .vqgan import VQGAN
+
+
+@dataclass
+class TwoStageConfig:
+    n: int  # side of the latent map that the transformer was trained on
+    order: str = "row"
+    guided: bool = False  # trained with dropped conditions: one more condition token stands for "no condition"
+    shared_range: bool = False  # condition tokens share the image codes' numbers, as in official checkpoints
+    classes: tuple[str, ...] = ()  # names, by number
+
+
+def condition_length(condition: Condition, n: int) -> int:
+    """R, the number of tokens that stand before those of an n x n image."""
+    return n * n if condition.is_map else 1
+
+
+class TwoStage(nn.Module):
+    """vqgan: the frozen first stage. condition: see `conditioning`. gpt: its num_codes is the first stage's K."""
+
+    def __init__(self, vqgan: VQGAN, condition: Condition, gpt: GPT, config: TwoStageConfig):
+        super().__init__()
+        self.vqgan = vqgan.eval().requires_grad_(False)
+        self.condition, self.gpt, self.config = condition, gpt, config
+        self.offset = 0 if config.shared_range else gpt.config.num_codes
+        self.register_buffer("order", ORDERS[config.order](config.n), persistent=False)
+        need = self.offset + condition.num_tokens + config.guided
+        have = gpt.config.num_codes + gpt.config.num_cond
+        if need > have or vqgan.config.codebook_size > gpt.config.num_codes:
+            raise ValueError(f"the transformer knows {have} tokens, codes and condition together need {need}")
+
+    def train(self, mode: bool = True) -> "TwoStage":
+        """Only the transformer trains."""
+        super().train(False)
+        self.gpt.train(mode)
+        return self
+
+    @property
+    def null(self) -> int | None:
+        """The token of a dropped condition."""
+        return self.offset + self.condition.num_tokens if self.config.guided else None
+
+    def image_tokens(self, x: Tensor) -> Tensor:
+        """x (B, C, H, W) at the training size -> s (B, T) in this model's order."""
+        indices = self.vqgan.encode_indices(x).flatten(1)  # (B, T)
+        if indices.shape[1] != len(self.order):
+            raise ValueError(
+                f"{indices.shape[1]} latents, but the transformer reads {len(self.order)}; images of another size?"
+            )
+        return indices[:, self.order]
+
+    def condition_tokens(self, c: Tensor) -> Tensor:
+        """c as its condition takes it -> r: (B, h, w) for maps, (B, 1) for the others."""
+        return self.condition(c) + self.offset
+
+    def loss(self, s: Tensor, r: Tensor, s_in: Tensor | None = None) -> Tensor:
+        """-log p(s | r) in nats, (B, T). s (B, T), r (B, R) or (B, n, n). s_in: what is read in s' place (pkeep)."""
+        r = r.flatten(1)
+        s_in = s if s_in is None else s_in
+        logits = self.gpt(torch.cat([r, s_in[:, :-1]], 1))  # (B, R + T - 1, K); the last code is predicted, never read
+        logits = logits[:, r.shape[1] - 1 :]  # what follows r is s_1: from here on the T predictions of s
+        return F.cross_entropy(logits.transpose(1, 2).float(), s, reduction="none")
+
+    @torch.no_grad()
+    def nll(self, x: Tensor, c: Tensor | None = None) -> Tensor:
+        """-log p(s | c) of images x (B, C, H, W), in nats a token, (B,)."""
+        return self.loss(self.image_tokens(x), self.condition_tokens(x if c is None else c)).mean(1)
+
+    def to_map(self, s: Tensor) -> Tensor:
+        """s (B, T) in this model's order -> indices (B, n, n)."""
+        raster = torch.empty_like(s)
+        raster[:, self.order] = s
+        return raster.view(-1, self.config.n, self.config.n)
+
+    @torch.no_grad()
+    def sample_indices(
+        self,
+        c: Tensor,
+        seeds: Sequence[int],
+        size: tuple[int, int] | None = None,
+        sampling: Sampling | None = None,
+        given: Tensor | None = None,
+        keep: int = 0,
+        wave: bool = True,
+        use_cache: bool = True,
+        on_token: Callable[[int], None] | None = None,
+    ) -> Tensor:
+        """New codes (B, h, w) for c, one seed an image; the arguments of `sample` and `complete` in latents.
+
+        size: (h, w), by default that of c's map or the training size. given (B, h, w): codes of which the first `keep`
+        in the model's order stay. Raises ValueError for sizes below the training size, or above it in another order
+        than row.
+        """
+        n, sampling = self.config.n, sampling or Sampling()
+        r = self.condition_tokens(c)
+        h, w = size or (tuple(r.shape[1:]) if r.ndim == 3 else (n, n))
+        if r.ndim == 3 and tuple(r.shape[1:]) != (h, w):
+            raise ValueError(f"the condition covers {r.shape[1]} x {r.shape[2]} latents, the image has {h} x {w}")
+        u = sampler.uniforms(seeds, h * w).to(r.device)  # (B, h * w)
+        null = self.null if sampling.guidance != 1 else None
+        if sampling.guidance != 1 and null is None:
+            raise ValueError("guidance needs a model that was trained with dropped conditions (--drop-cond)")
+        if (h, w) == (n, n):
+            s = given.flatten(1)[:, self.order[:keep]] if keep else u.new_zeros(len(u), 0).long()
+            r = r.flatten(1)
+            nulls = None if null is None else torch.full_like(r, null)
+            new = sampler.continue_tokens(self.gpt, r, s, u[:, keep:], sampling, nulls, use_cache, on_token)
+            return self.to_map(torch.cat([s, new], 1))
+        if self.config.order != "row":
+            raise ValueError(f"the order {self.config.order} is bound to {n} x {n} latents; only row order slides")
+        s = given if keep else torch.zeros(len(u), h, w, dtype=torch.long, device=r.device)
+        return sampler.slide(self.gpt, r, s, u.view(-1, h, w), n, sampling, keep, null, wave, on_token)
+
+    def sample(self, c: Tensor | None = None, n: int = 1, seed: int = 0, **how) -> Tensor:
+        """New images (B, C, H, W) in [-1, 1], as far as the decoder keeps to it.
+
+        c: what the model is conditioned on, a row an image; None for an unconditional model, or one on coordinates, of
+        which `n` images are made. Image i takes the seed `seed + i`. how: `size`, `sampling`, ... of `sample_indices`.
+        """
+        c = self.default_condition(n, how.get("size")) if c is None else c
+        seeds = range(seed, seed + len(c))
+        return self.vqgan.decode_indices(self.sample_indices(c, seeds, **how))
+
+    def complete(self, x: Tensor, share: float, c: Tensor | None = None, seed: int = 0, **how) -> Tensor:
+        """x (B, C, H, W) with the first `share` of its rows of codes kept and the rest imagined anew."""
+        given = self.vqgan.encode_indices(x)  # (B, h, w)
+        h, w = given.shape[1:]
+        c = self.default_condition(len(x), (h, w)) if c is None else c
+        how |= {"size": (h, w), "given": given, "keep": round(share * h) * w}
+        return self.vqgan.decode_indices(self.sample_indices(c, range(seed, seed + len(x)), **how))
+
+    def default_condition(self, count: int, size: tuple[int, int] | None = None) -> Tensor:
+        """c for `count` images of `size` latents where it needs no choice: nothing, or the coordinates of all of it."""
+        device = self.order.device
+        if isinstance(self.condition, NoCondition):
+            return torch.zeros(count, 1, device=device)
+        if self.condition.kind != "coords":
+            raise ValueError(f"this model needs a condition ({self.condition.kind})")
+        h, w = size or (self.config.n, self.config.n)
+        return coordinates(h * self.vqgan.config.f, w * self.vqgan.config.f).to(device).expand(count, -1, -1, -1)
