@@ -31,7 +31,8 @@ class KVCache:
     """Keys and values of the tokens read so far, for up to `length` tokens of `batch` sequences.
 
     Without it each new token would recompute those of all before it: T forward passes of growing length for one picture
-    instead of T of length one. The memory is taken once; growing it by `cat` would copy everything at every token.
+    instead of T of length one. The memory is taken once; growing it by `cat` would copy everything at every token. For
+    sampling, under `torch.no_grad`.
     """
 
     def __init__(self, config: GPTConfig, batch: int, length: int, like: Tensor):
@@ -42,7 +43,7 @@ class KVCache:
     def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Store k, v (B, h, t, C/h) of t new tokens; returns all up to them, (B, h, filled + t, C/h)."""
         end = self.filled + k.shape[2]
-        keys, values = self.memory[layer]
+        keys, values = self.memory[layer, 0], self.memory[layer, 1]
         keys[:, :, self.filled : end], values[:, :, self.filled : end] = k, v
         return keys[:, :, :end], values[:, :, :end]
 

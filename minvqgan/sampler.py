@@ -72,6 +72,7 @@ def uniforms(seeds: Sequence[int], count: int) -> Tensor:
     return torch.stack(rows)
 
 
+@torch.no_grad()
 def continue_tokens(
     gpt: GPT,
     r: Tensor,

@@ -6,10 +6,15 @@ was loaded "almost" gives pictures that are almost right, and costs days.
 """
 
 from collections.abc import Iterable
+from math import isqrt
 
+import torch
 from torch import Tensor, nn
 
+from ..conditioning import ClassCondition, CoordinateCondition, NoCondition, SpatialCondition
+from ..gpt import GPT, GPTConfig
 from ..quantizer import GumbelQuantizer
+from ..two_stage import TwoStage, TwoStageConfig
 from ..vqgan import VQGAN, VQGANConfig
 
 # Parts of a training checkpoint that the model itself does not have: the discriminator and LPIPS live in "loss.".
@@ -128,3 +133,67 @@ def load_discriminator(module: nn.Module, state: dict[str, Tensor]) -> nn.Module
     """Fill a `PatchDiscriminator` with the official NLayerDiscriminator's `state_dict` (keys main.*)."""
     _load_strictly(module, state, {k: _rename(k, (("main", "layers"),)) for k in state})
     return module
+
+
+# Inside a transformer block.
+GPT_INNER = (
+    ("ln1", "norm1"),
+    ("ln2", "norm2"),
+    ("attn.proj", "attention.proj"),
+    ("mlp.0", "mlp.0"),
+    ("mlp.2", "mlp.2"),
+)
+
+
+def load_gpt(state: dict[str, Tensor], config: dict) -> GPT:
+    """A GPT from the official GPT's `state_dict`. config: vocab_size, block_size, n_layer, n_head, n_embd.
+
+    Codes and condition share one range there, so every token is a code here and none is the condition's alone. The
+    three layers query, key and value are one here; the saved causal masks (attn.mask) are not needed.
+    """
+    sizes = {name: config[name] for name in ("block_size", "n_layer", "n_head", "n_embd")}
+    gpt = GPT(GPTConfig(num_codes=config["vocab_size"], num_cond=0, **sizes))
+    rest = {key: t for key, t in state.items() if not key.endswith("attn.mask")}
+    if "pos_emb" in rest:
+        rest["pos_emb"] = rest["pos_emb"].squeeze(0)
+    pairs = [("tok_emb", "token_embedding"), ("ln_f", "norm"), ("head", "head")]
+    for layer in range(config["n_layer"]):
+        pairs += [(f"blocks.{layer}.{old}", f"blocks.{layer}.{new}") for old, new in GPT_INNER]
+        pairs.append((f"blocks.{layer}.qkv", f"blocks.{layer}.attention.qkv"))
+        for part in ("weight", "bias"):
+            names = [f"blocks.{layer}.attn.{which}.{part}" for which in ("query", "key", "value")]
+            if all(name in rest for name in names):
+                rest[f"blocks.{layer}.qkv.{part}"] = torch.cat([rest.pop(name) for name in names])
+    renamed = {k: "position_embedding" if k == "pos_emb" else _rename(k, pairs) for k in rest}
+    _load_strictly(gpt, rest, renamed)
+    return gpt.eval()
+
+
+def load_two_stage(
+    state: dict[str, Tensor], transformer: dict, first_stage: VQGANConfig, condition: str, order: str = "row", **more
+) -> TwoStage:
+    """A whole model from the official Net2NetTransformer's `state_dict`.
+
+    transformer: the GPT's parameters. condition: "none", "class" (more: num_classes), "coords" (levels), or "spatial"
+    (cond_stage, the VQGANConfig of the second first stage). Raises ValueError naming the first key that does not fit.
+    """
+    parts: dict[str, dict[str, Tensor]] = {"first_stage_model": {}, "cond_stage_model": {}, "transformer": {}}
+    for key, tensor in state.items():
+        part, _, rest = key.partition(".")
+        if part not in parts:
+            raise ValueError(f"official key without a place here: {key}")
+        parts[part][rest] = tensor
+    if parts["cond_stage_model"] and condition != "spatial":
+        raise ValueError(f"official key without a place here: cond_stage_model.{next(iter(parts['cond_stage_model']))}")
+    if condition == "none":
+        c = NoCondition()
+    elif condition == "class":
+        c = ClassCondition(more["num_classes"])
+    elif condition == "coords":
+        c = CoordinateCondition(first_stage.f, more["levels"])
+    else:
+        c = SpatialCondition(load_vqgan(parts["cond_stage_model"], more["cond_stage"]))
+    # The grid is square: block_size holds T codes and as many condition tokens, or T codes and at most one.
+    n = isqrt(transformer["block_size"] // 2 if c.is_map else transformer["block_size"])
+    vqgan, gpt = load_vqgan(parts["first_stage_model"], first_stage), load_gpt(parts["transformer"], transformer)
+    return TwoStage(vqgan, c, gpt, TwoStageConfig(n=n, order=order, shared_range=True)).eval()

@@ -1,0 +1,79 @@
+"""The transformer: nothing sees the future, the cache changes nothing, and the official numbers."""
+
+import pytest
+import torch
+from helpers import fixture, relative_error
+
+from minvqgan.gpt import GPT, GPTConfig, KVCache, parameter_groups
+from minvqgan.harness import official
+from minvqgan.orders import ORDERS
+
+
+@pytest.fixture
+def gpt():
+    torch.manual_seed(0)
+    gpt = GPT(GPTConfig(num_codes=16, num_cond=3, block_size=20, n_layer=2, n_head=2, n_embd=8)).eval()
+    torch.nn.init.normal_(gpt.position_embedding)  # zero at first: every position would look alike
+    return gpt
+
+
+def test_official_logits_and_greedy_continuation():
+    fx = fixture("gpt")
+    gpt = official.load_gpt(fx["state_dict"], fx["config"])
+    with torch.no_grad():
+        assert relative_error(gpt(fx["tokens"]), fx["logits"]) < 1e-5
+        cache, tokens, greedy = KVCache(gpt.config, 3, 40, gpt.position_embedding), fx["prompt"], []
+        for _ in range(39):
+            tokens = gpt(tokens, cache).argmax(2)
+            greedy.append(tokens)
+    assert torch.equal(torch.cat(greedy, 1), fx["greedy"])
+
+
+def test_no_token_sees_the_future(gpt):
+    tokens = torch.randint(0, 19, (2, 12))
+    before = gpt(tokens)
+    assert before.shape == (2, 12, 16)
+    for changed in range(12):
+        other = tokens.clone()
+        other[:, changed] = (other[:, changed] + 1) % 19
+        after = gpt(other)
+        assert torch.equal(before[:, :changed], after[:, :changed])
+        assert not torch.allclose(before[:, changed], after[:, changed])
+
+
+@pytest.mark.parametrize("parts", [[12], [1] * 12, [5, 1, 1, 3, 2]])
+@torch.no_grad()
+def test_cached_equals_full(gpt, parts):
+    tokens = torch.randint(0, 19, (2, 12))
+    cache = KVCache(gpt.config, 2, 12, gpt.position_embedding)
+    logits = torch.cat([gpt(piece, cache) for piece in tokens.split(parts, 1)], 1)
+    assert torch.allclose(logits, gpt(tokens), atol=1e-5)
+    cache = KVCache(gpt.config, 2, 12, gpt.position_embedding)
+    last = [gpt(piece, cache, last_only=True)[:, 0] for piece in tokens.split(parts, 1)]
+    assert torch.allclose(last[-1], gpt(tokens)[:, -1], atol=1e-5)
+
+
+def test_too_many_tokens_and_odd_heads(gpt):
+    with pytest.raises(ValueError, match="21 tokens are more than the 20"):
+        gpt(torch.zeros(1, 21, dtype=torch.long))
+    with pytest.raises(ValueError, match="3 heads do not divide"):
+        GPT(GPTConfig(num_codes=4, num_cond=1, block_size=4, n_head=3, n_embd=8))
+
+
+def test_decay_on_matrices_only(gpt):
+    decayed, others = (group["params"] for group in parameter_groups(gpt, 0.1))
+    names = {id(p): name for name, p in gpt.named_parameters()}
+    assert len(decayed) + len(others) == len(names)
+    assert all(names[id(p)].endswith("weight") and p.ndim == 2 for p in decayed)
+    assert {"token_embedding.weight", "position_embedding", "norm.weight"} <= {names[id(p)] for p in others}
+
+
+@pytest.mark.parametrize("name", [name for name in ORDERS if name != "row"])
+def test_orders_equal_the_official_ones(name):
+    assert torch.equal(ORDERS[name](8), fixture("orders")[name.replace("-", "_")])
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 4, 5, 7, 16])
+def test_orders_are_permutations(n):
+    for name, order in ORDERS.items():
+        assert torch.equal(order(n).sort().values, torch.arange(n * n)), name

@@ -1,0 +1,90 @@
+"""Choosing a token, against slow definitions."""
+
+import pytest
+import torch
+
+from minvqgan import sampler
+from minvqgan.sampler import Sampling, choose, filter_logits
+
+
+def slow_top_p(p: list[float], top_p: float) -> set[int]:
+    """The smallest set of likeliest codes that reaches top_p."""
+    kept, total = set(), 0.0
+    for code in sorted(range(len(p)), key=lambda k: -p[k]):
+        kept.add(code)
+        total += p[code]
+        if total >= top_p:
+            break
+    return kept
+
+
+@pytest.mark.parametrize("top_p", [0.01, 0.3, 0.7, 0.95, 1.0])
+def test_top_p_by_the_slow_definition(top_p):
+    torch.manual_seed(0)
+    logits = torch.randn(50, 12, dtype=torch.float64) * 2
+    kept = filter_logits(logits, None, top_p).isfinite()
+    for row, mask in zip(logits.softmax(1).tolist(), kept, strict=True):
+        assert set(mask.nonzero().flatten().tolist()) == slow_top_p(row, top_p)
+
+
+def test_top_k_keeps_exactly_k_even_where_logits_are_equal():
+    logits = torch.tensor([[1.0, 3, 2, 3, 0], [1, 1, 1, 1, 1]])
+    kept = filter_logits(logits, 2, None).isfinite()
+    assert kept.tolist() == [[False, True, False, True, False], [True, True, False, False, False]]
+    assert filter_logits(logits, 9, None).isfinite().all()
+
+
+def test_frequencies_are_those_of_the_distribution():
+    logits = torch.tensor([[0.0, 1, 2, -1]])
+    u = (torch.arange(10_000) + 0.5) / 10_000
+    for temperature in (1.0, 0.5):
+        codes = choose(logits.expand(10_000, -1), u, Sampling(temperature))
+        frequency = torch.bincount(codes, minlength=4) / 10_000
+        assert torch.allclose(frequency, (logits[0] / temperature).softmax(0), atol=2e-4)
+
+
+def test_forbidden_codes_are_never_chosen_and_the_ends_of_u_are_safe():
+    logits = torch.tensor([[0.0, 5, 1, 4, 2]])
+    for u in (0.0, 1 - 1e-7, 1 - 2**-24):
+        code = choose(logits, torch.tensor([u]), Sampling(top_k=2)).item()
+        assert code in (1, 3)
+    assert choose(logits, torch.tensor([0.99]), Sampling(temperature=0)).item() == 1
+
+
+@pytest.mark.parametrize("size, n", [((5, 7), 4), ((9, 9), 3), ((4, 12), 4), ((12, 4), 4), ((8, 8), 8)])
+def test_schedule_predicts_every_token_once_and_after_all_it_needs(size, n):
+    h, w = size
+    for wave in (True, False):
+        done = torch.zeros(h, w, dtype=torch.bool)
+        for batch in sampler.schedule(h, w, n, wave=wave):
+            assert len({(run.prefix(n), run.length) for run in batch}) == 1
+            for run in batch:
+                assert 0 <= run.top <= h - n and 0 <= run.left <= w - n
+                for col in range(run.col, run.col + run.length):
+                    assert (run.top, run.left) == (sampler.window_start(run.row, h, n), sampler.window_start(col, w, n))
+                assert not done[run.row, run.col : run.col + run.length].any()
+                assert done[run.top : run.row, run.left : run.left + n].all()
+                assert done[run.row, run.left : run.col].all()
+            for run in batch:
+                done[run.row, run.col : run.col + run.length] = True
+        assert done.all()
+
+
+def test_the_wave_is_shorter_than_the_reading_order():
+    one_by_one, wave = (len(list(sampler.schedule(32, 32, 8, wave=wave))) for wave in (False, True))
+    assert wave < one_by_one / 2
+
+
+def test_rejection_keeps_the_best():
+    scores = torch.tensor([0.1, 0.9, 0.5, 0.7])
+    assert sampler.reject(scores, 0.5).tolist() == [1, 3]
+    assert sampler.reject(scores, 0.05).tolist() == [1]
+    assert sampler.reject(scores, 1.0).tolist() == [1, 3, 2, 0]
+    with pytest.raises(ValueError, match="acceptance rate"):
+        sampler.reject(scores, 0.0)
+
+
+def test_settings_that_make_no_sense():
+    for wrong in ({"temperature": -1}, {"top_k": 0}, {"top_p": 0.0}, {"top_p": 1.5}):
+        with pytest.raises(ValueError):
+            Sampling(**wrong)

@@ -1,0 +1,207 @@
+"""Both stages as one: the official models' numbers for every kind of condition, and the sliding window."""
+
+import pytest
+import torch
+from helpers import fixture, relative_error
+
+from minvqgan import VQGAN, VQGANConfig, sampler
+from minvqgan.conditioning import ClassCondition, CoordinateCondition, NoCondition, SpatialCondition, coordinates
+from minvqgan.gpt import GPT, GPTConfig
+from minvqgan.harness import official
+from minvqgan.sampler import Sampling
+from minvqgan.two_stage import TwoStage, TwoStageConfig, condition_length
+
+GREEDY = Sampling(temperature=0)
+
+
+def official_model(kind):
+    fx = fixture(f"net2net_{kind}")
+
+    def config(stage):
+        return official.vqgan_config(stage["ddconfig"], stage["n_embed"], stage["embed_dim"])
+
+    condition, more = {"none": "none", "class": "class", "coord": "coords", "depth": "spatial"}[kind], {}
+    if kind == "class":
+        more["num_classes"] = fx["cond_stage"]["params"]["n_classes"]
+    if kind == "coord":
+        more["levels"] = fx["cond_stage"]["params"]["n_embed"]
+    if kind == "depth":
+        more["cond_stage"] = config(fx["cond_stage"]["params"])
+    model = official.load_two_stage(fx["state_dict"], fx["transformer"], config(fx["first_stage"]), condition, **more)
+    return fx, model
+
+
+@pytest.mark.parametrize("kind", ["none", "class", "coord", "depth"])
+def test_official_numbers(kind):
+    fx, model = official_model(kind)
+    with torch.no_grad():
+        s, r = model.image_tokens(fx["x"]), model.condition_tokens(fx["c"])
+        assert torch.equal(s, fx["z_indices"])
+        assert torch.equal(r.flatten(1), fx["c_indices"])
+        logits = model.gpt(torch.cat([r.flatten(1), s[:, :-1]], 1))[:, r.flatten(1).shape[1] - 1 :]
+        assert relative_error(logits, fx["logits"]) < 1e-5
+        assert relative_error(model.loss(s, r).mean(), fx["loss"]) < 1e-5
+        assert relative_error(model.nll(fx["x"], fx["c"]).mean(), fx["loss"]) < 1e-5
+        assert relative_error(model.vqgan.decode_indices(model.to_map(s)), fx["image_of_z"]) < 1e-5
+    indices = model.sample_indices(fx["c"], [0, 1], sampling=GREEDY).flatten(1)
+    assert torch.equal(indices[:, :64], fx["greedy_64"])
+    given = s.view(2, 16, 16)
+    completed = model.sample_indices(fx["c"], [0, 1], sampling=GREEDY, given=given, keep=128).flatten(1)
+    assert torch.equal(completed[:, :128], s[:, :128])
+    n = fx["completion_from_128"].shape[1] - 128 if fx["completion_from_128"].shape[1] > 128 else 0
+    assert n and torch.equal(completed[:, : 128 + n], fx["completion_from_128"])
+
+
+@pytest.mark.parametrize("wave", [False, True])
+@pytest.mark.parametrize("kind", ["coord", "depth"])
+def test_official_sliding_window(kind, wave):
+    fx, model = official_model(kind)
+    assert torch.equal(model.condition_tokens(fx["slide_c"]), fx["slide_c_indices"])
+    assert model.config.n == fx["slide_window"]
+    indices = model.sample_indices(fx["slide_c"], [0], sampling=GREEDY, wave=wave)
+    assert torch.equal(indices, fx["slide_greedy"])
+
+
+def make_model(kind="none", order="row", guided=False, n=4, classes=3):
+    torch.manual_seed(0)
+    config = VQGANConfig(image_size=8, ch=8, ch_mult=(1, 2), z_channels=8, code_dim=4, codebook_size=16)
+    condition = {
+        "none": lambda: NoCondition(),
+        "class": lambda: ClassCondition(classes),
+        "coords": lambda: CoordinateCondition(f=2, levels=31),
+        "spatial": lambda: SpatialCondition(VQGAN(config)),
+    }[kind]()
+    R = condition_length(condition, n)
+    gpt = GPT(GPTConfig(16, condition.num_tokens + guided, R + n * n, n_layer=2, n_head=2, n_embd=16))
+    torch.nn.init.normal_(gpt.position_embedding)
+    for block in gpt.blocks:  # weights large enough that what stands before matters
+        torch.nn.init.normal_(block.attention.qkv.weight, std=0.4)
+    torch.nn.init.normal_(gpt.head.weight, std=0.5)
+    return TwoStage(VQGAN(config), condition, gpt, TwoStageConfig(n, order, guided)).eval()
+
+
+def condition_for(kind, count, h=4, w=4):
+    if kind == "class":
+        return torch.arange(count) % 3
+    if kind == "coords":
+        return coordinates(2 * h, 2 * w).expand(count, -1, -1, -1)
+    return torch.randn(count, 3, 2 * h, 2 * w)
+
+
+@pytest.mark.parametrize("kind", ["none", "class", "coords", "spatial"])
+def test_condition_tokens_lie_behind_the_codes(kind):
+    model = make_model(kind, guided=True)
+    r = model.condition_tokens(condition_for(kind, 3))
+    assert r.min() >= 16 and r.max() < 16 + model.condition.num_tokens == model.null
+
+
+@pytest.mark.parametrize("kind", ["none", "class", "coords", "spatial"])
+def test_loss_is_the_sum_of_single_predictions(kind):
+    """-log p(s | c) = -sum_i log p(s_i | s_<i, c), each factor from a forward pass of its own."""
+    model = make_model(kind)
+    x, c = torch.randn(2, 3, 8, 8), condition_for(kind, 2)
+    s, r = model.image_tokens(x), model.condition_tokens(c).flatten(1)
+    truth = torch.zeros(2)
+    for i in range(16):
+        logits = model.gpt(torch.cat([r, s[:, :i]], 1))[:, -1]
+        truth -= logits.log_softmax(1).gather(1, s[:, i : i + 1])[:, 0]
+    assert model.loss(s, r).shape == (2, 16)
+    assert torch.allclose(model.nll(x, c), truth.detach() / 16, atol=1e-5)
+
+
+@pytest.mark.parametrize("order", ["subsample", "z-curve", "spiral-out", "spiral-in", "alternate"])
+def test_orders_go_there_and_back(order):
+    model = make_model(order=order)
+    x = torch.randn(2, 3, 8, 8)
+    assert torch.equal(model.to_map(model.image_tokens(x)), model.vqgan.encode_indices(x))
+    with pytest.raises(ValueError, match="only row order slides"):
+        model.sample(n=1, size=(6, 6))
+
+
+@pytest.mark.parametrize("guidance", [1.0, 3.0])
+@pytest.mark.parametrize("kind", ["none", "class", "coords", "spatial"])
+def test_same_seed_same_image_for_any_batch_and_without_the_cache(kind, guidance):
+    model = make_model(kind, guided=True)
+    c, how = condition_for(kind, 4), Sampling(guidance=guidance)
+    together = model.sample_indices(c, [5, 6, 7, 8], sampling=how)
+    alone = [model.sample_indices(c[i : i + 1], [5 + i], sampling=how) for i in range(4)]
+    assert torch.equal(together, torch.cat(alone))
+    assert torch.equal(together, model.sample_indices(c, [5, 6, 7, 8], sampling=how, use_cache=False))
+    assert len({tuple(row.flatten().tolist()) for row in together}) == 4
+
+
+@pytest.mark.parametrize("size", [(4, 9), (9, 4), (5, 5), (7, 10), (11, 6)])
+@pytest.mark.parametrize("kind", ["none", "coords", "spatial"])
+def test_wave_equals_one_by_one_equals_the_definition(kind, size):
+    """The definition: for each position in reading order the whole window, recomputed, and the logits at its place."""
+    model = make_model(kind)
+    c = condition_for(kind, 2, *size)
+    r, u = model.condition_tokens(c), sampler.uniforms([0, 1], size[0] * size[1])
+    h, w = size
+    s = torch.zeros(2, h, w, dtype=torch.long)
+    for i in range(h):
+        for j in range(w):
+            top = 0 if i < 2 else h - 4 if h - i < 2 else min(i - 2, h - 4)
+            left = 0 if j < 2 else w - 4 if w - j < 2 else min(j - 2, w - 4)
+            cut = (slice(None), slice(top, top + 4), slice(left, left + 4))
+            before = r[cut].flatten(1) if r.ndim == 3 else r
+            logits = model.gpt(torch.cat([before, s[cut].flatten(1)[:, :-1]], 1))[:, before.shape[1] - 1 :]
+            p = logits[:, (i - top) * 4 + j - left].detach().double().softmax(1)
+            s[:, i, j] = (p.cumsum(1) <= u[:, i * w + j, None]).sum(1)
+    for wave in (True, False):
+        assert torch.equal(model.sample_indices(c, [0, 1], size=size, wave=wave), s)
+
+
+def test_window_equal_to_the_grid_is_plain_sampling():
+    model = make_model("coords")
+    c = condition_for("coords", 2)
+    u = sampler.uniforms([3, 4], 16).view(2, 4, 4)
+    s = torch.zeros(2, 4, 4, dtype=torch.long)
+    slid = sampler.slide(model.gpt, model.condition_tokens(c), s, u, 4, Sampling())
+    assert torch.equal(slid, model.sample_indices(c, [3, 4]))
+
+
+@pytest.mark.parametrize("size", [(4, 4), (7, 10)])
+def test_completion_keeps_what_is_given(size):
+    model = make_model("none")
+    given = torch.randint(0, 16, (2, *size))
+    full = model.sample_indices(torch.zeros(2, 1), [0, 1], size=size, given=given, keep=size[0] * size[1])
+    assert torch.equal(full, given)
+    keep = 2 * size[1] + 1
+    half = model.sample_indices(torch.zeros(2, 1), [0, 1], size=size, given=given, keep=keep)
+    assert torch.equal(half.flatten(1)[:, :keep], given.flatten(1)[:, :keep])
+    assert not torch.equal(half, given)
+    # What is continued is what the model itself began: keeping any prefix of a sample gives the sample back.
+    whole = model.sample_indices(torch.zeros(2, 1), [0, 1], size=size)
+    assert torch.equal(model.sample_indices(torch.zeros(2, 1), [0, 1], size=size, given=whole, keep=keep), whole)
+
+
+def test_images_and_mistakes():
+    model = make_model("class", guided=False)
+    images = model.sample(torch.tensor([0, 2]), seed=1)
+    assert images.shape == (2, 3, 8, 8)
+    assert model.complete(images, 0.5, torch.tensor([0, 2])).shape == (2, 3, 8, 8)
+    with pytest.raises(ValueError, match="needs a condition"):
+        model.sample(n=2)
+    with pytest.raises(ValueError, match="class 3 is not one of the 3 classes"):
+        model.sample(torch.tensor([3]))
+    with pytest.raises(ValueError, match="dropped conditions"):
+        model.sample(torch.tensor([0]), sampling=Sampling(guidance=2.0))
+    with pytest.raises(ValueError, match="fewer than the 4 x 4"):
+        model.sample(torch.tensor([0]), size=(3, 8))
+    with pytest.raises(ValueError, match="the condition covers 4 x 4 latents, the image has 6 x 6"):
+        make_model("coords").sample_indices(condition_for("coords", 1), [0], size=(6, 6))
+
+
+def test_coordinates_of_a_crop_are_a_crop_of_the_coordinates():
+    c = coordinates(6, 10)
+    assert c.shape == (1, 6, 10) and c[0, 0, 0] == 0 and c[0, 2, 3] == pytest.approx(23 / 60)
+    condition = CoordinateCondition(f=2, levels=60)
+    tokens = condition(c[None])
+    assert torch.equal(tokens[:, 1:, 1:4], condition(c[None, :, 2:, 2:8]))
+
+
+def test_only_the_transformer_trains():
+    model = make_model("spatial").train()
+    assert model.gpt.training and not model.vqgan.training and not model.condition.vqgan.training
+    assert not any(p.requires_grad for part in (model.vqgan, model.condition) for p in part.parameters())
