@@ -27,7 +27,7 @@ from minvqgan.discriminator import (
     hinge_loss,
     log_loss,
 )
-from minvqgan.harness import checkpoint, data, metrics, pictures, runtime
+from minvqgan.harness import checkpoint, data, flags, metrics, pictures, runtime
 from minvqgan.harness.runtime import UserError
 from minvqgan.quantizer import codebook_stats
 from minvqgan.vqgan import VQGAN, VQGANConfig
@@ -133,45 +133,25 @@ PANELS = [
 
 
 def parse_flags():
-    first = runtime.Parser(add_help=False)
-    first.add_argument("--preset", default="tiny")
-    first.add_argument("--out", default="runs/vqgan")
-    first.add_argument("--resume", action="store_true")
-    early, _ = first.parse_known_args()
-
-    p = runtime.Parser(description=__doc__.split("\n")[0])
-    g = p.add_argument_group("data and run")
+    p = flags.Parser(description=__doc__.split("\n")[0])
+    g = flags.add_run_flags(p, PRESETS, out="runs/vqgan")
     g.add_argument("--data", default="shapes", help="folder of pictures, `shapes`, or a torchvision set by name")
     g.add_argument("--input", default="rgb", choices=data.KINDS, help="what the pictures are read as")
-    g.add_argument("--num-labels", type=runtime.positive, default=None, help="number of labels, for --input labels")
-    g.add_argument("--image-size", type=runtime.positive, help="side of the training pictures, in pixels")
-    g.add_argument("--resize", type=runtime.positive, default=None, help="scale the shorter side to this, then crop")
+    g.add_argument("--num-labels", type=flags.positive, help="number of labels, for --input labels")
+    g.add_argument("--image-size", type=flags.positive, help="side of the training pictures, in pixels")
+    g.add_argument("--resize", type=flags.positive, help="scale the shorter side to this, then crop (the image size)")
     g.add_argument("--flip", action=BooleanOptionalAction, default=True, help="mirror half of the pictures of a folder")
-    g.add_argument("--out", default="runs/vqgan", help="run folder")
-    g.add_argument("--preset", default="tiny", choices=PRESETS, help="defaults of all flags: 32, 64 or 256 pixels")
-    g.add_argument("--resume", action="store_true", help="go on with the run in --out, with its flags")
-    g.add_argument("--seed", type=int, default=0, help="of the weights, the data order and the crops")
-    g.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
-    g.add_argument("--amp", action=BooleanOptionalAction, default=None, help="bfloat16 mixed precision (on CUDA yes)")
-    g.add_argument("--compile", action="store_true", help="torch.compile: slower to start, faster to run")
-    g.add_argument("--workers", type=int, default=None, help="processes that read pictures (0 on a CPU, 8 for a GPU)")
-    g.add_argument("--log-every", type=runtime.positive, help="steps between rows of metrics.csv")
-    g.add_argument("--val-every", type=runtime.positive, help="steps between held-out metrics and grids")
-    g.add_argument("--val-images", type=runtime.positive, default=500, help="held-out pictures used, at most")
-    g.add_argument("--save-every", type=runtime.positive, help="steps between checkpoints")
 
     g = p.add_argument_group("model (names of the official configuration)")
-    g.add_argument("--ch", type=runtime.positive, help="channels at full resolution")
-    g.add_argument(
-        "--ch-mult", type=runtime.positive, nargs="+", help="channel factor of each level; f = 2^(levels - 1)"
-    )
-    g.add_argument("--num-res-blocks", type=runtime.positive, help="residual blocks a level")
+    g.add_argument("--ch", type=flags.positive, help="channels at full resolution")
+    g.add_argument("--ch-mult", type=flags.positive, nargs="+", help="channel factor of each level; f = 2^(levels - 1)")
+    g.add_argument("--num-res-blocks", type=flags.positive, help="residual blocks a level")
     g.add_argument("--attn-resolutions", type=int, nargs="*", help="side lengths of further maps with attention")
-    g.add_argument("--norm-groups", type=runtime.positive, help="groups of each GroupNorm; 16 channels a group or more")
-    g.add_argument("--z-channels", type=runtime.positive, help="channels of the latent map")
-    g.add_argument("--dropout", type=runtime.share, default=0.0, help="in the residual blocks")
-    g.add_argument("--codebook-size", type=runtime.positive, help="number of codes K")
-    g.add_argument("--code-dim", type=runtime.positive, help="dimensions of a code")
+    g.add_argument("--norm-groups", type=flags.positive, help="groups of each GroupNorm; 16 channels a group or more")
+    g.add_argument("--z-channels", type=flags.positive, help="channels of the latent map")
+    g.add_argument("--dropout", type=flags.share, default=0.0, help="in the residual blocks")
+    g.add_argument("--codebook-size", type=flags.positive, help="number of codes K")
+    g.add_argument("--code-dim", type=flags.positive, help="dimensions of a code")
     g.add_argument("--beta", type=float, default=0.25, help="weight of the commitment term")
     g.add_argument("--legacy", action="store_true", help="beta on the codebook term, as the official code did for long")
     g.add_argument("--l2-norm", action=BooleanOptionalAction, help="compare latents and codes by direction")
@@ -179,22 +159,22 @@ def parse_flags():
     g.add_argument("--gumbel", action="store_true", help="Gumbel-softmax quantizer instead of nearest neighbours")
 
     g = p.add_argument_group("training")
-    g.add_argument("--steps", type=runtime.positive, help="optimizer steps in all")
-    g.add_argument("--batch-size", type=runtime.positive, help="pictures a step, over all processes")
+    g.add_argument("--steps", type=flags.positive, help="optimizer steps in all")
+    g.add_argument("--batch-size", type=flags.positive, help="pictures a step, over all processes")
     g.add_argument(
-        "--accumulate", type=runtime.positive, default=1, help="parts that a batch is computed in, for small memory"
+        "--accumulate", type=flags.positive, default=1, help="parts that a batch is computed in, for small memory"
     )
     g.add_argument("--lr", type=float, help="learning rate of both Adams (betas 0.5, 0.9)")
-    g.add_argument("--lr-decay", type=runtime.share, help="last share of the steps, over which lr falls to 5 %%")
+    g.add_argument("--lr-decay", type=flags.share, help="last share of the steps, over which lr falls to 5 %%")
     g.add_argument("--loss", default="vqgan", choices=["vqgan", "vqvae"], help="vqvae: squared error, no LPIPS, no D")
     g.add_argument("--perceptual", help="vgg16 (LPIPS), none, or the file of a classifier")
     g.add_argument("--perceptual-weight", type=float, default=1.0, help="of the perceptual distance beside L1")
     g.add_argument(
         "--revive-every", type=int, help="steps between revivals of dead codes; 0: never, start as the paper"
     )
-    g.add_argument("--disc-start", type=runtime.share, help="share of the steps after which D begins to learn")
-    g.add_argument("--disc-warmup", type=runtime.share, help="share of the steps that D then learns alone")
-    g.add_argument("--disc-ramp", type=runtime.share, help="share of the steps over which its gradient comes in")
+    g.add_argument("--disc-start", type=flags.share, help="share of the steps after which D begins to learn")
+    g.add_argument("--disc-warmup", type=flags.share, help="share of the steps that D then learns alone")
+    g.add_argument("--disc-ramp", type=flags.share, help="share of the steps over which its gradient comes in")
     g.add_argument("--disc-weight", type=float, help="times lambda")
     g.add_argument(
         "--disc-loss",
@@ -202,22 +182,11 @@ def parse_flags():
         choices=["hinge", "log"],
         help="the paper writes log, its code trains with hinge",
     )
-    g.add_argument("--disc-channels", type=runtime.positive, help="channels of D's first layer")
-    g.add_argument("--disc-layers", type=runtime.positive, help="2: patches of 34 pixels, 3: of 70")
+    g.add_argument("--disc-channels", type=flags.positive, help="channels of D's first layer")
+    g.add_argument("--disc-layers", type=flags.positive, help="2: patches of 34 pixels, 3: of 70")
     g.add_argument("--max-lambda", type=float, default=1e4, help="cap of the adaptive weight")
 
-    p.set_defaults(**PRESETS["tiny"] | PRESETS.get(early.preset, {}))
-    saved = None
-    if early.resume:
-        saved = checkpoint.read(Path(early.out) / "last.pt", "vqgan", needs=RESUME_NEEDS)
-        p.set_defaults(**saved["flags"])
-    args = p.parse_args()
-    if saved:
-        for name, value in saved["flags"].items():
-            if name not in MAY_CHANGE and getattr(args, name, None) != value:
-                flag = "--" + name.replace("_", "-")
-                raise UserError(f"{flag} was {value} in {args.out}; a resumed run keeps it, so choose another --out")
-    return args, saved
+    return flags.parse(p, PRESETS, "vqgan", RESUME_NEEDS, MAY_CHANGE)
 
 
 def check(args, world: int) -> None:

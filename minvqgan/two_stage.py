@@ -77,7 +77,7 @@ class TwoStage(nn.Module):
         """c as its condition takes it -> r: (B, h, w) for maps, (B, 1) for the others."""
         return self.condition(c) + self.offset
 
-    def loss(self, s: Tensor, r: Tensor, s_in: Tensor | None = None) -> Tensor:
+    def forward(self, s: Tensor, r: Tensor, s_in: Tensor | None = None) -> Tensor:
         """-log p(s | r) in nats, (B, T). s (B, T), r (B, R) or (B, n, n). s_in: what is read in s' place (pkeep)."""
         r = r.flatten(1)
         s_in = s if s_in is None else s_in
@@ -88,7 +88,7 @@ class TwoStage(nn.Module):
     @torch.no_grad()
     def nll(self, x: Tensor, c: Tensor | None = None) -> Tensor:
         """-log p(s | c) of images x (B, C, H, W), in nats a token, (B,)."""
-        return self.loss(self.image_tokens(x), self.condition_tokens(x if c is None else c)).mean(1)
+        return self(self.image_tokens(x), self.condition_tokens(x if c is None else c)).mean(1)
 
     def to_map(self, s: Tensor) -> Tensor:
         """s (B, T) in this model's order -> indices (B, n, n)."""

@@ -40,7 +40,7 @@ def test_official_numbers(kind):
         assert torch.equal(r.flatten(1), fx["c_indices"])
         logits = model.gpt(torch.cat([r.flatten(1), s[:, :-1]], 1))[:, r.flatten(1).shape[1] - 1 :]
         assert relative_error(logits, fx["logits"]) < 1e-5
-        assert relative_error(model.loss(s, r).mean(), fx["loss"]) < 1e-5
+        assert relative_error(model(s, r).mean(), fx["loss"]) < 1e-5
         assert relative_error(model.nll(fx["x"], fx["c"]).mean(), fx["loss"]) < 1e-5
         assert relative_error(model.vqgan.decode_indices(model.to_map(s)), fx["image_of_z"]) < 1e-5
     indices = model.sample_indices(fx["c"], [0, 1], sampling=GREEDY).flatten(1)
@@ -105,7 +105,7 @@ def test_loss_is_the_sum_of_single_predictions(kind):
     for i in range(16):
         logits = model.gpt(torch.cat([r, s[:, :i]], 1))[:, -1]
         truth -= logits.log_softmax(1).gather(1, s[:, i : i + 1])[:, 0]
-    assert model.loss(s, r).shape == (2, 16)
+    assert model(s, r).shape == (2, 16)
     assert torch.allclose(model.nll(x, c), truth.detach() / 16, atol=1e-5)
 
 

@@ -2,11 +2,14 @@
 
 import os
 import pickle
-from dataclasses import fields
+from dataclasses import asdict, fields
 from pathlib import Path
 
 import torch
 
+from ..conditioning import ClassCondition, CoordinateCondition, NoCondition, SpatialCondition
+from ..gpt import GPT, GPTConfig
+from ..two_stage import TwoStage, TwoStageConfig
 from ..vqgan import VQGAN, VQGANConfig
 from .runtime import UserError
 
@@ -96,17 +99,82 @@ def restore(saved: dict, parts: dict, path: str | Path) -> None:
             raise UserError(f"{path}: {name} does not fit ({error})") from None
 
 
-def load_vqgan(path: str | Path) -> VQGAN:
-    """The VQGAN of a checkpoint (`last.pt`, `best.pt`), in eval mode, on the CPU. Raises UserError."""
-    content = read(path, "vqgan")
+# What the constructors raise for numbers that make no model.
+BUILD_ERRORS = (
+    ValueError,
+    TypeError,
+    KeyError,
+    ZeroDivisionError,
+    IndexError,
+    RuntimeError,
+    OverflowError,
+    MemoryError,
+)
+
+
+def _build_vqgan(content: dict, path: str | Path) -> VQGAN:
+    """A VQGAN from {"config", "model"}, in eval mode. Raises UserError."""
     try:
         model = VQGAN(config_from(VQGANConfig, content.get("config"), path))
-    except (ValueError, TypeError, ZeroDivisionError, IndexError, RuntimeError) as error:
+    except BUILD_ERRORS as error:
         raise UserError(f"{path}: no model can be built from its configuration ({error})") from None
-    fill(model, content.get("model", {}), path)
+    fill(model, content.get("model"), path)
     return model.eval()
 
 
-def load(path: str | Path) -> VQGAN:
+def load_vqgan(path: str | Path) -> VQGAN:
+    """The VQGAN of a checkpoint (`last.pt`, `best.pt`), in eval mode, on the CPU. Raises UserError."""
+    return _build_vqgan(read(path, "vqgan"), path)
+
+
+def pack_two_stage(model: TwoStage) -> dict:
+    """Everything that `unpack_two_stage` needs: both first stages travel with the transformer, so one file samples."""
+    condition = {"kind": model.condition.kind}
+    if condition["kind"] == "class":
+        condition["num_classes"] = model.condition.num_tokens
+    if condition["kind"] == "coords":
+        condition |= {"f": model.condition.f, "levels": model.condition.levels}
+    if condition["kind"] == "spatial":
+        condition |= {"config": asdict(model.condition.vqgan.config), "model": model.condition.vqgan.state_dict()}
+    return {
+        "config": asdict(model.config),
+        "gpt_config": asdict(model.gpt.config),
+        "gpt": model.gpt.state_dict(),
+        "vqgan": {"config": asdict(model.vqgan.config), "model": model.vqgan.state_dict()},
+        "condition": condition,
+    }
+
+
+def unpack_two_stage(content: dict, path: str | Path) -> TwoStage:
+    """The model of a checkpoint's content, in eval mode. Raises UserError."""
+    for name in ("vqgan", "condition"):
+        if not isinstance(content.get(name), dict):
+            raise UserError(f"{path} has no {name}")
+    stored = content["condition"]
+    try:
+        kind = stored.get("kind")
+        if kind == "none":
+            condition = NoCondition()
+        elif kind == "class":
+            condition = ClassCondition(stored["num_classes"])
+        elif kind == "coords":
+            condition = CoordinateCondition(stored["f"], stored["levels"])
+        elif kind == "spatial":
+            condition = SpatialCondition(_build_vqgan(stored, path))
+        else:
+            raise UserError(f"{path} has a condition of unknown kind {kind!r}")
+        gpt = GPT(config_from(GPTConfig, content.get("gpt_config"), path))
+        config = config_from(TwoStageConfig, content.get("config"), path)
+        model = TwoStage(_build_vqgan(content["vqgan"], path), condition, gpt, config)
+    except BUILD_ERRORS as error:
+        raise UserError(f"{path}: no model can be built from its configuration ({error})") from None
+    fill(gpt, content.get("gpt"), path)
+    return model.eval()
+
+
+def load(path: str | Path) -> VQGAN | TwoStage:
     """The model that a checkpoint holds, in eval mode, on the CPU. Raises UserError."""
+    content = read(path)
+    if content.get("kind") == "two_stage":
+        return unpack_two_stage(content, path)
     return load_vqgan(path)

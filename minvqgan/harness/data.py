@@ -26,6 +26,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from ..conditioning import coordinates
 from . import shapes
 from .runtime import UserError
 
@@ -131,6 +132,15 @@ def _to_tensor(image: Image.Image, source: str) -> Tensor:
     return torch.from_numpy(a).permute(2, 0, 1) / 127.5 - 1  # (3, S, S)
 
 
+def crop_place(width: int, height: int, S: int, seed: int, draw: int | None, flip: bool) -> tuple[int, int, bool]:
+    """(left, top, mirrored) of an S x S crop, a function of (seed, draw); draw None: the centre, not mirrored."""
+    if draw is None:
+        return (width - S) // 2, (height - S) // 2, False
+    rng = np.random.default_rng((seed, draw))
+    left, top = int(rng.integers(width - S + 1)), int(rng.integers(height - S + 1))
+    return left, top, flip and rng.random() < 0.5
+
+
 class FolderPictures(Dataset):
     """Pictures from files.  dataset[(index, draw)]: `draw` seeds crop and flip; None means the centre, unflipped.
 
@@ -138,10 +148,11 @@ class FolderPictures(Dataset):
     resize: the shorter side is scaled to this, then image_size x image_size are cut out.
     """
 
-    def __init__(self, files, class_of, classes, image_size, resize, num_labels=None, seed=0, flip=True):
+    def __init__(self, files, class_of, classes, image_size, resize, num_labels=None, seed=0, flip=True, coords=False):
         self.files, self.class_of, self.classes = files, class_of, classes
         self.image_size, self.resize, self.num_labels = image_size, resize, num_labels
-        self.seed, self.flip = seed, flip
+        self.seed, self.flip, self.coords = seed, flip, coords
+        self.fixed = False  # True where all pictures are known to be shown whole: never cropped at random
         self.bad: set[int] = set()
         self.kept: dict[tuple[int, str], Image.Image] = {}
         self.room = CACHE_BYTES
@@ -193,15 +204,14 @@ class FolderPictures(Dataset):
             raise UserError(f"{names} differ in shape: a pair must show the same picture")
         width, height = sizes.pop()
         S = self.image_size
-        left, top, flip = (width - S) // 2, (height - S) // 2, False
-        if draw is not None:
-            rng = np.random.default_rng((self.seed, draw))
-            left, top = int(rng.integers(width - S + 1)), int(rng.integers(height - S + 1))
-            flip = self.flip and rng.random() < 0.5
+        left, top, flip = crop_place(width, height, S, self.seed, draw, self.flip)
         out: dict = {"class": self.class_of[index]}
         for source, picture in pictures.items():
             t = _to_tensor(picture.crop((left, top, left + S, top + S)), source)
             out[source] = t.flip(-1) if flip else t
+        if self.coords:  # where the crop lies in the mirrored picture, if it is mirrored
+            left = width - S - left if flip else left
+            out["coords"] = coordinates(height, width)[:, top : top + S, left : left + S]
         return out
 
 
@@ -209,33 +219,43 @@ class ShapesPictures(Dataset):
     """The built-in pictures; `indices` of seed 0 whatever the training's seed is, so that runs can be compared."""
 
     classes = shapes.KINDS
+    flip = False  # every scene is a new draw already
 
-    def __init__(self, indices: range, image_size: int, sources: tuple[str, ...]):
-        self.indices, self.image_size, self.sources = indices, image_size, sources
+    def __init__(self, indices: range, image_size: int, resize: int, sources: tuple[str, ...], seed: int):
+        self.indices, self.image_size, self.resize, self.sources, self.seed = indices, image_size, resize, sources, seed
+        self.fixed = resize == image_size
         self.kept: dict[int, dict] = {}
-        self.keep = CACHE_BYTES // (image_size**2 * 4 * (3 * ("image" in sources) + 2))
+        self.keep = CACHE_BYTES // (resize**2 * 4 * (3 * ("image" in sources) + 2))
 
     def __len__(self) -> int:
         return len(self.indices)
 
+    def _scene(self, index: int) -> dict:
+        if index in self.kept:
+            return self.kept[index]
+        scene = shapes.draw(0, self.indices[index], self.resize, self.resize)
+        out = {
+            s: coordinates(self.resize, self.resize) if s == "coords" else torch.from_numpy(scene[s])
+            for s in self.sources
+        }
+        out["class"] = scene["class"]
+        if len(self.kept) < self.keep:
+            self.kept[index] = out
+        return out
+
     def __getitem__(self, key: tuple[int, int | None]) -> dict:
-        index, _ = key  # no crop and no flip: every scene is a new draw already
-        if index not in self.kept:
-            scene = shapes.draw(0, self.indices[index], self.image_size, self.image_size)
-            sample = {source: torch.from_numpy(scene[source]) for source in self.sources} | {"class": scene["class"]}
-            if len(self.kept) >= self.keep:
-                return sample
-            self.kept[index] = sample
-        return self.kept[index]
+        index, draw = key
+        S, scene = self.image_size, self._scene(index)
+        left, top, _ = crop_place(self.resize, self.resize, S, self.seed, draw, flip=False)
+        return {k: v if k == "class" else v[..., top : top + S, left : left + S] for k, v in scene.items()}
 
 
 class TorchvisionPictures(FolderPictures):
     """A torchvision dataset of (PIL image, class) pairs, cropped and flipped like files are."""
 
-    def __init__(self, wrapped, classes, image_size, resize, seed, flip):
-        super().__init__(
-            [{"image": i} for i in range(len(wrapped))], None, classes, image_size, resize, None, seed, flip
-        )
+    def __init__(self, wrapped, classes, image_size, resize, seed, flip, coords):
+        files = [{"image": i} for i in range(len(wrapped))]
+        super().__init__(files, None, classes, image_size, resize, None, seed, flip, coords)
         self.wrapped = wrapped
 
     def _read(self, index: int, source: str) -> Image.Image:
@@ -258,10 +278,11 @@ TORCHVISION = {
     "flowers102": ("Flowers102", {"split": "train"}, {"split": "test"}),
     "oxford-pets": ("OxfordIIITPet", {"split": "trainval"}, {"split": "test"}),
 }
+SQUARE = {"cifar10", "cifar100", "mnist", "fashion-mnist", "svhn", "stl10"}
 TORCHVISION_ROOT = Path("data")
 
 
-def _torchvision(name: str, image_size: int, resize: int, seed: int, flip: bool):
+def _torchvision(name: str, image_size: int, resize: int, seed: int, flip: bool, coords: bool):
     cls, *parts = TORCHVISION[name]
     sets = []
     for part in parts:
@@ -274,7 +295,8 @@ def _torchvision(name: str, image_size: int, resize: int, seed: int, flip: bool)
             ) from None
         count = max((int(wrapped[i][1]) for i in range(len(wrapped))), default=0) + 1 if cls == "SVHN" else 0
         classes = tuple(map(str, getattr(wrapped, "classes", None) or range(count)))
-        sets.append(TorchvisionPictures(wrapped, classes, image_size, resize, seed, flip))
+        sets.append(TorchvisionPictures(wrapped, classes, image_size, resize, seed, flip, coords))
+        sets[-1].fixed = name in SQUARE and resize == image_size
     return sets[0], sets[1]
 
 
@@ -283,13 +305,14 @@ def _find(folder: Path) -> list[Path]:
     return sorted(p for p in paths if not any(part.startswith(".") for part in p.relative_to(folder).parts))
 
 
-def _readable(paths: list[Path]) -> list[Path]:
-    """The files whose header is that of a picture; broken pixels behind a good header are met while training."""
-    good, bad = [], []
+def _readable(paths: list[Path]) -> dict[Path, bool]:
+    """The files whose header is that of a picture, and whether it is square. Broken pixels behind a good header are met
+    while training."""
+    good, bad = {}, []
     for path in paths:
         try:
-            with Image.open(path):
-                good.append(path)
+            with Image.open(path) as image:
+                good[path] = image.width == image.height
         except Exception:
             bad.append(path)
     if bad:
@@ -298,8 +321,9 @@ def _readable(paths: list[Path]) -> list[Path]:
     return good
 
 
-def _scan(root: Path, sources: tuple[str, ...]) -> tuple[list[dict[str, Path]], list[str]]:
-    """The pictures under `root`, each {source: path}, and the class name of each ("" where there are none)."""
+def _scan(root: Path, sources: tuple[str, ...]) -> tuple[list[dict[str, Path]], list[str], bool]:
+    """The pictures under `root`, each {source: path}, the class name of each ("" where there are none), and whether all
+    are square."""
     folders = {"image": "images", "labels": "labels", "depth": "depth"}
     if not (root / "images").is_dir() or not any((root / folders[s]).is_dir() for s in ("labels", "depth")):
         if len(sources) > 1:
@@ -308,19 +332,21 @@ def _scan(root: Path, sources: tuple[str, ...]) -> tuple[list[dict[str, Path]], 
             )
         paths = _readable(_find(root))
         names = [p.relative_to(root).parts[0] if len(p.relative_to(root).parts) > 1 else "" for p in paths]
-        return [{sources[0]: p} for p in paths], names
-    found = {}
+        return [{sources[0]: p} for p in paths], names, all(paths.values())
+    found, square = {}, True
     for source in sources:
         folder = root / folders[source]
         if not folder.is_dir():
             raise UserError(f"{root} has no folder {folders[source]}/")
-        found[source] = {p.relative_to(folder).with_suffix(""): p for p in _readable(_find(folder))}
+        paths = _readable(_find(folder))
+        found[source] = {p.relative_to(folder).with_suffix(""): p for p in paths}
+        square = square and all(paths.values())
     first = found[sources[0]]
     for source in sources[1:]:
         for stem in sorted(first.keys() ^ found[source].keys()):
             lonely = first.get(stem) or found[source][stem]
             raise UserError(f"{lonely} has no partner of the same name in {'/'.join(folders[s] for s in sources)}")
-    return [{source: found[source][stem] for source in sources} for stem in sorted(first)], [""] * len(first)
+    return [{source: found[source][stem] for source in sources} for stem in sorted(first)], [""] * len(first), square
 
 
 def _folder(root: Path, image_size: int, resize: int, sources, num_labels, seed: int, flip: bool):
@@ -331,7 +357,12 @@ def _folder(root: Path, image_size: int, resize: int, sources, num_labels, seed:
     if not root.is_dir():
         raise UserError(f"--data {root} is a file; give the folder that holds the pictures")
     split = (root / "train").is_dir() and (root / "val").is_dir()
+    if not split and (root / "train").is_dir():
+        root = root / "train"  # else "train" would be the name of the only class
+    coords, sources = "coords" in sources, tuple(s for s in sources if s != "coords")
     parts = [_scan(root / part, sources) for part in ("train", "val")] if split else [_scan(root, sources)]
+    square = all(square for _, _, square in parts)
+    parts = [(files, names) for files, names, _ in parts]
     for (files, _), part in zip(parts, ("train", "val"), strict=False):
         if not files:
             raise UserError(
@@ -351,10 +382,15 @@ def _folder(root: Path, image_size: int, resize: int, sources, num_labels, seed:
             for want in (False, True)
         ]
     classes = tuple(sorted({name for _, names in parts for name in names}))
-    return tuple(
-        FolderPictures(files, [classes.index(n) for n in names], classes, image_size, resize, num_labels, seed, flip)
+    sets = tuple(
+        FolderPictures(
+            files, [classes.index(n) for n in names], classes, image_size, resize, num_labels, seed, flip, coords
+        )
         for files, names in parts
     )
+    for pictures in sets:
+        pictures.fixed = square and resize == image_size
+    return sets
 
 
 def open_data(
@@ -369,7 +405,8 @@ def open_data(
     """(training set, held-out set) of a folder, a torchvision set or `shapes`. Both have `.classes`, names by number.
 
     image_size: side of the square pictures. resize: scale the shorter side to this before cutting (image_size).
-    sources: of "image", "labels", "depth". Raises UserError, one line each, for everything a user can get wrong.
+    sources: of "image", "labels", "depth", "coords" (where a crop lies, (1, S, S) in [0, 1]).
+    Raises UserError, one line each, for everything a user can get wrong.
     """
     resize = resize or image_size
     if resize < image_size:
@@ -378,11 +415,11 @@ def open_data(
         if "labels" in sources and num_labels and num_labels < len(shapes.LABELS):
             raise UserError(f"shapes has {len(shapes.LABELS)} labels; --num-labels {num_labels} is too few")
         train, val = range(1000, 13000), range(1000)
-        return ShapesPictures(train, image_size, sources), ShapesPictures(val, image_size, sources)
+        return tuple(ShapesPictures(indices, image_size, resize, sources, seed) for indices in (train, val))
     if name in TORCHVISION and not Path(name).is_dir():
-        if sources != ("image",):
+        if set(sources) - {"image", "coords"}:
             raise UserError(f"{name} has pictures only, no {sources[-1]}")
-        return _torchvision(name, image_size, resize, seed, flip)
+        return _torchvision(name, image_size, resize, seed, flip, "coords" in sources)
     return _folder(Path(name).expanduser(), image_size, resize, sources, num_labels, seed, flip)
 
 

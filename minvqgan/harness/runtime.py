@@ -1,9 +1,7 @@
-"""What a script needs around its loop: flags, devices, processes, signals, readable errors, the metrics file."""
+"""What a script needs around its loop: devices, processes, signals, readable errors, the metrics file."""
 
-import argparse
 import contextlib
 import csv
-import difflib
 import errno
 import os
 import signal
@@ -19,35 +17,6 @@ from torch.nn.parallel import DistributedDataParallel
 
 class UserError(Exception):
     """Something the user can put right, printed as one line, exit code 2: what is wrong, where, and what to do."""
-
-
-class Parser(argparse.ArgumentParser):
-    """argparse with defaults shown, no abbreviations, and errors of one line that name the nearest flag."""
-
-    def __init__(self, **kwargs):
-        super().__init__(formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False, **kwargs)
-
-    def error(self, message: str):
-        if message.startswith("unrecognized arguments: "):
-            wrong = message.split(": ", 1)[1].split()[0]
-            near = difflib.get_close_matches(wrong, self._option_string_actions, n=1)
-            message = f"unknown flag {wrong}" + (f"; did you mean {near[0]}?" if near else "; see --help")
-        print(f"error: {message}", file=sys.stderr)
-        raise SystemExit(2)
-
-
-def positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} is not a positive number")
-    return value
-
-
-def share(text: str) -> float:
-    value = float(text)
-    if not 0 <= value <= 1:
-        raise argparse.ArgumentTypeError(f"{value} is not a share between 0 and 1")
-    return value
 
 
 def run(main: Callable[[], int | None]) -> None:
