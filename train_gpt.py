@@ -237,8 +237,8 @@ def main() -> int:
         print(
             f"{len(train_set)} pictures to learn from, {len(val_tokens[0])} held out; "
             f"{sum(p.numel() for p in gpt.parameters()) / 1e6:.1f} M parameters; sentences of {T} codes after "
-            f"{condition_length(condition, model.config.n)} of the condition; guessing costs ln K = {math.log(K):.3f} nats "
-            f"a token; on {device}"
+            f"{condition_length(condition, model.config.n)} of the condition; guessing costs ln K = {math.log(K):.3f} "
+            f"nats a token; on {device}"
         )
     if saved:
         runtime.set_random_state(saved["random"])

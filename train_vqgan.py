@@ -34,7 +34,13 @@ from minvqgan.vqgan import VQGAN, VQGANConfig
 
 # A preset is a set of defaults; every flag overrides it. `small` and `paper` say only what differs from `tiny`.
 PRESETS = {
-    # 32 px, f = 4: for the built-in shapes and for a laptop.
+    # 32 px, f = 4: for the built-in shapes and for a laptop. Measured on shapes, 900 steps without D, one run each
+    # (codes used, perplexity of 256, held-out PSNR):
+    #     codebook as the paper begins it (--revive-every 0)    25 %    50   28.1 dB
+    #     begun from data, dead codes revived                  100 %   206   29.0
+    #     the same with --l2-norm                              100 %   229   29.0
+    #     the same with --rotation                             100 %   188   29.4
+    #     the same with --code-dim 64 in place of 16           100 %   200   29.9
     "tiny": {
         "image_size": 32,
         "ch": 16,
@@ -44,7 +50,7 @@ PRESETS = {
         "norm_groups": 1,
         "z_channels": 64,
         "codebook_size": 256,
-        "code_dim": 16,
+        "code_dim": 64,
         "l2_norm": False,
         "batch_size": 32,
         "steps": 1800,
