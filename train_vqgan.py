@@ -283,6 +283,7 @@ def main() -> int:
     disc_start, disc_joined = disc_steps[0], sum(disc_steps)
 
     if args.compile:
+        torch._functorch.config.donated_buffer = False  # D's graph is used twice (retain_graph), its buffers must stay
         # Not conv_out: lambda needs the gradient of this one layer, and a compiled backward pass is all or nothing.
         for part in (vqgan.encoder, vqgan.decoder.layers, disc, perceptual):
             if part is not None:
@@ -456,7 +457,11 @@ def main() -> int:
         minutes = (seconds_before + time.time() - began) / 60
         print(f"done in {minutes:.1f} minutes: " + ", ".join(f"{k} {v:.4g}" for k, v in values.items()))
         print(f"pictures (originals, reconstructions, codes): {out / 'images'}   curves: {out / 'loss.png'}")
-        print(f"next: python train_gpt.py --vqgan {out / 'last.pt'} --data {args.data}")
+        if args.input == "rgb":
+            flag = "" if len(train_set.classes) > 1 else " --cond none"
+            print(f"next: python train_gpt.py --vqgan {out / 'last.pt'}{flag}")
+        else:
+            print(f"next: python train_gpt.py --vqgan RGB.pt --cond spatial --cond-vqgan {out / 'last.pt'}")
     return 0
 
 

@@ -81,7 +81,7 @@ def test_a_run_leaves_what_it_promises(whole):
     assert "held out l1" in done.stderr or "held out l1" in done.stdout
     last = done.stdout.strip().splitlines()
     assert "psnr" in last[-3] and "run/images" in last[-2]
-    assert last[-1] == "next: python train_gpt.py --vqgan run/last.pt --data shapes"
+    assert last[-1] == "next: python train_gpt.py --vqgan run/last.pt"
 
 
 def test_the_grid_shows_originals_reconstructions_and_codes(whole):
