@@ -133,15 +133,14 @@ def learning_rate(args, step: int) -> float:
     return args.lr * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * progress)))
 
 
-def make_condition(args, vqgan, classes):
+def make_condition(args, vqgan):
+    """The condition, or None for classes: how many there are only the data knows."""
     if args.cond == "none":
         return NoCondition()
-    if args.cond == "class":
-        if len(classes) < 2:
-            raise UserError(f"{args.data} has no classes (subfolders); train with --cond none")
-        return ClassCondition(len(classes))
     if args.cond == "coords":
         return CoordinateCondition(vqgan.config.f, args.coord_levels)
+    if args.cond == "class":
+        return None
     if not args.cond_vqgan:
         raise UserError("--cond spatial needs --cond-vqgan: the checkpoint of a VQGAN of label maps, edges, depth, ...")
     other = checkpoint.load_vqgan(args.cond_vqgan)
@@ -152,8 +151,8 @@ def make_condition(args, vqgan, classes):
     return SpatialCondition(other)
 
 
-def fill_in(args, trained_with: dict, config) -> None:
-    """Flags not given are those of the first stage."""
+def fill_in(args, trained_with: dict, config, world: int) -> None:
+    """Flags not given are those of the first stage; then what argparse cannot know, before anything is built."""
     args.data = args.data or trained_with.get("data", "shapes")
     args.image_size = args.image_size or config.image_size
     args.resize = args.resize or trained_with.get("resize")
@@ -162,6 +161,10 @@ def fill_in(args, trained_with: dict, config) -> None:
         raise UserError(f"--image-size {args.image_size} is not divisible by f = {config.f}; use {below + config.f}")
     if args.n_embd % args.n_head:
         raise UserError(f"--n-head {args.n_head} does not divide --n-embd {args.n_embd}")
+    if args.batch_size % (world * args.accumulate):
+        raise UserError(
+            f"--batch-size {args.batch_size} cannot be split into {world} processes x {args.accumulate} parts"
+        )
     if args.lr <= 0:
         raise UserError(f"--lr {args.lr} must be above 0")
 
@@ -182,30 +185,21 @@ def main() -> int:
         vqgan, condition = model.vqgan, model.condition
     else:
         vqgan = checkpoint.load_vqgan(args.vqgan)
-        fill_in(args, checkpoint.read(args.vqgan, "vqgan").get("flags", {}), vqgan.config)
-        if args.batch_size % (world * args.accumulate):
-            raise UserError(
-                f"--batch-size {args.batch_size} cannot be split into {world} processes x {args.accumulate} parts"
-            )
-    needed = {data.SOURCE_OF[vqgan.config.input_kind]: vqgan.config.in_channels}
-    if args.cond == "coords":
-        needed["coords"] = 1
-    if args.cond == "spatial" and args.cond_vqgan and not saved:
-        condition = make_condition(args, vqgan, ())
-    if args.cond == "spatial" and (saved or args.cond_vqgan):
-        needed.setdefault(data.SOURCE_OF[condition.vqgan.config.input_kind], condition.vqgan.config.in_channels)
+        fill_in(args, checkpoint.read(args.vqgan, "vqgan").get("flags", {}), vqgan.config, world)
+        condition = make_condition(args, vqgan)
+    sources, num_labels = tokens.sources_of(vqgan, condition)
     train_set, val_set = data.open_data(
-        args.data, args.image_size, args.resize, tuple(needed), needed.get("labels"), args.seed, args.flip
+        args.data, args.image_size, args.resize, sources, num_labels, args.seed, args.flip
     )
     if not saved:
-        condition = (
-            condition if args.cond == "spatial" and args.cond_vqgan else make_condition(args, vqgan, train_set.classes)
-        )
+        if condition is None and len(train_set.classes) < 2:
+            raise UserError(f"{args.data} has no classes (subfolders); train with --cond none")
+        condition = condition or ClassCondition(len(train_set.classes))
         n = args.image_size // vqgan.config.f
-        K, length = vqgan.config.codebook_size, condition_length(condition, n)
         guided = args.drop_cond > 0 and args.cond != "none"
+        length = condition_length(condition, n) + n * n - 1  # the last code is predicted and never read
         sizes = (args.n_layer, args.n_head, args.n_embd, args.dropout)
-        gpt = GPT(GPTConfig(K, condition.num_tokens + guided, length + n * n - 1, *sizes))
+        gpt = GPT(GPTConfig(vqgan.config.codebook_size, condition.num_tokens + guided, length, *sizes))
         model = TwoStage(vqgan, condition, gpt, TwoStageConfig(n, args.order, guided, classes=tuple(train_set.classes)))
     model.to(device)
     gpt, T, K = model.gpt, len(model.order), vqgan.config.codebook_size

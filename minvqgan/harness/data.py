@@ -123,7 +123,7 @@ def _fit(image: Image.Image, resize: int, smooth: bool) -> Image.Image:
     return image.resize(size, Image.Resampling.BICUBIC if smooth else Image.Resampling.NEAREST)
 
 
-def _to_tensor(image: Image.Image, source: str) -> Tensor:
+def to_tensor(image: Image.Image, source: str) -> Tensor:
     a = np.array(image)
     if source == "labels":
         return torch.from_numpy(a.astype(np.int64))  # (S, S)
@@ -207,7 +207,7 @@ class FolderPictures(Dataset):
         left, top, flip = crop_place(width, height, S, self.seed, draw, self.flip)
         out: dict = {"class": self.class_of[index]}
         for source, picture in pictures.items():
-            t = _to_tensor(picture.crop((left, top, left + S, top + S)), source)
+            t = to_tensor(picture.crop((left, top, left + S, top + S)), source)
             out[source] = t.flip(-1) if flip else t
         if self.coords:  # where the crop lies in the mirrored picture, if it is mirrored
             left = width - S - left if flip else left

@@ -9,13 +9,17 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from ..perceptual import LPIPS, VGG16Features
 from ..quantizer import codebook_stats
 from ..vqgan import VQGAN
-from . import checkpoint
+from . import checkpoint, data, flags, runtime
 from .data import to_input
 from .runtime import UserError
+
+# No network, or a file that is broken or of another network.
+DOWNLOAD_ERRORS = (OSError, RuntimeError, EOFError, pickle.UnpicklingError)
 
 
 def psnr(x: Tensor, x_hat: Tensor) -> Tensor:
@@ -83,7 +87,7 @@ def vgg16_lpips() -> LPIPS:
     weights = torchvision.models.VGG16_Weights.IMAGENET1K_V1
     try:
         vgg = torchvision.models.vgg16(weights=weights)
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:  # no network; a broken or other file
+    except DOWNLOAD_ERRORS as error:
         place = Path(torch.hub.get_dir()) / "checkpoints" / Path(weights.url).name
         raise UserError(
             f"the VGG16 weights could not be loaded ({' '.join(str(error).split())[:80]}): "
@@ -128,12 +132,94 @@ class ClassifierFeatures(nn.Module):
         return self.classifier.feature_maps(x)
 
 
-def load_classifier(path: str | Path) -> Classifier:
-    """The classifier that `python -m minvqgan.harness.metrics` wrote, in eval mode. Raises UserError."""
-    content = checkpoint.read(path, "classifier")
-    model = Classifier(tuple(content.get("classes", ())))
-    checkpoint.fill(model, content.get("model", {}), path)
+class TorchvisionClassifier(nn.Module):
+    """A torchvision classifier with ImageNet weights, for pictures in [-1, 1], scaled and normalised as it was trained."""
+
+    def __init__(self, name: str):
+        super().__init__()
+        weights = torchvision.models.get_model_weights(name).DEFAULT
+        try:
+            self.net = torchvision.models.get_model(name, weights=weights)
+        except DOWNLOAD_ERRORS as error:
+            raise UserError(f"the weights of {name} could not be downloaded ({error}): {weights.url}") from None
+        self.classes, self.preprocess = tuple(weights.meta["categories"]), weights.transforms()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(self.preprocess((x.clamp(-1, 1) + 1) / 2))
+
+
+def load_classifier(name: str | Path) -> Classifier | TorchvisionClassifier:
+    """The classifier that `python -m minvqgan.harness.metrics` wrote, or torchvision's of this name, in eval mode. It
+    has `classes`, names by number. Raises UserError."""
+    if str(name) in torchvision.models.list_models(module=torchvision.models):
+        return TorchvisionClassifier(str(name)).eval()
+    content = checkpoint.read(name, "classifier", needs={"classes": list, "model": dict})
+    model = Classifier(tuple(content["classes"]))
+    checkpoint.fill(model, content["model"], name)
     return model.eval()
+
+
+def match_classes(known: tuple[str, ...], asked: tuple[str, ...]) -> list[int]:
+    """For each class of a model its number in a classifier: by name, or by place where both have equally many. Raises
+    UserError for a class that the classifier does not know."""
+    if set(asked) <= set(known):
+        return [known.index(name) for name in asked]
+    if len(known) == len(asked):
+        return list(range(len(asked)))
+    missing = next(name for name in asked if name not in known)
+    raise UserError(f"the classifier does not know the class {missing!r} ({', '.join(known[:10])})")
+
+
+def blurred(x: Tensor, share: float = 0.5) -> Tensor:
+    """x (B, 3, H, W) with a share of the pictures blurred a little and made a little noisy: what a decoder gives back
+    is never quite as crisp as a photo, and a classifier that knows crisp edges only would blame the model for it."""
+    soft = F.avg_pool2d(F.pad(x, (1, 1, 1, 1), mode="replicate"), 3, stride=1)
+    strength = torch.rand(len(x), 1, 1, 1, device=x.device) * (torch.rand(len(x), 1, 1, 1, device=x.device) < share)
+    return x + strength * (soft - x) + 0.05 * strength * torch.randn_like(x)
+
+
+@torch.no_grad()
+def accuracy(model: nn.Module, batches: Iterable[dict], device: torch.device) -> float:
+    """Share of pictures whose class the classifier names."""
+    right = [(model(b["image"].to(device)).argmax(1) == b["class"].to(device)).float() for b in batches]
+    return torch.cat(right).mean().item()
+
+
+def train_classifier() -> int:
+    """python -m minvqgan.harness.metrics --data shapes --out runs/classifier.pt"""
+    p = flags.Parser(prog="python -m minvqgan.harness.metrics", description="Train the classifier that judges samples.")
+    p.add_argument("--data", default="shapes", help="as in train_vqgan.py; it must have classes")
+    p.add_argument("--out", default="runs/classifier.pt", help="file to write")
+    p.add_argument("--image-size", type=flags.positive, default=32, help="side of the pictures")
+    p.add_argument("--steps", type=flags.positive, default=600, help="optimizer steps")
+    p.add_argument("--batch-size", type=flags.positive, default=32, help="pictures a step")
+    p.add_argument("--lr", type=float, default=1e-3, help="highest learning rate of AdamW, one cycle")
+    p.add_argument("--seed", type=int, default=0, help="of the weights and the data order")
+    p.add_argument("--device", default="auto", help="auto, cpu, cuda, mps")
+    args = p.parse_args()
+    device = runtime.pick_device(args.device)
+    train_set, val_set = data.open_data(args.data, args.image_size, seed=args.seed)
+    if len(train_set.classes) < 2:
+        raise UserError(f"{args.data} has no classes (subfolders)")
+    torch.manual_seed(args.seed)
+    model = Classifier(train_set.classes).to(device, memory_format=torch.channels_last)
+    opt = torch.optim.AdamW(model.parameters(), args.lr, weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(opt, args.lr, total_steps=args.steps)
+    batches = data.train_loader(train_set, args.batch_size, args.seed, 0, workers=0)
+    bar = tqdm(range(args.steps), dynamic_ncols=True)
+    for _ in bar:
+        batch = next(batches)
+        loss = F.cross_entropy(model(blurred(batch["image"].to(device))), batch["class"].to(device))
+        opt.zero_grad()
+        loss.backward()
+        opt.step()
+        schedule.step()
+        bar.set_postfix(loss=f"{loss.item():.3f}")
+    share = accuracy(model.eval(), data.held_out_batches(val_set, 100, 2000), device)
+    Path(args.out).parent.mkdir(parents=True, exist_ok=True)
+    checkpoint.save(args.out, "classifier", classes=list(train_set.classes), model=model.state_dict(), accuracy=share)
+    print(f"{share:.1%} of the held-out pictures recognised: {args.out}")
+    return 0
 
 
 def load_perceptual(name: str) -> LPIPS | None:
@@ -141,3 +227,7 @@ def load_perceptual(name: str) -> LPIPS | None:
     if name == "none":
         return None
     return vgg16_lpips() if name == "vgg16" else LPIPS(ClassifierFeatures(load_classifier(name)))
+
+
+if __name__ == "__main__":
+    runtime.run(train_classifier)

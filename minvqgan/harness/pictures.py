@@ -47,8 +47,8 @@ def code_map(model: VQGAN, indices: Tensor, scale: int) -> Tensor:
     return F.interpolate(picture, scale_factor=scale, mode="nearest")
 
 
-def save_grid(path: Path, rows: list[Tensor], min_side: int = 64) -> None:
-    """Write rows of pictures, each (n, 3, H, W) in [-1, 1], as one PNG; small ones are enlarged by whole factors."""
+def grid(rows: list[Tensor], min_side: int = 64) -> Image.Image:
+    """Rows of pictures, each (n, 3, H, W) in [-1, 1], as one; small ones are enlarged by whole factors."""
     scale = max(1, min_side // rows[0].shape[-1])
     pixels = [to_pixels(row).cpu().numpy() for row in rows]
     strips = []
@@ -56,7 +56,14 @@ def save_grid(path: Path, rows: list[Tensor], min_side: int = 64) -> None:
         enlarged = row.repeat(scale, 2).repeat(scale, 3)
         framed = np.pad(enlarged, ((0, 0), (0, 0), (0, 2), (0, 2)), constant_values=255)
         strips.append(np.concatenate(list(framed), axis=2))
-    Image.fromarray(np.concatenate(strips, axis=1).transpose(1, 2, 0)).save(path)
+    width = max(strip.shape[2] for strip in strips)
+    strips = [np.pad(s, ((0, 0), (0, 0), (0, width - s.shape[2])), constant_values=255) for s in strips]
+    return Image.fromarray(np.concatenate(strips, axis=1).transpose(1, 2, 0))
+
+
+def save_grid(path: Path, rows: list[Tensor]) -> None:
+    """Write rows of pictures, each (n, 3, H, W) in [-1, 1], as one PNG."""
+    grid(rows).save(path)
 
 
 def plot_columns(path: Path, rows: list[dict], panels: list[list[str]], mark: int | None = None) -> None:

@@ -12,8 +12,22 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from ..conditioning import Condition
 from ..two_stage import TwoStage
-from .data import Stream, held_out_batches, to_input, train_loader
+from ..vqgan import VQGAN
+from .data import SOURCE_OF, Stream, held_out_batches, to_input, train_loader
+
+
+def sources_of(vqgan: VQGAN, condition: Condition | None) -> tuple[tuple[str, ...], int | None]:
+    """(what a dataset must yield for this first stage and condition, number of labels): see `data.open_data`."""
+    configs = [vqgan.config]
+    if condition is not None and condition.kind == "spatial":
+        configs.append(condition.vqgan.config)
+    sources = dict.fromkeys(SOURCE_OF[config.input_kind] for config in configs)
+    if condition is not None and condition.kind == "coords":
+        sources["coords"] = None
+    num_labels = [config.in_channels for config in configs if config.input_kind == "labels"]
+    return tuple(sources), num_labels[0] if num_labels else None
 
 
 def condition_input(model: TwoStage) -> Callable[[dict], Tensor]:
