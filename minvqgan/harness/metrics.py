@@ -133,7 +133,7 @@ class ClassifierFeatures(nn.Module):
 
 
 class TorchvisionClassifier(nn.Module):
-    """A torchvision classifier with ImageNet weights, for pictures in [-1, 1], scaled and normalised as it was trained."""
+    """A torchvision classifier with ImageNet weights, for pictures in [-1, 1]: scaled and normalised as in training."""
 
     def __init__(self, name: str):
         super().__init__()
