@@ -1,11 +1,15 @@
 """What several test files need: the official numbers, a distance, and a way to run a script as a user."""
 
+import contextlib
+import io
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 
@@ -33,6 +37,21 @@ def run_script(*words, cwd: Path, timeout: float = 120, limit: str = "") -> subp
         command = ["bash", "-c", f'{limit}; exec "$@"', "bash", *command]
     env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=timeout)
+
+
+def run_inside(*words, cwd: Path) -> subprocess.CompletedProcess:
+    """The same in this process: the script runs as `__main__` and ends by SystemExit. Saves the seconds that importing
+    torch takes, where dozens of mistakes are tried."""
+    out, err, before = io.StringIO(), io.StringIO(), (sys.argv, os.getcwd())
+    sys.argv = [str(word) for word in words]
+    os.chdir(cwd)
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), pytest.raises(SystemExit) as ended:
+            runpy.run_path(str(ROOT / str(words[0])), run_name="__main__")
+    finally:
+        sys.argv = before[0]
+        os.chdir(before[1])
+    return subprocess.CompletedProcess(words, ended.value.code, out.getvalue(), err.getvalue())
 
 
 def assert_one_line_error(done: subprocess.CompletedProcess, *words: str) -> None:

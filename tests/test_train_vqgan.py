@@ -13,7 +13,7 @@ import time
 import numpy as np
 import pytest
 import torch
-from helpers import ROOT, assert_one_line_error, make_photos, run_script
+from helpers import ROOT, assert_one_line_error, make_photos, run_inside, run_script
 from PIL import Image
 
 import minvqgan
@@ -27,8 +27,8 @@ TINY = (
 ).split()
 
 
-def train(tmp_path, *flags, **kwargs):
-    return run_script(*TINY, "--out", "run", *flags, cwd=tmp_path, **kwargs)
+def train(tmp_path, *flags, run=run_script, **kwargs):
+    return run(*TINY, "--out", "run", *flags, cwd=tmp_path, **kwargs)
 
 
 def rows(run):
@@ -137,18 +137,18 @@ def test_kill_9_loses_at_most_the_steps_since_the_last_save(whole, tmp_path):
 
 def test_resume_mistakes(whole, tmp_path):
     run = whole[0] / "run"
-    assert_one_line_error(run_script(*TINY, "--out", run, cwd=tmp_path), "already holds a run", "--resume")
+    assert_one_line_error(run_inside(*TINY, "--out", run, cwd=tmp_path), "already holds a run", "--resume")
     again = ("train_vqgan.py", "--out", run, "--resume")
-    assert_one_line_error(run_script(*again, cwd=tmp_path), "is at step 12 of 12 already", "--steps")
-    assert_one_line_error(run_script(*again, "--ch", "16", cwd=tmp_path), "--ch was 8", "another --out")
+    assert_one_line_error(run_inside(*again, cwd=tmp_path), "is at step 12 of 12 already", "--steps")
+    assert_one_line_error(run_inside(*again, "--ch", "16", cwd=tmp_path), "--ch was 8", "another --out")
     before = (run / "last.pt").read_bytes()
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "last.pt").write_bytes(before[:5000])
-    done = run_script("train_vqgan.py", "--out", "broken", "--resume", cwd=tmp_path)
+    done = run_inside("train_vqgan.py", "--out", "broken", "--resume", cwd=tmp_path)
     assert_one_line_error(done, "broken/last.pt is truncated")
     assert (tmp_path / "broken" / "last.pt").read_bytes() == before[:5000]
     (tmp_path / "broken" / "last.pt").write_bytes((run / "best.pt").read_bytes())
-    done = run_script("train_vqgan.py", "--out", "broken", "--resume", "--steps", "20", cwd=tmp_path)
+    done = run_inside("train_vqgan.py", "--out", "broken", "--resume", "--steps", "20", cwd=tmp_path)
     assert_one_line_error(done, "has no discriminator")
     assert_one_line_error(run_script("train_vqgan.py", "--resume", cwd=tmp_path), "no checkpoint at runs/vqgan/last.pt")
 
@@ -166,7 +166,7 @@ def test_flags_that_cannot_work(tmp_path):
         (["--disc-start", "2"], ["--disc-start"]),
         (["--perceptual", "nowhere.pt"], ["no checkpoint at nowhere.pt"]),
     ):
-        assert_one_line_error(train(tmp_path, *flags), *words)
+        assert_one_line_error(train(tmp_path, *flags, run=run_inside), *words)
         assert not (tmp_path / "run").exists(), "nothing may be written before the flags are known to work"
 
 
@@ -228,7 +228,7 @@ def test_label_maps_are_learned_with_cross_entropy(tmp_path):
     ],
 )
 def test_variants_run(tmp_path, flags):
-    done = train(tmp_path, *flags.split())
+    done = train(tmp_path, *flags.split(), run=run_inside)
     assert done.returncode == 0, done.stderr
 
 
