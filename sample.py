@@ -11,6 +11,7 @@ python sample.py --gpt G.pt --size 256x512               larger than the model h
 import math
 import time
 from argparse import ArgumentTypeError
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -18,7 +19,6 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from minvqgan import sampler
-from minvqgan.conditioning import coordinates
 from minvqgan.harness import checkpoint, data, flags, metrics, pictures, runtime
 from minvqgan.harness.runtime import UserError
 from minvqgan.sampler import Sampling
@@ -119,102 +119,117 @@ def cover(x: torch.Tensor, height: int, width: int) -> torch.Tensor:
     return x[:, :, top : top + height, left : left + width]
 
 
+@dataclass
+class Start:
+    """What the images start from."""
+
+    height: int
+    width: int
+    classes: list[int | None]  # one row of the grid each; [None] for a model without classes
+    c: torch.Tensor | None = None  # (1, C, H, W), the condition where it is a picture
+    x: torch.Tensor | None = None  # (1, C, H, W), the picture to complete
+    keep: int = 0  # codes of x that stay, in reading order
+
+
+def prepare(args, model: TwoStage) -> Start:
+    """Everything a user can get wrong, before anything is sampled. Raises UserError."""
+    kind, side = model.condition.kind, model.config.n * model.vqgan.config.f
+    if args.guidance != 1 and model.null is None:
+        raise UserError("--guidance needs a model trained with dropped conditions (train_gpt.py --drop-cond)")
+    if args.classes and kind != "class":
+        raise UserError(f"--classes: this model is conditioned on {kind}")
+    if args.cond_image and kind != "spatial":
+        raise UserError(f"--cond-image: this model is conditioned on {kind}, not on an image")
+    if kind == "spatial" and not args.cond_image:
+        raise UserError("this model turns one image into another: give it one by --cond-image")
+    if args.complete and model.config.order != "row":
+        raise UserError(f"--complete keeps rows, but this model reads in {model.config.order} order")
+    classes = chosen_classes(args.classes, model.config.classes) if kind == "class" else [None]
+    if kind == "spatial":
+        config = model.condition.vqgan.config
+        c = open_picture(args.cond_image, config.input_kind, config.in_channels)
+        start = Start(*pixel_size(args.size, tuple(c.shape[2:]), model), classes)
+        start.c = cover(c, start.height, start.width)
+    else:
+        start = Start(*pixel_size(args.size, (side, side), model), classes)
+    if args.complete:
+        x = open_picture(args.complete, model.vqgan.config.input_kind, model.vqgan.config.in_channels)
+        scale = max(start.height / x.shape[2], start.width / x.shape[3])
+        if scale < 1:
+            x = F.interpolate(x, scale_factor=scale, mode="bilinear", antialias=True)
+        start.x = cover(x, start.height, start.width)
+        f = model.vqgan.config.f
+        start.keep = round(args.keep * start.height / f) * (start.width // f)
+    return start
+
+
+def conditions(model: TwoStage, start: Start, number: int | None, count: int, device: torch.device) -> torch.Tensor:
+    """c for `count` images of a class, or of the picture or size they start from."""
+    if number is not None:
+        return torch.full((count,), number, device=device)
+    if start.c is not None:
+        return start.c.to(device).expand(count, -1, -1, -1)
+    f = model.vqgan.config.f
+    return model.default_condition(count, (start.height // f, start.width // f))
+
+
 def main() -> int:
     args = parse_flags()
     device = runtime.pick_device(args.device)
     model = checkpoint.load(args.gpt)
     if not isinstance(model, TwoStage):
-        raise UserError(
-            f"{args.gpt} holds a VQGAN, not a transformer; train one on it with train_gpt.py --vqgan {args.gpt}"
-        )
-    model.to(device)
-    condition, f, side = model.condition, model.vqgan.config.f, model.config.n * model.vqgan.config.f
+        raise UserError(f"{args.gpt} holds a VQGAN, not a transformer; train one: train_gpt.py --vqgan {args.gpt}")
     try:
         sampling = Sampling(args.temperature, args.top_k, args.top_p, args.guidance)
     except ValueError as error:
         raise UserError(str(error)) from None
-    if args.guidance != 1 and model.null is None:
-        raise UserError("--guidance needs a model trained with dropped conditions (train_gpt.py --drop-cond)")
-
-    # What the images start from: c (one row an image), given codes, and the rows of the grid.
-    names, given, keep = model.config.classes, None, 0
-    c_picture = None
-    if args.cond_image:
-        if condition.kind != "spatial":
-            raise UserError(f"--cond-image: this model is conditioned on {condition.kind}, not on an image")
-        config = condition.vqgan.config
-        c_picture = open_picture(args.cond_image, config.input_kind, config.in_channels)
-        height, width = pixel_size(args.size, tuple(c_picture.shape[2:]), model)
-        c_picture = cover(c_picture, height, width).to(device)
-    elif condition.kind == "spatial":
-        raise UserError("this model turns one image into another: give it one by --cond-image")
-    else:
-        height, width = pixel_size(args.size, (side, side), model)
-    classes = chosen_classes(args.classes, names) if condition.kind == "class" else [None]
-    if args.classes and condition.kind != "class":
-        raise UserError(f"--classes: this model is conditioned on {condition.kind}")
-    if args.complete:
-        if model.config.order != "row":
-            raise UserError(f"--complete keeps rows, but this model reads in {model.config.order} order")
-        x = open_picture(args.complete, model.vqgan.config.input_kind, model.vqgan.config.in_channels)
-        scale = max(height / x.shape[2], width / x.shape[3])
-        x = F.interpolate(x, scale_factor=scale, mode="bilinear", antialias=True) if scale < 1 else x
-        x = cover(x, height, width).to(device)
-        given = model.vqgan.encode_indices(x)  # (1, h, w)
-        keep = round(args.keep * given.shape[1]) * given.shape[2]
-
-    classifier, per_row = None, args.n
+    start = prepare(args, model.to(device))
+    classifier, number_of, per_row = None, [], args.n
     if args.reject is not None:
-        if condition.kind != "class" or not args.classifier:
+        if start.classes == [None] or not args.classifier:
             raise UserError("--reject needs a class-conditional model and --classifier")
         if not 0 < args.reject <= 1:
             raise UserError(f"--reject {args.reject} is not a rate in (0, 1]")
         classifier = metrics.load_classifier(args.classifier).to(device)
-        number_of = metrics.match_classes(classifier.classes, names)
+        number_of = metrics.match_classes(classifier.classes, model.config.classes)
         per_row = math.ceil(args.n / args.reject)
 
-    h, w = height // f, width // f
-    began, rows = time.time(), []
-    bar = tqdm(total=len(classes) * per_row * (h * w - keep), unit="tok", unit_scale=True, dynamic_ncols=True)
-    for row, number in enumerate(classes):
+    h, w = start.height // model.vqgan.config.f, start.width // model.vqgan.config.f
+    given = None if start.x is None else model.vqgan.encode_indices(start.x.to(device))  # (1, h, w)
+    codes, began, rows = len(start.classes) * per_row * (h * w - start.keep), time.time(), []
+    bar = tqdm(total=codes, unit="code", unit_scale=True, dynamic_ncols=True)
+    for row, number in enumerate(start.classes):
         images = []
         for first in range(0, per_row, args.batch_size):
             count = min(args.batch_size, per_row - first)
-            if number is not None:
-                c = torch.full((count,), number, device=device)
-            elif c_picture is not None:
-                c = c_picture.expand(count, -1, -1, -1)
-            elif condition.kind == "coords":
-                c = coordinates(height, width).to(device).expand(count, -1, -1, -1)
-            else:
-                c = torch.zeros(count, 1, device=device)
-            seeds = range(args.seed + row * per_row + first, args.seed + row * per_row + first + count)
-            start = None if given is None else given.expand(count, -1, -1)
-            indices = model.sample_indices(c, seeds, (h, w), sampling, start, keep, on_token=bar.update)
+            seeds = [args.seed + row * per_row + first + i for i in range(count)]
+            c = conditions(model, start, number, count, device)
+            copies = None if given is None else given.expand(count, -1, -1)
+            indices = model.sample_indices(c, seeds, (h, w), sampling, copies, start.keep, on_token=bar.update)
             images += [model.vqgan.decode_indices(part).clamp(-1, 1) for part in indices.split(16)]
-        images = torch.cat(images)
+        images = torch.cat(images)  # (per_row, C, H, W)
         if classifier is not None:
             with torch.no_grad():
                 scores = torch.cat([classifier(part).softmax(1)[:, number_of[number]] for part in images.split(64)])
             images = images[sampler.reject(scores, args.reject)[: args.n]]
         rows.append(images)
     bar.close()
-    write(args, model, rows, classes, c_picture, x if args.complete else None)
-    tokens = len(classes) * per_row * (h * w - keep)
-    seconds = time.time() - began
-    count = sum(map(len, rows))
-    print(f"{count} images of {height} x {width} in {seconds:.1f} s ({tokens / seconds:.0f} codes/s): {args.out}")
+    write(args, model, rows, start)
+    seconds, count = time.time() - began, sum(map(len, rows))
+    print(
+        f"{count} images of {start.height} x {start.width} in {seconds:.1f} s, {codes / seconds:.0f} codes/s: {args.out}"
+    )
     return 0
 
 
-def write(args, model: TwoStage, rows, classes, c_picture, x) -> None:
+def write(args, model: TwoStage, rows: list[torch.Tensor], start: Start) -> None:
     """The grid or the single files, and the animation."""
     kind, names = model.vqgan.config.input_kind, model.config.classes
     shown = [pictures.to_rgb(images, kind).cpu() for images in rows]
     out = Path(args.out)
     if out.suffix.lower() != ".png":
         out.mkdir(parents=True, exist_ok=True)
-        for number, images in zip(classes, shown, strict=True):
+        for number, images in zip(start.classes, shown, strict=True):
             for i, image in enumerate(images):
                 name = f"{names[number]}_{i:04d}.png" if number is not None else f"{i:04d}.png"
                 pictures.grid([image[None]], min_side=1).save(out / name)
@@ -225,16 +240,16 @@ def write(args, model: TwoStage, rows, classes, c_picture, x) -> None:
             lines = list(shown[0].split(per_line))
         else:
             lines = shown
-        if c_picture is not None:
-            lines.insert(0, pictures.to_rgb(c_picture, model.condition.vqgan.config.input_kind).cpu())
-        if x is not None:
-            lines.insert(0, pictures.to_rgb(x, kind).cpu())
+        if start.c is not None:
+            lines.insert(0, pictures.to_rgb(start.c, model.condition.vqgan.config.input_kind))
+        if start.x is not None:
+            lines.insert(0, pictures.to_rgb(start.x, kind))
         pictures.save_grid(out, lines)
     if args.steps_gif:
         save_steps(Path(args.steps_gif), model, shown)
 
 
-def save_steps(path: Path, model: TwoStage, rows, frames: int = 32) -> None:
+def save_steps(path: Path, model: TwoStage, rows: list[torch.Tensor], frames: int = 32) -> None:
     """The finished images uncovered code by code, in the order in which they were sampled."""
     f = model.vqgan.config.f
     h, w = rows[0].shape[2] // f, rows[0].shape[3] // f
