@@ -216,9 +216,8 @@ def main() -> int:
     bar.close()
     write(args, model, rows, start)
     seconds, count = time.time() - began, sum(map(len, rows))
-    print(
-        f"{count} images of {start.height} x {start.width} in {seconds:.1f} s, {codes / seconds:.0f} codes/s: {args.out}"
-    )
+    pace = f"{seconds:.1f} s, {codes / seconds:.0f} codes/s"
+    print(f"{count} images of {start.height} x {start.width} in {pace}: {args.out}")
     return 0
 
 
