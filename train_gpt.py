@@ -23,7 +23,6 @@ from minvqgan.gpt import GPT, GPTConfig, parameter_groups
 from minvqgan.harness import checkpoint, data, flags, pictures, runtime, tokens
 from minvqgan.harness.runtime import UserError
 from minvqgan.orders import ORDERS
-from minvqgan.sampler import Sampling
 from minvqgan.two_stage import TwoStage, TwoStageConfig, condition_length
 
 # A preset is a set of defaults; every flag overrides it. `small` and `gpt2-medium` say only what differs from `tiny`.
@@ -117,10 +116,6 @@ def parse_flags():
     g.add_argument("--warmup", type=flags.share, default=0.02, help="share of the steps over which lr rises")
     g.add_argument("--weight-decay", type=float, default=0.01, help="on matrices only")
     g.add_argument("--pkeep", type=flags.share, default=1.0, help="share of input codes kept; the rest become random")
-
-    g = p.add_argument_group("samples drawn while training")
-    g.add_argument("--temperature", type=float, default=1.0, help="below 1 sharpens")
-    g.add_argument("--top-k", type=flags.positive, help="only the k likeliest codes")
     return flags.parse(p, PRESETS, "two_stage", RESUME_NEEDS, MAY_CHANGE)
 
 
@@ -335,15 +330,14 @@ def main() -> int:
 def save_pictures(args, model, val_set, to_c, device, folder: Path, name: str) -> None:
     """Samples, completions of the upper halves of held-out pictures, and c | sample | truth where c is a picture."""
     model.eval()
-    kind, sampling = model.vqgan.config.input_kind, Sampling(args.temperature, args.top_k)
-    batch = next(data.held_out_batches(val_set, 8, 8))
-    x = data.to_input({k: v.to(device) for k, v in batch.items()}, kind, model.vqgan.config.in_channels)
-    c = to_c({k: v.to(device) for k, v in batch.items()})
+    kind = model.vqgan.config.input_kind
+    batch = {k: v.to(device) for k, v in next(data.held_out_batches(val_set, 8, 8)).items()}
+    x, c = data.to_input(batch, kind, model.vqgan.config.in_channels), to_c(batch)
     if args.cond == "class":  # every class in turn instead of those that happen to be held out
         c = (torch.arange(8 * 3, device=device) % len(model.config.classes)).sort().values
     elif args.cond != "spatial":
         c = torch.cat([c] * 3)
-    samples = model.sample(c, sampling=sampling)
+    samples = model.sample(c)
     if args.cond == "spatial":
         shown = pictures.to_rgb(c, model.condition.vqgan.config.input_kind)
         rows = [shown, pictures.to_rgb(samples, kind), pictures.to_rgb(x, kind)]
@@ -351,7 +345,7 @@ def save_pictures(args, model, val_set, to_c, device, folder: Path, name: str) -
         rows = list(pictures.to_rgb(samples, kind).chunk(3))
     pictures.save_grid(folder / f"{name}_samples.png", [row.cpu() for row in rows])
     if model.config.order == "row":
-        completed = model.complete(x, 0.5, to_c({k: v.to(device) for k, v in batch.items()}), sampling=sampling)
+        completed = model.complete(x, 0.5, to_c(batch))
         rows = [pictures.to_rgb(x, kind), pictures.to_rgb(completed, kind)]
         pictures.save_grid(folder / f"{name}_completions.png", [row.cpu() for row in rows])
     model.train()

@@ -40,7 +40,8 @@ PRESETS = {
     #     begun from data, dead codes revived                  100 %   206   29.0
     #     the same with --l2-norm                              100 %   229   29.0
     #     the same with --rotation                             100 %   188   29.4
-    #     the same with --code-dim 64 in place of 16           100 %   200   29.9
+    #     the same with --code-dim 64                          100 %   200   29.9
+    # Over the whole run with D, 16 and 64 dimensions reach the same (32.4 and 32.5 dB), 16 with the higher perplexity.
     "tiny": {
         "image_size": 32,
         "ch": 16,
@@ -50,7 +51,7 @@ PRESETS = {
         "norm_groups": 1,
         "z_channels": 64,
         "codebook_size": 256,
-        "code_dim": 64,
+        "code_dim": 16,
         "l2_norm": False,
         "batch_size": 32,
         "steps": 1800,

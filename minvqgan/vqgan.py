@@ -34,7 +34,7 @@ class VQGANConfig:
     norm_groups: int = 1
     dropout: float = 0.0
     codebook_size: int = 256  # K
-    code_dim: int = 64  # D
+    code_dim: int = 16  # D
     beta: float = 0.25
     legacy: bool = False
     l2_norm: bool = False
