@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from minvqgan import sampler
-from minvqgan.harness import checkpoint, data, flags, metrics, pictures, runtime
+from minvqgan.harness import data, flags, metrics, official, pictures, runtime
 from minvqgan.harness.runtime import UserError
 from minvqgan.sampler import Sampling
 from minvqgan.two_stage import TwoStage
@@ -36,6 +36,7 @@ def parse_flags():
     p = flags.Parser(description=__doc__.split("\n")[0])
     g = p.add_argument_group("what")
     g.add_argument("--gpt", default="runs/gpt/best.pt", help="checkpoint of train_gpt.py")
+    g.add_argument("--official-config", metavar="YAML", help="--gpt is a checkpoint of the paper's authors; its yaml")
     g.add_argument("-n", type=flags.positive, default=16, help="images, of each class or for each given image")
     g.add_argument("--classes", help="names or numbers, separated by commas (all)")
     g.add_argument("--complete", metavar="IMAGE", help="an image whose first rows are kept and the rest imagined")
@@ -65,6 +66,8 @@ def parse_flags():
 def chosen_classes(text: str | None, names: tuple[str, ...]) -> list[int]:
     """Numbers of the classes named in `text`. Raises UserError for one that there is not."""
     if text is None:
+        if len(names) > 100:
+            raise UserError(f"this model knows {len(names)} classes; choose some, such as --classes 1,7,22")
         return list(range(len(names)))
     numbers = []
     for word in text.split(","):
@@ -176,7 +179,7 @@ def conditions(model: TwoStage, start: Start, number: int | None, count: int, de
 def main() -> int:
     args = parse_flags()
     device = runtime.pick_device(args.device)
-    model = checkpoint.load(args.gpt)
+    model = official.open_model(args.gpt, args.official_config)
     if not isinstance(model, TwoStage):
         raise UserError(f"{args.gpt} holds a VQGAN, not a transformer; train one: train_gpt.py --vqgan {args.gpt}")
     try:

@@ -20,10 +20,11 @@ from tqdm import tqdm
 
 from minvqgan.conditioning import ClassCondition, CoordinateCondition, NoCondition, SpatialCondition
 from minvqgan.gpt import GPT, GPTConfig, parameter_groups
-from minvqgan.harness import checkpoint, data, flags, pictures, runtime, tokens
+from minvqgan.harness import checkpoint, data, flags, official, pictures, runtime, tokens
 from minvqgan.harness.runtime import UserError
 from minvqgan.orders import ORDERS
 from minvqgan.two_stage import TwoStage, TwoStageConfig, condition_length
+from minvqgan.vqgan import VQGAN
 
 # A preset is a set of defaults; every flag overrides it. `small` and `gpt2-medium` say only what differs from `tiny`.
 PRESETS = {
@@ -88,6 +89,7 @@ def parse_flags():
     p = flags.Parser(description=__doc__.split("\n")[0])
     g = flags.add_run_flags(p, PRESETS, out="runs/gpt")
     g.add_argument("--vqgan", default="runs/vqgan/last.pt", help="checkpoint of train_vqgan.py: the first stage")
+    g.add_argument("--official-config", metavar="YAML", help="--vqgan is a checkpoint of the paper's authors; its yaml")
     g.add_argument("--data", help="as in train_vqgan.py (what the first stage was trained on)")
     g.add_argument("--image-size", type=flags.positive, help="side of the pictures or crops (the first stage's)")
     g.add_argument(
@@ -126,6 +128,16 @@ def learning_rate(args, step: int) -> float:
         return args.lr * step / warm
     progress = (step - warm) / max(1, args.steps - warm)
     return args.lr * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * progress)))
+
+
+def open_first_stage(args) -> tuple[VQGAN, dict]:
+    """The first stage and the flags it was trained with. Raises UserError."""
+    if not args.official_config:
+        return checkpoint.load_vqgan(args.vqgan), checkpoint.read(args.vqgan, "vqgan").get("flags", {})
+    model = official.load(args.vqgan, args.official_config)
+    if not args.data:
+        raise UserError("--official-config needs --data: pictures such as that model was trained on")
+    return model.vqgan if isinstance(model, TwoStage) else model, {}
 
 
 def make_condition(args, vqgan):
@@ -179,8 +191,8 @@ def main() -> int:
         model = checkpoint.unpack_two_stage(saved, out / "last.pt")
         vqgan, condition = model.vqgan, model.condition
     else:
-        vqgan = checkpoint.load_vqgan(args.vqgan)
-        fill_in(args, checkpoint.read(args.vqgan, "vqgan").get("flags", {}), vqgan.config, world)
+        vqgan, trained_with = open_first_stage(args)
+        fill_in(args, trained_with, vqgan.config, world)
         condition = make_condition(args, vqgan)
     sources, num_labels = tokens.sources_of(vqgan, condition)
     train_set, val_set = data.open_data(

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -19,6 +20,25 @@ ROOT = Path(__file__).resolve().parent.parent
 def fixture(name: str) -> dict:
     """Random weights, inputs and outputs of the official implementation; `what` says which part."""
     return torch.load(ROOT / "tests" / "fixtures" / f"{name}.pt", weights_only=True)
+
+
+def official_files(fx: dict, folder: Path) -> tuple[Path, Path]:
+    """A net2net fixture as its authors publish a model: last.ckpt and project.yaml."""
+    target = "taming.models.vqgan.VQModel"
+    key = {"Labelator": "class_label", "CoordStage": "coord", "VQModel": "depth"}
+    cond = fx["cond_stage"]
+    params = {
+        "first_stage_key": "image",
+        "cond_stage_key": "image" if isinstance(cond, str) else key[cond["target"].rsplit(".", 1)[-1]],
+        "first_stage_config": {"target": target, "params": fx["first_stage"]},
+        "cond_stage_config": cond,
+        "transformer_config": {"target": "taming.modules.transformer.mingpt.GPT", "params": fx["transformer"]},
+        "sos_token": fx["sos_token"],
+    }
+    model = {"target": "taming.models.cond_transformer.Net2NetTransformer", "params": params}
+    (folder / "project.yaml").write_text(yaml.safe_dump({"model": model}))
+    torch.save({"state_dict": fx["state_dict"], "epoch": 3}, folder / "last.ckpt")
+    return folder / "last.ckpt", folder / "project.yaml"
 
 
 def relative_error(ours: torch.Tensor, truth: torch.Tensor) -> float:

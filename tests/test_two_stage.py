@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import fixture, relative_error
+from helpers import fixture, official_files, relative_error
 
 from minvqgan import VQGAN, VQGANConfig, sampler
 from minvqgan.conditioning import ClassCondition, CoordinateCondition, NoCondition, SpatialCondition, coordinates
@@ -14,26 +14,14 @@ from minvqgan.two_stage import TwoStage, TwoStageConfig, condition_length
 GREEDY = Sampling(temperature=0)
 
 
-def official_model(kind):
+def official_model(kind, tmp_path):
     fx = fixture(f"net2net_{kind}")
-
-    def config(stage):
-        return official.vqgan_config(stage["ddconfig"], stage["n_embed"], stage["embed_dim"])
-
-    condition, more = {"none": "none", "class": "class", "coord": "coords", "depth": "spatial"}[kind], {}
-    if kind == "class":
-        more["num_classes"] = fx["cond_stage"]["params"]["n_classes"]
-    if kind == "coord":
-        more["levels"] = fx["cond_stage"]["params"]["n_embed"]
-    if kind == "depth":
-        more["cond_stage"] = config(fx["cond_stage"]["params"])
-    model = official.load_two_stage(fx["state_dict"], fx["transformer"], config(fx["first_stage"]), condition, **more)
-    return fx, model
+    return fx, official.load(*official_files(fx, tmp_path))
 
 
 @pytest.mark.parametrize("kind", ["none", "class", "coord", "depth"])
-def test_official_numbers(kind):
-    fx, model = official_model(kind)
+def test_official_numbers(kind, tmp_path):
+    fx, model = official_model(kind, tmp_path)
     with torch.no_grad():
         s, r = model.image_tokens(fx["x"]), model.condition_tokens(fx["c"])
         assert torch.equal(s, fx["z_indices"])
@@ -54,8 +42,8 @@ def test_official_numbers(kind):
 
 @pytest.mark.parametrize("wave", [False, True])
 @pytest.mark.parametrize("kind", ["coord", "depth"])
-def test_official_sliding_window(kind, wave):
-    fx, model = official_model(kind)
+def test_official_sliding_window(kind, wave, tmp_path):
+    fx, model = official_model(kind, tmp_path)
     assert torch.equal(model.condition_tokens(fx["slide_c"]), fx["slide_c_indices"])
     assert model.config.n == fx["slide_window"]
     indices = model.sample_indices(fx["slide_c"], [0], sampling=GREEDY, wave=wave)

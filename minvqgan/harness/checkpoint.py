@@ -2,6 +2,7 @@
 
 import os
 import pickle
+from collections import OrderedDict
 from dataclasses import asdict, fields
 from pathlib import Path
 
@@ -49,18 +50,72 @@ def read(path: str | Path, kind: str | None = None, needs: dict[str, type] | Non
         content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         if any(word in str(error) for word in ("Unsupported global", "Unsupported operand", "GLOBAL")):
-            raise UserError(f"{path} holds objects other than tensors; nothing in it was executed") from None
+            raise UserError(
+                f"{path} holds objects other than tensors; nothing in it was executed. "
+                "An official checkpoint needs --official-config with its yaml"
+            ) from None
         raise UserError(f"{path} is truncated or not a checkpoint") from None
     except Exception:  # a broken zip, tar or pickle ends in any of a dozen kinds
         raise UserError(f"{path} is truncated or not a checkpoint") from None
     if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise UserError(f"{path} is not a minvqgan checkpoint")
+        hint = ""
+        if isinstance(content, dict) and "state_dict" in content:
+            hint = "; if it is an official one, name its yaml by --official-config"
+        raise UserError(f"{path} is not a minvqgan checkpoint{hint}")
     if kind and content.get("kind") != kind:
         raise UserError(f"{path} holds a {content.get('kind')}, not a {kind}")
     for name, type_ in (needs or {}).items():
         if not isinstance(content.get(name), type_):
             raise UserError(f"{path} has no {name}; training cannot go on from it")
     return content
+
+
+# Names that only classes of training frameworks carry, and a few harmless types: what old Lightning files mention.
+FRAMEWORKS = ("pytorch_lightning", "lightning", "lightning_fabric", "omegaconf", "torch.optim", "typing", "taming")
+FRAMEWORKS += ("main", "__main__")
+HARMLESS = "types.SimpleNamespace argparse.Namespace collections.defaultdict pathlib.PosixPath pathlib.Path".split()
+HARMLESS += [f"{module}.{name}" for module in ("builtins", "__builtin__") for name in "int dict list object".split()]
+HARMLESS += "numpy.dtype numpy.core.multiarray.scalar numpy._core.multiarray.scalar _codecs.encode".split()
+
+
+class Inert:
+    """Stands in for a class that is not installed: whatever it is called with, a plain dict comes back, for that is the
+    one thing that torch's safe unpickler lets attributes and items be put into."""
+
+    def __new__(cls, *args, **kwargs):
+        return OrderedDict()
+
+
+def _is_known_class(name: str) -> bool:
+    package, _, last = name.rpartition(".")
+    known = any(package == f or package.startswith(f + ".") for f in FRAMEWORKS)
+    return name in HARMLESS or (known and last.lstrip("_")[:1].isupper())
+
+
+def read_foreign(path: str | Path) -> dict[str, torch.Tensor]:
+    """The `state_dict` of somebody else's checkpoint, mapped from the file instead of read: a large one costs memory
+    only where it is touched.
+
+    Files of old Lightning versions hold pickled callbacks and hyper-parameters beside the weights. Nothing of theirs is
+    imported or executed: known classes become `Inert`, any other name ends the reading. Raises UserError.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"no checkpoint at {path}")
+    try:
+        names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+        strangers = sorted(name for name in names if not _is_known_class(name))
+        if not strangers:
+            with torch.serialization.safe_globals([(Inert, name) for name in names]):
+                content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception:  # a broken zip, tar or pickle ends in any of a dozen kinds
+        raise UserError(f"{path} is truncated or not a checkpoint") from None
+    if strangers:
+        raise UserError(f"{path} would run code when loaded ({strangers[0]}); nothing in it was executed")
+    state = content.get("state_dict", content) if isinstance(content, dict) else None
+    if not isinstance(state, dict) or not state or not all(isinstance(t, torch.Tensor) for t in state.values()):
+        raise UserError(f"{path} has no state_dict of tensors")
+    return dict(state)
 
 
 def config_from(cls, values: dict, path: str | Path):
@@ -170,6 +225,14 @@ def unpack_two_stage(content: dict, path: str | Path) -> TwoStage:
         raise UserError(f"{path}: no model can be built from its configuration ({error})") from None
     fill(gpt, content.get("gpt"), path)
     return model.eval()
+
+
+def save_model(path: str | Path, model: VQGAN | TwoStage) -> None:
+    """Write a model alone, without what only training needs."""
+    if isinstance(model, VQGAN):
+        save(path, "vqgan", config=asdict(model.config), model=model.state_dict())
+    else:
+        save(path, "two_stage", **pack_two_stage(model))
 
 
 def load(path: str | Path) -> VQGAN | TwoStage:

@@ -1,24 +1,46 @@
-"""The names of the official implementation (CompVis/taming-transformers) and ours, one beside the other.
+"""The published models of the paper's authors (CompVis/taming-transformers) in ours, and ours in their layout.
 
-Both sides hold the same tensors in the same order, so a mapping is a list of pairs (official prefix, our prefix),
-made by walking a configuration the way the official constructors do. Every key is used or reported: a checkpoint that
-was loaded "almost" gives pictures that are almost right, and costs days.
+    python -m minvqgan.harness.official last.ckpt project.yaml OUT.pt             theirs -> ours, once
+    python -m minvqgan.harness.official --export OURS.pt last.ckpt project.yaml   ours -> theirs
+
+Both sides hold the same tensors in the same order, so a mapping is a list of pairs (official prefix, our prefix), made
+by walking a configuration the way the official constructors do. Every key is used, known to be unneeded, or reported: a
+checkpoint that was loaded "almost" gives pictures that are almost right, and costs days.
 """
 
 from collections.abc import Iterable
 from math import isqrt
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from ..conditioning import ClassCondition, CoordinateCondition, NoCondition, SpatialCondition
+from ..conditioning import ClassCondition, Condition, CoordinateCondition, NoCondition, SpatialCondition
 from ..gpt import GPT, GPTConfig
 from ..quantizer import GumbelQuantizer
 from ..two_stage import TwoStage, TwoStageConfig
 from ..vqgan import VQGAN, VQGANConfig
+from . import checkpoint, flags, runtime
+from .runtime import UserError
 
-# Parts of a training checkpoint that the model itself does not have: the discriminator and LPIPS live in "loss.".
-UNNEEDED = ("loss.",)
+# What an official file holds beside the model: the discriminator and LPIPS, and random colours to paint label maps in.
+UNNEEDED = ("loss.", "colorize")
+
+# The last part of the official class names is enough to tell them apart.
+FIRST_STAGES = ("VQModel", "VQNoDiscModel", "VQSegmentationModel", "GumbelVQ")
+ORDER_NAMES = {
+    "Identity": "row",
+    "Subsample": "subsample",
+    "ZCurve": "z-curve",
+    "SpiralOut": "spiral-out",
+    "SpiralIn": "spiral-in",
+    "AlternateParsing": "alternate",
+}
+
+
+def target(node: dict) -> str:
+    """`taming.models.vqgan.VQModel` -> `VQModel`."""
+    return str(node["target"]).rsplit(".", 1)[-1]
 
 
 def vqgan_config(
@@ -49,6 +71,24 @@ def vqgan_config(
     )
 
 
+def first_stage_config(node: dict, key: str = "image") -> VQGANConfig:
+    """From a yaml's {target, params} of a first stage. key: what it is fed with (`image`, `depth`, `segmentation`);
+    where params name an image_key, that counts. Raises ValueError for a model that is none of FIRST_STAGES."""
+    name, params = target(node), node["params"]
+    if name not in FIRST_STAGES:
+        raise ValueError(f"{name} is not one of {', '.join(FIRST_STAGES)}")
+    if params.get("remap"):
+        raise ValueError("remapped codebooks (remap) are not supported")
+    key = params.get("image_key", key)
+    kind = {"segmentation": "labels", "depth": "depth"}.get(key, "rgb")
+    if name == "VQSegmentationModel":
+        kind = "labels"
+    elif kind == "rgb" and params["ddconfig"]["in_channels"] == 1:
+        kind = "gray"
+    ours = {"input_kind": kind, "gumbel": name == "GumbelVQ"}
+    return vqgan_config(params["ddconfig"], params["n_embed"], params["embed_dim"], **ours)
+
+
 def _encoder_names(c: VQGANConfig) -> list[str | None]:
     """Official names of the modules in `Encoder.layers`, in order; None where a module has no parameters."""
     names, resolution = ["conv_in"], c.image_size
@@ -77,7 +117,13 @@ def _decoder_names(c: VQGANConfig) -> list[str | None]:
     return names + ["norm_out"]
 
 
-def _pairs(c: VQGANConfig) -> list[tuple[str, str]]:
+Pairs = list[tuple[str, str]]
+
+# Inside a residual or attention block two layers carry other names.
+VQGAN_INNER: Pairs = [("nin_shortcut", "skip"), ("proj_out", "proj")]
+
+
+def _vqgan_pairs(c: VQGANConfig) -> Pairs:
     """(official prefix, our prefix) of every module of a VQGAN."""
     pairs = [(f"encoder.{n}", f"encoder.layers.{i}") for i, n in enumerate(_encoder_names(c)) if n]
     pairs += [(f"decoder.{n}", f"decoder.layers.{i}") for i, n in enumerate(_decoder_names(c))]
@@ -87,37 +133,54 @@ def _pairs(c: VQGANConfig) -> list[tuple[str, str]]:
     return pairs + [("quantize.embedding", "quantizer.codebook")]
 
 
-# Inside a residual or attention block two layers carry other names.
-INNER = (("nin_shortcut", "skip"), ("proj_out", "proj"))
+def _gpt_pairs(n_layer: int) -> Pairs:
+    """(official prefix, our prefix) of a GPT; query, key and value are dealt with where they are."""
+    pairs = [("pos_emb", "position_embedding"), ("tok_emb", "token_embedding"), ("ln_f", "norm"), ("head", "head")]
+    for layer in range(n_layer):
+        inner = (("ln1", "norm1"), ("ln2", "norm2"), ("mlp", "mlp"), ("attn.proj", "attention.proj"))
+        pairs += [(f"blocks.{layer}.{old}", f"blocks.{layer}.{new}") for old, new in inner]
+    return pairs
 
 
-def _rename(key: str, pairs: Iterable[tuple[str, str]]) -> str | None:
+def _rename(key: str, pairs: Iterable[tuple[str, str]], inner: Pairs) -> str | None:
     for old, new in pairs:
-        if key.startswith(old + "."):
+        if key == old or key.startswith(old + "."):
             rest = key[len(old) :]
-            for a, b in INNER:
+            for a, b in inner:
                 rest = rest.replace(f".{a}.", f".{b}.")
             return new + rest
     return None
 
 
-def _load_strictly(module: nn.Module, state: dict[str, Tensor], renamed: dict[str, str | None]) -> None:
-    unknown = [key for key, ours in renamed.items() if ours is None]
-    if unknown:
-        raise ValueError(f"official key without a place here: {unknown[0]} ({len(unknown)} in all)")
-    new = {ours: state[key].float() if state[key].is_floating_point() else state[key] for key, ours in renamed.items()}
-    missing = [key for key in module.state_dict() if key not in new and not key.endswith("recent_use")]
-    if missing:
-        raise ValueError(f"the official file lacks {missing[0]} ({len(missing)} in all)")
-    module.load_state_dict(module.state_dict() | new)
+def _backwards(pairs: Pairs) -> Pairs:
+    return [(new, old) for old, new in pairs]
+
+
+def _fill(module: nn.Module, state: dict[str, Tensor], pairs: Pairs, inner: Pairs = VQGAN_INNER) -> None:
+    """The official tensors become the module's own, without a copy where they are float32 already. Raises ValueError,
+    naming the first key that has no counterpart on either side or another shape."""
+    new = {}
+    for key, tensor in state.items():
+        ours = _rename(key, pairs, inner)
+        if ours is None:
+            raise ValueError(f"official key without a place here: {key}")
+        new[ours] = tensor.float() if tensor.is_floating_point() else tensor
+    for key, own in module.state_dict().items():
+        if key.endswith("recent_use"):  # the quantizer's count of recent use, which only training needs
+            new[key] = torch.zeros(own.shape)
+        if key not in new:
+            raise ValueError(f"the official file lacks {_rename(key, _backwards(pairs), _backwards(inner)) or key}")
+        if new[key].shape != own.shape:
+            raise ValueError(f"{key} is {tuple(new[key].shape)} in the file, {tuple(own.shape)} by the configuration")
+    module.load_state_dict(new, assign=True)
 
 
 def load_vqgan(state: dict[str, Tensor], config: VQGANConfig) -> VQGAN:
-    """A VQGAN from an official VQModel's or GumbelVQ's `state_dict`. Raises ValueError naming the first key that has
-    no counterpart on either side, RuntimeError for a tensor of another shape."""
-    model = VQGAN(config)
-    pairs = _pairs(config)
-    _load_strictly(model, state, {k: _rename(k, pairs) for k in state if not k.startswith(UNNEEDED)})
+    """A VQGAN from an official VQModel's, VQSegmentationModel's or GumbelVQ's `state_dict`. Raises ValueError naming
+    the first key that does not fit."""
+    with torch.device("meta"):  # shapes without memory or initialisation: the file's own tensors take their places
+        model = VQGAN(config)
+    _fill(model, {k: t for k, t in state.items() if not k.startswith(UNNEEDED)}, _vqgan_pairs(config))
     return model.eval()
 
 
@@ -125,24 +188,14 @@ def load_gumbel(state: dict[str, Tensor]) -> GumbelQuantizer:
     """A quantizer from the official GumbelQuantize's `state_dict` (keys proj.*, embed.weight)."""
     K, in_channels = state["proj.weight"].shape[:2]
     quantizer = GumbelQuantizer(K, state["embed.weight"].shape[1], in_channels)
-    _load_strictly(quantizer, state, {k: _rename(k, (("proj", "proj"), ("embed", "codebook"))) for k in state})
+    _fill(quantizer, state, [("proj", "proj"), ("embed", "codebook")], inner=[])
     return quantizer.eval()
 
 
 def load_discriminator(module: nn.Module, state: dict[str, Tensor]) -> nn.Module:
     """Fill a `PatchDiscriminator` with the official NLayerDiscriminator's `state_dict` (keys main.*)."""
-    _load_strictly(module, state, {k: _rename(k, (("main", "layers"),)) for k in state})
+    _fill(module, state, [("main", "layers")], inner=[])
     return module
-
-
-# Inside a transformer block.
-GPT_INNER = (
-    ("ln1", "norm1"),
-    ("ln2", "norm2"),
-    ("attn.proj", "attention.proj"),
-    ("mlp.0", "mlp.0"),
-    ("mlp.2", "mlp.2"),
-)
 
 
 def load_gpt(state: dict[str, Tensor], config: dict) -> GPT:
@@ -151,49 +204,248 @@ def load_gpt(state: dict[str, Tensor], config: dict) -> GPT:
     Codes and condition share one range there, so every token is a code here and none is the condition's alone. The
     three layers query, key and value are one here; the saved causal masks (attn.mask) are not needed.
     """
+    if config.get("n_unmasked"):
+        raise ValueError("n_unmasked > 0: a transformer whose condition is read without a causal mask is not supported")
     sizes = {name: config[name] for name in ("block_size", "n_layer", "n_head", "n_embd")}
-    gpt = GPT(GPTConfig(num_codes=config["vocab_size"], num_cond=0, **sizes))
+    with torch.device("meta"):
+        gpt = GPT(GPTConfig(num_codes=config["vocab_size"], num_cond=0, **sizes))
     rest = {key: t for key, t in state.items() if not key.endswith("attn.mask")}
     if "pos_emb" in rest:
-        rest["pos_emb"] = rest["pos_emb"].squeeze(0)
-    pairs = [("tok_emb", "token_embedding"), ("ln_f", "norm"), ("head", "head")]
+        rest["pos_emb"] = rest["pos_emb"][0]  # (1, block_size, C) there
+    pairs = _gpt_pairs(config["n_layer"])
     for layer in range(config["n_layer"]):
-        pairs += [(f"blocks.{layer}.{old}", f"blocks.{layer}.{new}") for old, new in GPT_INNER]
         pairs.append((f"blocks.{layer}.qkv", f"blocks.{layer}.attention.qkv"))
         for part in ("weight", "bias"):
             names = [f"blocks.{layer}.attn.{which}.{part}" for which in ("query", "key", "value")]
             if all(name in rest for name in names):
                 rest[f"blocks.{layer}.qkv.{part}"] = torch.cat([rest.pop(name) for name in names])
-    renamed = {k: "position_embedding" if k == "pos_emb" else _rename(k, pairs) for k in rest}
-    _load_strictly(gpt, rest, renamed)
+    _fill(gpt, rest, pairs, inner=[])
     return gpt.eval()
 
 
-def load_two_stage(
-    state: dict[str, Tensor], transformer: dict, first_stage: VQGANConfig, condition: str, order: str = "row", **more
-) -> TwoStage:
-    """A whole model from the official Net2NetTransformer's `state_dict`.
+def _condition(params: dict, first_stage: VQGANConfig, state: dict[str, Tensor]) -> Condition:
+    """The condition of an official Net2NetTransformer; state: that of its cond_stage_model."""
+    node = params["cond_stage_config"]
+    if params.get("unconditional") or node == "__is_unconditional__":
+        if params.get("sos_token", 0) != 0:
+            raise ValueError(f"sos_token is {params['sos_token']}; 0 is supported, which all published models have")
+        return NoCondition()
+    if params.get("downsample_cond_size", -1) > 0:
+        raise ValueError("downsample_cond_size: conditions of another size than the image are not supported")
+    if node == "__is_first_stage__":
+        return SpatialCondition(load_vqgan(state, first_stage))
+    if target(node) == "Labelator":
+        return ClassCondition(node["params"]["n_classes"])
+    if target(node) == "CoordStage":
+        if node["params"]["down_factor"] != first_stage.f:
+            raise ValueError(f"down_factor is {node['params']['down_factor']}, the first stage's is {first_stage.f}")
+        return CoordinateCondition(first_stage.f, node["params"]["n_embed"])
+    return SpatialCondition(load_vqgan(state, first_stage_config(node, params.get("cond_stage_key", "depth"))))
 
-    transformer: the GPT's parameters. condition: "none", "class" (more: num_classes), "coords" (levels), or "spatial"
-    (cond_stage, the VQGANConfig of the second first stage). Raises ValueError naming the first key that does not fit.
-    """
-    parts: dict[str, dict[str, Tensor]] = {"first_stage_model": {}, "cond_stage_model": {}, "transformer": {}}
+
+def load_two_stage(state: dict[str, Tensor], params: dict) -> TwoStage:
+    """A whole model from the official Net2NetTransformer's `state_dict` and its yaml's `params`. Raises ValueError
+    naming the first key that does not fit."""
+    parts: dict[str, dict[str, Tensor]] = {
+        "first_stage_model": {},
+        "cond_stage_model": {},
+        "transformer": {},
+        "permuter": {},
+    }
     for key, tensor in state.items():
         part, _, rest = key.partition(".")
         if part not in parts:
             raise ValueError(f"official key without a place here: {key}")
         parts[part][rest] = tensor
-    if parts["cond_stage_model"] and condition != "spatial":
+    first_stage = first_stage_config(params["first_stage_config"], params.get("first_stage_key", "image"))
+    transformer = params["transformer_config"]["params"]
+    condition = _condition(params, first_stage, parts["cond_stage_model"])
+    if parts["cond_stage_model"] and condition.kind != "spatial":
         raise ValueError(f"official key without a place here: cond_stage_model.{next(iter(parts['cond_stage_model']))}")
-    if condition == "none":
-        c = NoCondition()
-    elif condition == "class":
-        c = ClassCondition(more["num_classes"])
-    elif condition == "coords":
-        c = CoordinateCondition(first_stage.f, more["levels"])
-    else:
-        c = SpatialCondition(load_vqgan(parts["cond_stage_model"], more["cond_stage"]))
+    vqgan = load_vqgan(parts["first_stage_model"], first_stage)
     # The grid is square: block_size holds T codes and as many condition tokens, or T codes and at most one.
-    n = isqrt(transformer["block_size"] // 2 if c.is_map else transformer["block_size"])
-    vqgan, gpt = load_vqgan(parts["first_stage_model"], first_stage), load_gpt(parts["transformer"], transformer)
-    return TwoStage(vqgan, c, gpt, TwoStageConfig(n=n, order=order, shared_range=True)).eval()
+    n = isqrt(transformer["block_size"] // 2 if condition.is_map else transformer["block_size"])
+    permuter = target(params.get("permuter_config") or {"target": "Identity"})
+    if permuter not in ORDER_NAMES:
+        raise ValueError(f"the permuter {permuter} is not one of {', '.join(ORDER_NAMES)}")
+    classes = tuple(map(str, range(condition.num_tokens))) if condition.kind == "class" else ()
+    config = TwoStageConfig(n=n, order=ORDER_NAMES[permuter], shared_range=True, classes=classes)
+    model = TwoStage(vqgan, condition, load_gpt(parts["transformer"], transformer), config).eval()
+    _check_order(model.order, parts["permuter"])
+    return model
+
+
+def _check_order(order: Tensor, saved: dict[str, Tensor]) -> None:
+    """An official permuter saves its permutation and the way back; both must be the one that its name stands for."""
+    known = {"forward_shuffle_idx": order, "backward_shuffle_idx": order.argsort()}
+    for key, tensor in saved.items():
+        if key not in known:
+            raise ValueError(f"official key without a place here: permuter.{key}")
+        if not torch.equal(tensor.long(), known[key]):
+            raise ValueError(f"permuter.{key} is another order than the configuration's")
+
+
+def read_config(path: str | Path) -> dict:
+    """The `model` part of an official yaml: {target, params}. Raises UserError, one line."""
+    try:
+        import yaml
+    except ImportError:
+        raise UserError("reading an official configuration needs PyYAML: pip install pyyaml") from None
+    try:
+        content = yaml.safe_load(Path(path).read_text())
+    except OSError as error:
+        raise UserError(f"no configuration at {path} ({error.strerror})") from None
+    except (yaml.YAMLError, UnicodeDecodeError):
+        raise UserError(f"{path} is not a yaml file") from None
+    model = content.get("model") if isinstance(content, dict) else None
+    if not isinstance(model, dict) or not isinstance(model.get("params"), dict) or "target" not in model:
+        raise UserError(f"{path} has no model with target and params: it is not the configuration of an official model")
+    return model
+
+
+def load(path: str | Path, config: str | Path) -> VQGAN | TwoStage:
+    """The model of an official checkpoint and the yaml beside it, in eval mode, on the CPU. Raises UserError."""
+    model = read_config(config)
+    state = checkpoint.read_foreign(path)
+    try:
+        if target(model) == "Net2NetTransformer":
+            return load_two_stage(state, model["params"])
+        return load_vqgan(state, first_stage_config(model))
+    except KeyError as error:
+        raise UserError(f"{config}: the configuration has no {error}") from None
+    except (ValueError, TypeError, RuntimeError, AttributeError) as error:
+        raise UserError(f"{path}: {error}") from None
+
+
+def export_vqgan(model: VQGAN) -> tuple[dict[str, Tensor], dict]:
+    """(`state_dict` with the official keys, {target, params} for the yaml). Raises ValueError for what the official
+    code cannot build: other than 32 norm groups, or normalised codes."""
+    c = model.config
+    if c.norm_groups != 32 or c.l2_norm:
+        raise ValueError("the official code has 32 norm groups and no l2-normalised codes")
+    pairs = _backwards(_vqgan_pairs(c))
+    state = {
+        _rename(key, pairs, _backwards(VQGAN_INNER)): tensor
+        for key, tensor in model.state_dict().items()
+        if not key.endswith("recent_use")
+    }
+    dd = {
+        "double_z": False,
+        "z_channels": c.z_channels,
+        "resolution": c.image_size,
+        "in_channels": c.in_channels,
+        "out_ch": c.in_channels,
+        "ch": c.ch,
+        "ch_mult": list(c.ch_mult),
+        "num_res_blocks": c.num_res_blocks,
+        "attn_resolutions": list(c.attn_resolutions),
+        "dropout": c.dropout,
+    }
+    params = {"embed_dim": c.code_dim, "n_embed": c.codebook_size, "ddconfig": dd}
+    params["lossconfig"] = {"target": "taming.modules.losses.DummyLoss"}
+    name = "GumbelVQ" if c.gumbel else "VQModel"
+    if c.gumbel:
+        params["temperature_scheduler_config"] = {"target": "taming.lr_scheduler.LambdaLinearScheduler"}
+    if c.input_kind == "labels":
+        name, params["n_labels"], params["image_key"] = "VQSegmentationModel", c.in_channels, "segmentation"
+    elif c.input_kind == "depth":
+        params["image_key"] = "depth"
+    return state, {"target": f"taming.models.vqgan.{name}", "params": params}
+
+
+def export_gpt(gpt: GPT) -> tuple[dict[str, Tensor], dict]:
+    """(`state_dict` with the official keys, the yaml's params)."""
+    c, pairs = gpt.config, _backwards(_gpt_pairs(gpt.config.n_layer))
+    if c.num_cond:
+        raise ValueError("condition tokens are numbered behind the codes here; the official code shares one range")
+    state: dict[str, Tensor] = {}
+    for key, tensor in gpt.state_dict().items():
+        if ".attention.qkv." in key:
+            block, part = key.split(".attention.qkv.")
+            for which, third in zip(("query", "key", "value"), tensor.chunk(3), strict=True):
+                state[f"{block}.attn.{which}.{part}"] = third.clone()
+        else:
+            state[_rename(key, pairs, [])] = tensor
+    state["pos_emb"] = state["pos_emb"][None]
+    for layer in range(c.n_layer):
+        state[f"blocks.{layer}.attn.mask"] = torch.ones(c.block_size, c.block_size).tril()[None, None]
+    names = ("block_size", "n_layer", "n_head", "n_embd")
+    return state, {"vocab_size": c.num_codes} | {name: getattr(c, name) for name in names}
+
+
+def export_two_stage(model: TwoStage) -> tuple[dict[str, Tensor], dict]:
+    """(`state_dict` with the official keys, {target, params} for the yaml). Raises ValueError for a model whose
+    condition tokens have numbers of their own, as all that train_gpt.py makes: the official code has no place for them.
+    """
+    kind, order = model.condition.kind, model.config.order
+    if not model.config.shared_range:
+        raise ValueError("condition tokens are numbered behind the codes here; the official code shares one range")
+    first, first_node = export_vqgan(model.vqgan)
+    gpt, gpt_params = export_gpt(model.gpt)
+    parts = {"first_stage_model": first, "transformer": gpt}
+    if order != "row":
+        parts["permuter"] = {"forward_shuffle_idx": model.order, "backward_shuffle_idx": model.order.argsort()}
+    if kind == "none":
+        cond_key, cond = "image", "__is_unconditional__"
+    elif kind == "class":
+        cond_key = "class_label"
+        cond = {"target": "taming.modules.util.Labelator", "params": {"n_classes": model.condition.num_tokens}}
+    elif kind == "coords":
+        sizes = {"n_embed": model.condition.levels, "down_factor": model.condition.f}
+        cond_key, cond = "coord", {"target": "taming.modules.misc.coord.CoordStage", "params": sizes}
+    else:
+        parts["cond_stage_model"], cond = export_vqgan(model.condition.vqgan)
+        cond_key = cond["params"].get("image_key", "image")
+    permuter = {name: key for key, name in ORDER_NAMES.items()}[order]
+    params = {
+        "cond_stage_key": cond_key,
+        "first_stage_key": "image",
+        "first_stage_config": first_node,
+        "cond_stage_config": cond,
+        "transformer_config": {"target": "taming.modules.transformer.mingpt.GPT", "params": gpt_params},
+        "permuter_config": {"target": f"taming.modules.transformer.permuter.{permuter}"},
+    }
+    if order != "row":
+        params["permuter_config"]["params"] = {"H": model.config.n, "W": model.config.n}
+    state = {f"{part}.{key}": tensor for part, tensors in parts.items() for key, tensor in tensors.items()}
+    return state, {"target": "taming.models.cond_transformer.Net2NetTransformer", "params": params}
+
+
+def export(model: VQGAN | TwoStage, path: str | Path, config: str | Path) -> None:
+    """Write a model as the official code would: {"state_dict"} and its yaml. Raises UserError for what has no place
+    there."""
+    import yaml
+
+    try:
+        state, described = export_vqgan(model) if isinstance(model, VQGAN) else export_two_stage(model)
+    except ValueError as error:
+        raise UserError(f"this model cannot be exported: {error}") from None
+    torch.save({"state_dict": state}, path)
+    Path(config).write_text(yaml.safe_dump({"model": described}, sort_keys=False))
+
+
+def open_model(path: str | Path, config: str | Path | None) -> VQGAN | TwoStage:
+    """The model of a checkpoint of ours, or of an official one if `config` names its yaml. Raises UserError."""
+    return load(path, config) if config else checkpoint.load(path)
+
+
+def main() -> int:
+    p = flags.Parser(prog="python -m minvqgan.harness.official", description="Convert official checkpoints.")
+    p.add_argument("--export", action="store_true", help="the other way: OURS.pt OUT.ckpt OUT.yaml")
+    p.add_argument("files", nargs=3, metavar="FILE", help="IN.ckpt IN.yaml OUT.pt")
+    args = p.parse_args()
+    first, second, third = args.files
+    out = second if args.export else third
+    for target_file in (second, third) if args.export else (third,):
+        if Path(target_file).exists():
+            raise UserError(f"{target_file} exists already")
+    if args.export:
+        export(checkpoint.load(first), second, third)
+    else:
+        checkpoint.save_model(third, load(first, second))
+    print(f"{first} -> {out}")
+    return 0
+
+
+if __name__ == "__main__":
+    runtime.run(main)
