@@ -144,7 +144,7 @@ def test_unneeded_keys_pass_and_unknown_ones_are_named(tmp_path):
     unneeded = {"loss.discriminator.main.0.weight": torch.zeros(1), "colorize": torch.zeros(3, 5, 1, 1)}
     config = official.first_stage_config({"target": "x.VQModel", "params": fx["config"]})
     official.load_vqgan(fx["state_dict"] | unneeded, config)
-    with pytest.raises(ValueError, match="quantize.surprise"):
+    with pytest.raises(ValueError, match=r"quantize\.surprise"):
         official.load_vqgan(fx["state_dict"] | {"quantize.surprise": torch.zeros(1)}, config)
     fx = fixture("net2net_none")
     for odd in ("cond_stage_model.a", "surprise", "permuter.b", "transformer.blocks.0.attn.c"):
@@ -187,7 +187,7 @@ def test_kinds_of_first_stages(tmp_path):
 def test_back_in_the_official_layout(kind, tmp_path):
     fx = fixture(f"net2net_{kind}")
     model = official.load(*official_files(fx, tmp_path))
-    state, described = official.export_two_stage(model)
+    state, _ = official.export_two_stage(model)
     assert same(without_masks(state), floats(fx["state_dict"]))
     official.export(model, tmp_path / "back.ckpt", tmp_path / "back.yaml")
     again = official.load(tmp_path / "back.ckpt", tmp_path / "back.yaml")
@@ -252,6 +252,7 @@ MEASURE = """
 from minvqgan.harness import official
 def memory(name):  # kB
     return int(next(line for line in open("/proc/self/status") if line.startswith(name)).split()[1])
+official.load("small/last.ckpt", "small/project.yaml")  # now all that torch imports lazily is there
 before = memory("VmRSS")
 model = official.load("last.ckpt", "project.yaml")
 touched = sum(p.sum() for p in model.parameters())
@@ -263,6 +264,8 @@ print((memory("VmHWM") - before) * 1024, sum(p.numel() for p in model.parameters
 def test_memory_of_the_large_class_conditional_model(tmp_path):
     """The 1.4 B parameter layout (48 layers of width 1536) at 2 layers: loading takes no second copy."""
     fx = fixture("net2net_class")
+    (tmp_path / "small").mkdir()
+    official_files(fx, tmp_path / "small")
     fx["transformer"] = {"vocab_size": 16384, "block_size": 257, "n_layer": 2, "n_head": 24, "n_embd": 1536}
     fx["cond_stage"]["params"]["n_classes"] = 1001
     sizes = {k: v for k, v in fx["transformer"].items() if k != "vocab_size"}
@@ -275,5 +278,5 @@ def test_memory_of_the_large_class_conditional_model(tmp_path):
     assert done.returncode == 0, done.stderr
     peak, parameters = map(int, done.stdout.split())
     assert parameters > 100e6
-    assert peak < 1.5 * (tmp_path / "last.ckpt").stat().st_size
+    assert peak < 1.3 * (tmp_path / "last.ckpt").stat().st_size
     print(f"{parameters / 1e6:.0f} M parameters: peak {peak / 4 / parameters:.2f} x their size")
