@@ -21,7 +21,6 @@ from tqdm import tqdm
 from minvqgan import sampler
 from minvqgan.harness import data, flags, metrics, official, pictures, runtime
 from minvqgan.harness.runtime import UserError
-from minvqgan.sampler import Sampling
 from minvqgan.two_stage import TwoStage
 
 
@@ -44,11 +43,8 @@ def parse_flags():
     g.add_argument("--cond-image", metavar="IMAGE", help="what a spatially conditioned model starts from")
     g.add_argument("--size", type=size, metavar="HxW", help="in pixels; beyond the training size a window slides")
 
+    flags.add_sampling_flags(p)
     g = p.add_argument_group("how")
-    g.add_argument("--temperature", type=float, default=1.0, help="below 1 sharpens; 0 takes the likeliest code")
-    g.add_argument("--top-k", type=flags.positive, help="only the k likeliest codes")
-    g.add_argument("--top-p", type=float, help="only the likeliest codes that together have this probability")
-    g.add_argument("--guidance", type=float, default=1.0, help="above 1 exaggerates the condition")
     g.add_argument("--reject", type=float, metavar="RATE", help="keep the best share by the classifier's judgement")
     g.add_argument(
         "--classifier", metavar="FILE", help="for --reject: of minvqgan.harness.metrics, or a torchvision name"
@@ -182,10 +178,7 @@ def main() -> int:
     model = official.open_model(args.gpt, args.official_config)
     if not isinstance(model, TwoStage):
         raise UserError(f"{args.gpt} holds a VQGAN, not a transformer; train one: train_gpt.py --vqgan {args.gpt}")
-    try:
-        sampling = Sampling(args.temperature, args.top_k, args.top_p, args.guidance)
-    except ValueError as error:
-        raise UserError(str(error)) from None
+    sampling = flags.sampling(args)
     start = prepare(args, model.to(device))
     classifier, number_of, per_row = None, [], args.n
     if args.reject is not None:

@@ -5,6 +5,7 @@ import difflib
 import sys
 from pathlib import Path
 
+from ..sampler import Sampling
 from . import checkpoint
 from .runtime import UserError
 
@@ -54,6 +55,23 @@ def add_run_flags(p: Parser, presets: dict, out: str):
     g.add_argument("--val-images", type=positive, default=500, help="held-out pictures used, at most")
     g.add_argument("--save-every", type=positive, help="steps between checkpoints")
     return g
+
+
+def add_sampling_flags(p: Parser) -> None:
+    """How codes are drawn, for the scripts that sample."""
+    g = p.add_argument_group("sampling")
+    g.add_argument("--temperature", type=float, default=1.0, help="below 1 sharpens; 0 takes the likeliest code")
+    g.add_argument("--top-k", type=positive, help="only the k likeliest codes")
+    g.add_argument("--top-p", type=float, help="only the likeliest codes that together have this probability")
+    g.add_argument("--guidance", type=float, default=1.0, help="above 1 exaggerates the condition")
+
+
+def sampling(args) -> Sampling:
+    """What `add_sampling_flags` read. Raises UserError for values that make no sense."""
+    try:
+        return Sampling(args.temperature, args.top_k, args.top_p, args.guidance)
+    except ValueError as error:
+        raise UserError(str(error)) from None
 
 
 def parse(p: Parser, presets: dict, kind: str, resume_needs: dict, may_change: list[str]):

@@ -16,6 +16,7 @@ from ..quantizer import codebook_stats
 from ..vqgan import VQGAN
 from . import checkpoint, data, flags, runtime
 from .data import to_input
+from .pictures import to_pixels
 from .runtime import UserError
 
 # No network, or a file that is broken or of another network.
@@ -46,7 +47,7 @@ def evaluate_vqgan(
         x = x.contiguous(memory_format=torch.channels_last)
         x_hat, quantized = model(x)
         counts += torch.bincount(quantized.indices.flatten().cpu(), minlength=K)
-        values = _label_metrics(x, x_hat) if kind == "labels" else _image_metrics(x, x_hat, perceptual)
+        values = label_metrics(x, x_hat) if kind == "labels" else image_metrics(x, x_hat, perceptual)
         for name, value in values.items():
             sums[name] = sums.get(name, 0.0) + value.double().sum().item()
         n += len(x)
@@ -55,15 +56,31 @@ def evaluate_vqgan(
     return {name: total / n for name, total in sums.items()} | {"usage": usage, "perplexity": perplexity}
 
 
-def _image_metrics(x: Tensor, x_hat: Tensor, perceptual: LPIPS | None) -> dict[str, Tensor]:
+def image_metrics(x: Tensor, x_hat: Tensor, perceptual: LPIPS | None) -> dict[str, Tensor]:
+    """l1, psnr and, with `perceptual`, lpips of images (B, C, H, W) in [-1, 1]: each (B,)."""
     values = {"l1": (x - x_hat).abs().mean((1, 2, 3)), "psnr": psnr(x, x_hat)}
     return values | ({"lpips": perceptual(x, x_hat)} if perceptual is not None else {})
 
 
-def _label_metrics(x: Tensor, logits: Tensor) -> dict[str, Tensor]:
+def label_metrics(x: Tensor, logits: Tensor) -> dict[str, Tensor]:
+    """cross_entropy and pixel_accuracy of one-hot label maps and their logits (B, C, H, W): each (B,)."""
     labels = x.argmax(1)  # (B, H, W)
     cross_entropy = F.cross_entropy(logits, labels, reduction="none").mean((1, 2))
     return {"cross_entropy": cross_entropy, "pixel_accuracy": (logits.argmax(1) == labels).double().mean((1, 2))}
+
+
+def ssim(x: Tensor, x_hat: Tensor) -> Tensor:
+    """Structural similarity of images (B, C, H, W) in [-1, 1], through torchmetrics: (B,), 1 for equal ones. Raises
+    UserError where torchmetrics is not installed."""
+    need_torchmetrics()
+    from torchmetrics.functional.image import structural_similarity_index_measure
+
+    return structural_similarity_index_measure(x_hat.clamp(-1, 1), x, data_range=2.0, reduction="none")
+
+
+def need_torchmetrics() -> None:
+    if find_spec("torchmetrics") is None or find_spec("torch_fidelity") is None:
+        raise UserError('evaluation needs torchmetrics: pip install -e ".[eval]"')
 
 
 def lpips_weights() -> list[Tensor]:
@@ -119,6 +136,61 @@ class Classifier(nn.Module):
         for stage in (net.layer1, net.layer2, net.layer3, net.layer4):
             maps.append(stage(maps[-1]))
         return maps
+
+
+class Judge(nn.Module):
+    """A network whose features pictures are compared by: x (B, 3, H, W) in [-1, 1] -> (features (B, d), class
+    probabilities (B, classes)). `name` stands in the names of the numbers it gives."""
+
+    name = ""
+
+
+class ClassifierJudge(Judge):
+    """A classifier of ours: the mean of its last map, 512 numbers."""
+
+    def __init__(self, classifier: Classifier, name: str):
+        super().__init__()
+        self.classifier, self.name = classifier, name
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        features = self.classifier.feature_maps(x)[-1].mean((2, 3))
+        return features, self.classifier.net.fc(features).softmax(1)
+
+
+class InceptionJudge(Judge):
+    """The InceptionV3 on which FID and Inception Score are defined, with torch-fidelity's weights, which are what
+    torchmetrics uses too: 2048 features, 1008 classes."""
+
+    name = "inception"
+
+    def __init__(self):
+        super().__init__()
+        need_torchmetrics()
+        from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+
+        try:
+            self.net = FeatureExtractorInceptionV3("inception-v3-compat", ["2048", "logits_unbiased"])
+        except DOWNLOAD_ERRORS as error:
+            raise UserError(
+                f"the weights of InceptionV3 could not be downloaded ({' '.join(str(error).split())[:80]}): no FID; "
+                "--features CLASSIFIER.pt compares by a classifier of minvqgan.harness.metrics instead"
+            ) from None
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        features, logits = self.net(to_pixels(x))
+        return features, logits.softmax(1)
+
+
+def load_features(name: str) -> Judge | None:
+    """`inception`, `none`, or the file of a classifier. Raises UserError."""
+    if name == "none":
+        return None
+    if name == "inception":
+        return InceptionJudge().eval()
+    classifier = load_classifier(name)
+    if not isinstance(classifier, Classifier):
+        raise UserError(f"--features {name}: only classifiers of minvqgan.harness.metrics, and inception")
+    return ClassifierJudge(classifier, Path(name).stem).eval()
 
 
 class ClassifierFeatures(nn.Module):

@@ -1,0 +1,255 @@
+"""How good is it? A VQGAN's reconstructions, or a transformer's images, beside held-out pictures (Sec. 4.1, 4.4 of
+arXiv:2012.09841).
+
+    python evaluate.py --vqgan runs/vqgan/last.pt
+    python evaluate.py --gpt runs/gpt/best.pt -n 2000
+    python evaluate.py --gpt runs/gpt/best.pt --features runs/classifier.pt      without InceptionV3's weights
+
+FID and Inception Score need InceptionV3's weights, which are downloaded once. Where that cannot be, a classifier of
+`python -m minvqgan.harness.metrics` takes its place, and the distances then bear its name.
+"""
+
+import json
+import math
+from itertools import cycle
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from minvqgan.harness import checkpoint, data, distances, flags, metrics, official, pictures, runtime, tokens
+from minvqgan.harness.runtime import UserError
+from minvqgan.quantizer import codebook_stats
+from minvqgan.two_stage import TwoStage
+from minvqgan.vqgan import VQGAN
+
+
+def parse_flags():
+    p = flags.Parser(description=__doc__.split("\n")[0])
+    g = p.add_argument_group("what")
+    which = g.add_mutually_exclusive_group(required=True)
+    which.add_argument("--vqgan", metavar="FILE", help="a first stage: how well does it reconstruct?")
+    which.add_argument("--gpt", metavar="FILE", help="both stages: how likely are held-out images, how good new ones?")
+    g.add_argument("--official-config", metavar="YAML", help="the file is of the paper's authors; its yaml")
+    g.add_argument("--data", help="as in train_vqgan.py (what the model was trained on)")
+    g.add_argument("--image-size", type=flags.positive, help="side of the pictures (the model's)")
+    g.add_argument("--resize", type=flags.positive, help="scale the shorter side to this, then crop (the model's)")
+    g.add_argument("--images", type=flags.positive, default=10_000, help="held-out pictures used, at most")
+    g.add_argument("-n", type=flags.positive, default=1000, help="new images that --gpt makes")
+    flags.add_sampling_flags(p)
+
+    g = p.add_argument_group("judges")
+    g.add_argument("--features", default="inception", help="network of the distances: inception, none, or a classifier")
+    g.add_argument("--classifier", metavar="FILE", help="for class accuracy; a torchvision name too (--features' file)")
+    g.add_argument("--perceptual", default="vgg16", help="network of LPIPS: vgg16, none, or a classifier")
+
+    g = p.add_argument_group("how")
+    g.add_argument("--splits", type=flags.positive, default=5, help="parts of the pictures for the spread")
+    g.add_argument("--neighbours", type=flags.positive, default=10, help="new images shown beside their nearest")
+    g.add_argument("--batch-size", type=flags.positive, default=50, help="pictures at a time")
+    g.add_argument("--seed", type=int, default=0, help="of the new images")
+    g.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
+    g.add_argument("--out", default="runs/evaluation", help="folder of metrics.json and the pictures")
+    return p.parse_args()
+
+
+def open_sets(args, model: VQGAN | TwoStage, vqgan: VQGAN):
+    """(training set, held-out set): the data and the split that the model was trained with, unless flags say other."""
+    path = args.vqgan or args.gpt
+    trained_with = {} if args.official_config else checkpoint.read(path).get("flags", {})
+    args.data = args.data or trained_with.get("data")
+    if not args.data:
+        raise UserError(f"{path} does not say what it was trained on; give --data")
+    size = args.image_size or trained_with.get("image_size") or vqgan.config.image_size
+    condition = model.condition if isinstance(model, TwoStage) else None
+    sources, num_labels = tokens.sources_of(vqgan, condition)
+    split = trained_with.get("seed", 0)
+    return data.open_data(args.data, size, args.resize or trained_with.get("resize"), sources, num_labels, split)
+
+
+def optional(load, name: str, device: torch.device):
+    """A judge, or None where downloaded weights cannot be had: then one line says which numbers are missing."""
+    try:
+        judge = load(name)
+    except UserError as error:
+        if name not in ("vgg16", "inception"):
+            raise
+        print(f"without {name}: {error}")
+        return None
+    return judge.to(device) if judge is not None else None
+
+
+class Table:
+    """Named numbers with their spread: printed as lines, kept as JSON."""
+
+    def __init__(self):
+        self.rows: dict[str, dict] = {}
+
+    def mean(self, name: str, values: torch.Tensor) -> None:
+        """A mean over pictures, values (N,), with its standard error."""
+        value, error = distances.spread(values)
+        self.rows[name] = {"value": value, "spread": error}
+
+    def over_splits(self, name: str, measure, parts: list[torch.Tensor], whole: torch.Tensor) -> None:
+        """A number of a whole set, with its standard deviation over parts of the set."""
+        values = torch.tensor([measure(part) for part in parts])
+        spread = values.std().item() if len(values) > 1 else None
+        self.rows[name] = {"value": measure(whole), "spread": spread, "splits": values.tolist()}
+
+    def plain(self, name: str, value: float) -> None:
+        self.rows[name] = {"value": value, "spread": None}
+
+    def lines(self) -> list[str]:
+        width = max(map(len, self.rows))
+        text = {name: "" if row["spread"] is None else f" ± {row['spread']:.4g}" for name, row in self.rows.items()}
+        return [f"{name:<{width}}  {row['value']:10.4f}{text[name]}" for name, row in self.rows.items()]
+
+
+def compare_sets(table: Table, args, name: str, real: torch.Tensor, fake: torch.Tensor, score: torch.Tensor | None):
+    """Distances between the features of real and fake pictures; score: class probabilities of the fake ones."""
+    inception = name == "inception"
+    parts = [part for part in fake.tensor_split(args.splits) if len(part) > 1]
+    label = "fid" if inception else f"frechet_distance({name})"
+    table.over_splits(label, lambda part: distances.frechet_distance(part, real), parts, fake)
+    if score is not None:
+        label = "inception_score" if inception else f"class_score({name})"
+        table.over_splits(label, distances.inception_score, list(score.tensor_split(args.splits)), score)
+        precision, recall = distances.precision_recall(real, fake)
+        table.plain(f"precision({name})", precision)
+        table.plain(f"recall({name})", recall)
+
+
+@torch.no_grad()
+def evaluate_vqgan(args, model: VQGAN, val_set, device: torch.device, table: Table) -> None:
+    kind, K = model.config.input_kind, model.config.codebook_size
+    labels = kind == "labels"
+    perceptual = None if labels else optional(metrics.load_perceptual, args.perceptual, device)
+    features = None if labels else optional(metrics.load_features, args.features, device)
+    values: dict[str, list] = {}
+    seen: dict[str, list] = {"real": [], "fake": []}
+    counts = torch.zeros(K, dtype=torch.long)
+    number = min(args.images, len(val_set))
+    batches = data.held_out_batches(val_set, args.batch_size, number)
+    for batch in tqdm(batches, total=math.ceil(number / args.batch_size), desc="reconstructions", leave=False):
+        x = data.to_input({k: v.to(device) for k, v in batch.items()}, kind, model.config.in_channels)
+        x_hat, quantized = model(x)
+        counts += torch.bincount(quantized.indices.flatten().cpu(), minlength=K)
+        row = metrics.label_metrics(x, x_hat) if labels else metrics.image_metrics(x, x_hat, perceptual)
+        if not labels:
+            row["ssim"] = metrics.ssim(x, x_hat)
+        for name, value in row.items():
+            values.setdefault(name, []).append(value.cpu())
+        if features is not None:
+            for name, images in (("real", x), ("fake", x_hat)):
+                seen[name].append(features(pictures.to_rgb(images, kind))[0].cpu())
+    for name, value in values.items():
+        table.mean(name, torch.cat(value))
+    usage, perplexity = codebook_stats(counts)
+    table.plain("codebook_usage", usage)
+    table.plain("codebook_perplexity", perplexity)
+    if features is not None:
+        compare_sets(table, args, features.name, torch.cat(seen["real"]), torch.cat(seen["fake"]), None)
+    print(f"{number} held-out pictures of {args.data}, each beside its reconstruction")
+
+
+@torch.no_grad()
+def new_images(args, model: TwoStage, val_set, to_c, sampling, device: torch.device):
+    """-n images for the conditions of the held-out pictures in turn: (images (n, C, H, W), classes (n,))."""
+    images, classes = [], []
+    bar = tqdm(total=args.n, desc="new images", leave=False)
+    for batch in cycle(list(data.held_out_batches(val_set, args.batch_size, args.images))):
+        first = bar.n
+        c = to_c({k: v.to(device) for k, v in batch.items()})[: args.n - first]
+        seeds = range(args.seed + first, args.seed + first + len(c))
+        indices = model.sample_indices(c, seeds, sampling=sampling)
+        images.append(model.vqgan.decode_indices(indices).clamp(-1, 1).cpu())
+        classes.append(batch["class"][: len(c)])
+        bar.update(len(c))
+        if bar.n == args.n:
+            bar.close()
+            return torch.cat(images), torch.cat(classes)
+
+
+def seen_by(network, images, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """(features (N, d), class probabilities) of batches of pictures in [-1, 1]."""
+    seen = [tuple(t.cpu() for t in network(batch.to(device))) for batch in images]
+    return tuple(torch.cat(parts) for parts in zip(*seen, strict=True))
+
+
+@torch.no_grad()
+def evaluate_gpt(args, model: TwoStage, train_set, val_set, device: torch.device, table: Table) -> None:
+    kind, sampling = model.vqgan.config.input_kind, flags.sampling(args)
+    to_c = tokens.condition_input(model)
+    T, pixels = len(model.order), (model.config.n * model.vqgan.config.f) ** 2
+    held_out = tokens.held_out(model, val_set, to_c, args.images, device)
+    parts = zip(*(t.split(args.batch_size) for t in held_out), strict=True)
+    nats = torch.cat([model(s, r).mean(1).cpu() for s, r in parts])  # (N,)
+    table.mean("nats_per_token", nats)
+    table.mean("bits_per_pixel", nats * T / math.log(2) / pixels)
+    table.plain("ln_K", math.log(model.vqgan.config.codebook_size))
+
+    features = optional(metrics.load_features, args.features, device)
+    judge = args.classifier or (args.features if args.features not in ("inception", "none") else None)
+    if features is None and not (judge and model.condition.kind == "class"):
+        print(f"{len(nats)} held-out pictures of {args.data}")
+        return
+    images, classes = new_images(args, model, val_set, to_c, sampling, device)
+    fake = pictures.to_rgb(images, kind)
+    if judge and model.condition.kind == "class":
+        classifier = metrics.load_classifier(judge).to(device)
+        number_of = torch.tensor(metrics.match_classes(classifier.classes, model.config.classes))
+        guesses = torch.cat([classifier(part.to(device)).argmax(1).cpu() for part in fake.split(args.batch_size)])
+        table.mean("class_accuracy", (guesses == number_of[classes]).double())
+    if features is not None:
+        compare_new_images(args, features, fake, train_set, val_set, model.vqgan.config, device, table)
+    print(f"{len(nats)} held-out pictures of {args.data}, {args.n} new images for their conditions")
+
+
+def compare_new_images(args, features, fake, train_set, val_set, config, device, table) -> None:
+    """Distances to the held-out pictures, and the check against learning by heart: nearest training pictures."""
+
+    def shown(dataset):
+        for batch in data.held_out_batches(dataset, args.batch_size, args.images):
+            yield pictures.to_rgb(data.to_input(batch, config.input_kind, config.in_channels), config.input_kind)
+
+    real, _ = seen_by(features, shown(val_set), device)
+    known, _ = seen_by(features, shown(train_set), device)
+    made, score = seen_by(features, fake.split(args.batch_size), device)
+    compare_sets(table, args, features.name, real, made, score)
+    # Samples nearer to the training pictures than held-out pictures are would be copies.
+    distance, index = distances.nearest(made, known)
+    table.mean(f"nearest_training({features.name})", distance)
+    table.mean(f"nearest_training_of_held_out({features.name})", distances.nearest(real, known)[0])
+    closest = distance.argsort()[: args.neighbours]
+    wanted, found = set(index[closest].tolist()), {}
+    for number, picture in enumerate(picture for batch in shown(train_set) for picture in batch):
+        if number in wanted:
+            found[number] = picture
+    rows = [fake[closest], torch.stack([found[i] for i in index[closest].tolist()])]
+    pictures.save_grid(Path(args.out) / "neighbours.png", rows)
+    print(f"{Path(args.out) / 'neighbours.png'}: the most copied-looking samples over their nearest of {len(known)}")
+
+
+def main() -> int:
+    args = parse_flags()
+    device = runtime.pick_device(args.device)
+    model = official.open_model(args.vqgan or args.gpt, args.official_config)
+    if args.gpt and not isinstance(model, TwoStage):
+        raise UserError(f"{args.gpt} holds a VQGAN; evaluate it by --vqgan")
+    vqgan = model.vqgan if isinstance(model, TwoStage) else model
+    train_set, val_set = open_sets(args, model if args.gpt else vqgan, vqgan)
+    Path(args.out).mkdir(parents=True, exist_ok=True)
+    table = Table()
+    if args.gpt:
+        evaluate_gpt(args, model.to(device), train_set, val_set, device, table)
+    else:
+        evaluate_vqgan(args, vqgan.to(device), val_set, device, table)
+    print("\n".join(table.lines()))
+    out = Path(args.out) / "metrics.json"
+    out.write_text(json.dumps({"flags": vars(args), "metrics": table.rows}, indent=2))
+    print(f"written: {out}")
+    return 0
+
+
+if __name__ == "__main__":
+    runtime.run(main)

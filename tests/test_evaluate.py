@@ -1,0 +1,234 @@
+"""evaluate.py: its distances against scipy, torchmetrics, closed forms and slow definitions; the script as a user runs
+it."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import scipy.linalg
+import torch
+import torch_fidelity.feature_extractor_inceptionv3 as inception
+from helpers import assert_one_line_error, fixture, official_files, run_inside
+from PIL import Image
+from torch import nn
+from torchmetrics.functional.image import structural_similarity_index_measure
+from torchmetrics.image.fid import FrechetInceptionDistance
+from torchmetrics.image.inception import InceptionScore
+
+from minvqgan.harness import checkpoint, data, distances, metrics
+
+STAGE_ONE = (
+    "train_vqgan.py --image-size 16 --ch 8 --ch-mult 1 2 --z-channels 8 --code-dim 4 --codebook-size 16 --batch-size 4 "
+    "--steps 4 --val-images 8 --val-every 4 --disc-channels 8 --out vqgan"
+).split()
+STAGE_TWO = "train_gpt.py --vqgan vqgan/last.pt --n-layer 1 --n-head 2 --n-embd 16 --batch-size 4 --steps 2".split()
+STAGE_TWO += "--val-images 8 --out gpt".split()
+
+
+@pytest.fixture(scope="module")
+def clouds():
+    g = torch.Generator().manual_seed(0)
+    a = torch.randn(60, 8, generator=g) @ torch.randn(8, 8, generator=g)
+    return a, torch.randn(50, 8, generator=g) + 0.5
+
+
+class Features(nn.Module):
+    """Pictures (B, 3, H, W) uint8 -> their first d numbers, for torchmetrics, which wants pictures."""
+
+    def __init__(self, d: int):
+        super().__init__()
+        self.num_features = d
+
+    def forward(self, x):
+        return x.flatten(1)[:, : self.num_features].float()
+
+
+def as_pictures(features):
+    pictures = torch.zeros(len(features), 3, 4, 4, dtype=torch.uint8)
+    pictures.view(len(features), -1)[:, : features.shape[1]] = features
+    return pictures
+
+
+def test_frechet_distance_is_scipys_and_torchmetrics(clouds):
+    a, b = clouds
+    A, B = np.cov(a.double().numpy().T), np.cov(b.double().numpy().T)
+    root = scipy.linalg.sqrtm(A @ B).real
+    truth = ((a.double().mean(0) - b.double().mean(0)) ** 2).sum().item() + np.trace(A + B - 2 * root)
+    assert distances.frechet_distance(a, b) == pytest.approx(truth, rel=1e-8)
+    a, b = ((t * 20 + 128).clamp(0, 255).to(torch.uint8) for t in clouds)
+    theirs = FrechetInceptionDistance(feature=Features(8))
+    theirs.update(as_pictures(a), real=True)
+    theirs.update(as_pictures(b), real=False)
+    assert distances.frechet_distance(a, b) == pytest.approx(theirs.compute().item(), rel=1e-4)
+
+
+def test_frechet_distance_by_hand():
+    # One dimension: means 0 and 3, variances 1 and 4: 3^2 + (1 - 2)^2.
+    a, b = torch.tensor([[-1.0], [0.0], [1.0]]), torch.tensor([[1.0], [3.0], [5.0]])
+    assert distances.frechet_distance(a, b) == pytest.approx(9 + 1)
+    # Fewer pictures than features: the covariances are singular.
+    c = torch.randn(5, 20, generator=torch.Generator().manual_seed(0))
+    assert distances.frechet_distance(c, c) == pytest.approx(0, abs=1e-6)
+    assert distances.frechet_distance(c, c + 2) == pytest.approx(20 * 4)
+    with pytest.raises(ValueError, match="at least two"):
+        distances.frechet_distance(c[:1], c)
+
+
+def test_inception_score_is_torchmetrics_and_by_hand(clouds):
+    assert distances.inception_score(torch.eye(5).repeat(4, 1)) == pytest.approx(5)
+    assert distances.inception_score(torch.full((7, 5), 0.2)) == pytest.approx(1)
+    logits = (clouds[0] * 3).clamp(0, 255).to(torch.uint8)
+    theirs = InceptionScore(feature=Features(8), splits=1)
+    theirs.update(as_pictures(logits))
+    assert distances.inception_score(logits.float().softmax(1)) == pytest.approx(theirs.compute()[0].item(), rel=1e-5)
+
+
+def test_precision_recall_against_the_definition(clouds):
+    real, fake = clouds
+    k = 3
+
+    def share(points, centres):
+        inside = 0
+        for p in points:
+            for c in centres:
+                radius = sorted(math.dist(c, other) for other in centres)[k]  # [0] is the point itself
+                if math.dist(p, c) <= radius:
+                    inside += 1
+                    break
+        return inside / len(points)
+
+    precision, recall = distances.precision_recall(real, fake, k)
+    assert precision == pytest.approx(share(fake.tolist(), real.tolist()))
+    assert recall == pytest.approx(share(real.tolist(), fake.tolist()))
+    assert 0 < precision < 1 or 0 < recall < 1
+    assert distances.precision_recall(real, real) == (1, 1)
+    assert distances.precision_recall(real, real + 1000) == (0, 0)
+    with pytest.raises(ValueError, match="k = 3"):
+        distances.precision_recall(real[:3], fake)
+
+
+def test_nearest_against_the_definition(clouds):
+    distance, index = distances.nearest(*clouds)
+    for i, a in enumerate(clouds[0].tolist()):
+        all_distances = [math.dist(a, b) for b in clouds[1].tolist()]
+        assert distance[i].item() == pytest.approx(min(all_distances), rel=1e-4)
+        assert index[i] == all_distances.index(min(all_distances))
+
+
+def test_ssim_of_each_picture():
+    g = torch.Generator().manual_seed(0)
+    x = torch.rand(3, 3, 24, 24, generator=g) * 2 - 1
+    y = (x + torch.randn(x.shape, generator=g) * torch.tensor([0, 0.1, 0.5])[:, None, None, None]).clamp(-1, 1)
+    ours = metrics.ssim(x, y)
+    assert ours[0] == pytest.approx(1) and ours[0] > ours[1] > ours[2]
+    for i in range(3):
+        assert ours[i] == pytest.approx(structural_similarity_index_measure(y[i : i + 1], x[i : i + 1], data_range=2.0))
+
+
+def test_inception_features_and_what_happens_without(monkeypatch):
+    def no_network(*args, **kwargs):
+        raise OSError("Name or service not known")
+
+    monkeypatch.setattr(inception, "load_state_dict_from_url", no_network)
+    with pytest.raises(metrics.UserError, match="InceptionV3 could not be downloaded"):
+        metrics.load_features("inception")
+    # With weights, here random ones: what it sees is what torchmetrics' FID sees.
+    monkeypatch.setattr(inception, "load_state_dict_from_url", lambda *a, **k: {})
+    monkeypatch.setattr(inception.FeatureExtractorInceptionV3, "load_state_dict", lambda *a, **k: None)
+    torch.manual_seed(0)
+    judge = metrics.load_features("inception")
+    theirs = FrechetInceptionDistance(feature=2048)
+    theirs.inception.net = None
+    theirs.inception.load_state_dict = None
+    for mine, other in zip(judge.net.parameters(), theirs.inception.parameters(), strict=True):
+        other.data = mine.data
+    x = torch.rand(4, 3, 32, 32) * 2 - 1
+    features, probabilities = judge(x)
+    assert features.shape == (4, 2048) and probabilities.shape == (4, 1008)
+    assert torch.allclose(probabilities.sum(1), torch.ones(4))
+    uint8 = ((x + 1) * 127.5).round().to(torch.uint8)
+    assert torch.allclose(features, theirs.inception(uint8), atol=1e-6)
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """A tiny first stage, a transformer on it, a classifier and a label model, of shapes."""
+    folder = tmp_path_factory.mktemp("evaluate")
+    for words in (STAGE_ONE, STAGE_TWO):
+        done = run_inside(*words, cwd=folder)
+        assert done.returncode == 0, done.stderr
+    flags = "--input labels --num-labels 9 --out labels".split()
+    assert run_inside(*STAGE_ONE[:-2], *flags, cwd=folder).returncode == 0
+    names = data.open_data("shapes", 16)[0].classes
+    torch.manual_seed(0)
+    judge = metrics.Classifier(names)
+    checkpoint.save(folder / "judge.pt", "classifier", classes=list(names), model=judge.state_dict(), accuracy=0.0)
+    return folder
+
+
+def evaluate(*words, cwd):
+    done = run_inside("evaluate.py", *words, "--out", "eval", "--perceptual", "none", "--images", "30", cwd=cwd)
+    assert done.returncode == 0, done.stderr
+    content = json.loads((cwd / "eval" / "metrics.json").read_text())
+    return done, {name: row["value"] for name, row in content["metrics"].items()}, content
+
+
+def test_a_first_stage(models):
+    done, values, content = evaluate("--vqgan", "vqgan/last.pt", "--features", "judge.pt", cwd=models)
+    model = checkpoint.load_vqgan(models / "vqgan/last.pt")
+    val_set = data.open_data("shapes", 16)[1]
+    truth = metrics.evaluate_vqgan(model, data.held_out_batches(val_set, 50, 30), torch.device("cpu"))
+    for ours, theirs in (("l1", "l1"), ("psnr", "psnr"), ("codebook_usage", "usage")):
+        assert values[ours] == pytest.approx(truth[theirs], rel=1e-5)
+    assert values["codebook_perplexity"] == pytest.approx(truth["perplexity"], rel=1e-5)
+    assert 0 < values["ssim"] < 1 and values["frechet_distance(judge)"] > 0 and "fid" not in values
+    assert len(content["metrics"]["frechet_distance(judge)"]["splits"]) == 5
+    assert "30 held-out pictures of shapes" in done.stdout and "l1" in done.stdout
+
+
+def test_a_label_map_model(models):
+    _, values, _ = evaluate("--vqgan", "labels/last.pt", "--features", "none", cwd=models)
+    assert 0 <= values["pixel_accuracy"] <= 1 and values["cross_entropy"] > 0 and "l1" not in values
+
+
+def test_a_transformer(models):
+    done, values, _ = evaluate("--gpt", "gpt/last.pt", "--features", "judge.pt", "-n", "20", cwd=models)
+    model = checkpoint.load(models / "gpt/last.pt")
+    batch = next(data.held_out_batches(data.open_data("shapes", 16)[1], 30, 30))
+    nats = model.nll(batch["image"], batch["class"])
+    assert values["nats_per_token"] == pytest.approx(nats.mean().item(), rel=1e-5)
+    T, pixels = 64, 256
+    assert values["bits_per_pixel"] == pytest.approx(nats.mean().item() * T / math.log(2) / pixels, rel=1e-5)
+    # The very samples again: the accuracy and the neighbours from their definitions.
+    judge = metrics.load_classifier(models / "judge.pt")
+    with torch.no_grad():
+        images = model.sample(batch["class"][:20]).clamp(-1, 1)
+        right = (judge(images).argmax(1) == batch["class"][:20]).double().mean().item()
+    assert values["class_accuracy"] == pytest.approx(right)
+    assert values["nearest_training(judge)"] > 0 and values["nearest_training_of_held_out(judge)"] > 0
+    assert {"precision(judge)", "recall(judge)", "class_score(judge)"} < values.keys()
+    picture = Image.open(models / "eval" / "neighbours.png")
+    assert picture.size == (10 * 66, 2 * 66)
+    assert "20 new images" in done.stdout
+
+
+def test_an_official_model(models, tmp_path):
+    path, config = official_files(fixture("net2net_none"), tmp_path)
+    words = ("--gpt", path, "--official-config", config, "--data", "shapes", "--image-size", "32", "--features", "none")
+    _, values, _ = evaluate(*words, cwd=models)
+    assert values["nats_per_token"] > 0 and values["ln_K"] == pytest.approx(math.log(64))
+
+
+def test_mistakes(models):
+    for words, answer in (
+        (("--vqgan", "absent.pt"), ("absent.pt",)),
+        (("--gpt", "vqgan/last.pt"), ("holds a VQGAN",)),
+        (("--vqgan", "judge.pt"), ("classifier",)),
+        (("--vqgan", "vqgan/last.pt", "--features", "vqgan/last.pt"), ("not a classifier",)),
+        (("--vqgan", "vqgan/last.pt", "--gpt", "gpt/last.pt"), ("not allowed",)),
+        ((), ("--vqgan", "--gpt")),
+        (("--gpt", "gpt/last.pt", "--temperature", "-1"), ("temperature",)),
+        (("--vqgan", "vqgan/last.pt", "--data", "nowhere"), ("nowhere",)),
+    ):
+        assert_one_line_error(run_inside("evaluate.py", *words, cwd=models), *answer)
