@@ -248,8 +248,9 @@ def test_two_processes_are_one_program(tmp_path):
 def test_every_flag_is_read_and_explained(script):
     """A flag that nothing reads is worse than none: it is set and believed."""
     source = (ROOT / script).read_text()
+    shared = (ROOT / "minvqgan" / "harness" / "flags.py").read_text()
     found = {}
-    for text in (source, (ROOT / "minvqgan" / "harness" / "flags.py").read_text()):
+    for text in (source, shared):
         for call in ast.walk(ast.parse(text)):
             if isinstance(call, ast.Call) and getattr(call.func, "attr", "") == "add_argument":
                 found.setdefault(call.args[0].value, {k.arg for k in call.keywords})
@@ -257,6 +258,6 @@ def test_every_flag_is_read_and_explained(script):
     by_name = source[source.index("MODEL_FLAGS") : source.index("RESUME_NEEDS")] if "MODEL_FLAGS" in source else ""
     for flag, keywords in found.items():
         field = flag.removeprefix("--").replace("-", "_")
-        used = f"args.{field}" in source or re.search(rf"\b{field}\b", by_name)
+        used = f"args.{field}" in source + shared or re.search(rf"\b{field}\b", by_name)
         assert used or field in ("preset", "resume"), f"{flag} is read nowhere"  # these two are read in flags.parse
         assert "help" in keywords, f"{flag} has no help"

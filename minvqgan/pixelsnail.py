@@ -1,0 +1,125 @@
+"""A causal CNN over the codes, PixelSNAIL (Chen et al. 2017, arXiv:1712.09763): what the paper compares its transformer
+with (Sec. 4.1, Tab. 1).
+
+    p(s | c) = prod_i p(s_i | s_<i, c)     the same factors as Eq. 9, from masked convolutions and one causal attention
+
+A masked convolution looks only at positions that come before in reading order, so all h x w distributions of a picture
+come from one pass, and drawing one takes h * w passes. Convolutions see near neighbours cheaply; attention brings what
+lies further off, and what the masks' blind spot to the upper right hides.
+
+Letters: B batch, K codes, C width, h x w positions.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .sampler import Sampling, choose
+
+
+def causal_kernel(k: int, sees_itself: bool) -> Tensor:
+    """(k, k), 1 where a convolution may look: above, and to the left in its own row; the middle only if sees_itself."""
+    mask = torch.zeros(k, k)
+    mask[: k // 2] = 1
+    mask[k // 2, : k // 2 + sees_itself] = 1
+    return mask
+
+
+class MaskedConv2d(nn.Conv2d):
+    """A convolution that sees only the past: (B, C_in, h, w) -> (B, C_out, h, w).
+
+    sees_itself: false in the first layer, whose input at a position is the very code that is to be predicted there;
+    true in all later ones, whose input there knows of the past alone.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, k: int, sees_itself: bool):
+        super().__init__(in_channels, out_channels, k, padding=k // 2)
+        self.register_buffer("mask", causal_kernel(k, sees_itself), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.conv2d(x, self.weight * self.mask, self.bias, padding=self.padding)
+
+
+class GatedResBlock(nn.Module):
+    """x + a * sigmoid(b), (a, b) from two masked convolutions: (B, C, h, w) -> (B, C, h, w). The gate lets a block say
+    where it has something to add."""
+
+    def __init__(self, channels: int, k: int, dropout: float):
+        super().__init__()
+        self.conv1 = MaskedConv2d(channels, channels, k, sees_itself=True)
+        self.conv2 = MaskedConv2d(channels, 2 * channels, k, sees_itself=True)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        a, b = self.conv2(self.dropout(F.elu(self.conv1(F.elu(x))))).chunk(2, dim=1)
+        return x + a * b.sigmoid()
+
+
+class CausalAttention(nn.Module):
+    """Every position looks at all before it and at itself: (B, C, h, w) -> (B, C, h, w)."""
+
+    def __init__(self, channels: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.qkv, self.proj = nn.Conv2d(channels, 3 * channels, 1), nn.Conv2d(channels, channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        B, C, h, w = x.shape
+        qkv = self.qkv(F.elu(x)).view(B, 3, self.heads, C // self.heads, h * w)
+        q, k, v = qkv.permute(1, 0, 2, 4, 3)  # each (B, heads, h * w, C / heads)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return x + self.proj(y.transpose(2, 3).reshape(B, C, h, w))
+
+
+class PixelSNAIL(nn.Module):
+    """forward: indices (B, h, w) int64 in [0, K), classes (B,) -> logits (B, K, h, w), each of its own position.
+
+    codebook_size K; num_classes: 1 for pictures without classes; n: side of the maps. Raises ValueError for maps of
+    another size.
+    """
+
+    def __init__(
+        self,
+        codebook_size: int,
+        n: int,
+        num_classes: int = 1,
+        channels: int = 96,
+        blocks: int = 2,
+        res_blocks: int = 3,
+        heads: int = 4,
+        dropout: float = 0.0,
+    ):
+        super().__init__()
+        self.codebook_size, self.n = codebook_size, n
+        self.code = nn.Embedding(codebook_size, channels)
+        self.condition = nn.Embedding(num_classes, channels)
+        self.position = nn.Parameter(0.02 * torch.randn(channels, n, n))
+        self.first = MaskedConv2d(channels, channels, 5, sees_itself=False)
+        layers: list[nn.Module] = []
+        for _ in range(blocks):
+            layers += [GatedResBlock(channels, 3, dropout) for _ in range(res_blocks)]
+            layers.append(CausalAttention(channels, heads))
+        self.layers = nn.Sequential(*layers)
+        self.head = nn.Conv2d(channels, codebook_size, 1)
+
+    def forward(self, indices: Tensor, classes: Tensor) -> Tensor:
+        if indices.shape[1:] != (self.n, self.n):
+            raise ValueError(f"expected maps of {self.n} x {self.n} codes, got {tuple(indices.shape[1:])}")
+        x = self.first(self.code(indices).permute(0, 3, 1, 2))  # (B, C, h, w)
+        # The condition and the place come in after the shifted first layer: they are no secret.
+        x = x + self.position + self.condition(classes)[:, :, None, None]
+        return self.head(F.elu(self.layers(x)))  # (B, K, h, w)
+
+    def loss(self, indices: Tensor, classes: Tensor) -> Tensor:
+        """-log p(s | c) in nats a code, mean over all: scalar."""
+        return F.cross_entropy(self(indices, classes), indices)
+
+    @torch.no_grad()
+    def sample(self, classes: Tensor, u: Tensor, sampling: Sampling | None = None) -> Tensor:
+        """New maps (B, n, n) for classes (B,); u (B, n * n): a uniform number a code (`sampler.uniforms`)."""
+        indices = torch.zeros(len(classes), self.n, self.n, dtype=torch.long, device=classes.device)
+        for position in range(self.n**2):
+            row, col = divmod(position, self.n)
+            logits = self(indices, classes)[:, :, row, col]
+            indices[:, row, col] = choose(logits, u[:, position], sampling or Sampling())
+        return indices
