@@ -5,7 +5,7 @@ with (Sec. 4.1, Tab. 1).
 
 A masked convolution looks only at positions that come before in reading order, so all h x w distributions of a picture
 come from one pass, and drawing one takes h * w passes. Convolutions see near neighbours cheaply; attention brings what
-lies further off, and what the masks' blind spot to the upper right hides.
+lies further off.
 
 Letters: B batch, K codes, C width, h x w positions.
 """
@@ -105,7 +105,11 @@ class PixelSNAIL(nn.Module):
     def forward(self, indices: Tensor, classes: Tensor) -> Tensor:
         if indices.shape[1:] != (self.n, self.n):
             raise ValueError(f"expected maps of {self.n} x {self.n} codes, got {tuple(indices.shape[1:])}")
-        x = self.first(self.code(indices).permute(0, 3, 1, 2))  # (B, C, h, w)
+        codes = self.code(indices)  # (B, h, w, C)
+        # The code just before in reading order: at a row's begin it is the last of the row above, which the masks hide
+        # from the convolutions, and so from all that attention could collect.
+        previous = F.pad(codes.flatten(1, 2)[:, :-1], (0, 0, 1, 0)).view_as(codes)
+        x = self.first(codes.permute(0, 3, 1, 2)) + previous.permute(0, 3, 1, 2)  # (B, C, h, w)
         # The condition and the place come in after the shifted first layer: they are no secret.
         x = x + self.position + self.condition(classes)[:, :, None, None]
         return self.head(F.elu(self.layers(x)))  # (B, K, h, w)
