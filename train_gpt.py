@@ -265,7 +265,7 @@ def main() -> int:
                     dropped = torch.rand(len(r), 1, device=device) < args.drop_cond
                     r = torch.where(dropped, model.null, r)
 
-                # -log p(s | r), the mean over all codes (Eq. 9 to 11).
+                # -log p(s | r), the mean over all codes (Eq. 9, 10).
                 with runtime.autocast(device, amp):
                     loss = parallel(s, r, s_in).mean()
                 (loss / args.accumulate).backward()

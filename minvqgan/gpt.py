@@ -1,6 +1,6 @@
 """The transformer of stage two (Sec. 3.2): an image as a sentence of codes, s = s_1 ... s_T, read one after another.
 
-    p(s | c) = prod_i p(s_i | s_<i, c)                                                                  (Eq. 9)
+    p(s | c) = prod_i p(s_i | s_<i, c)                                                                 (Eq. 10)
 
 A decoder-only transformer of the GPT-2 kind: learned positions, pre-norm blocks, GELU. It reads tokens (B, T) and says
 at every position what comes next: logits (B, T, K). Tokens below K are image codes, tokens from K on belong to the

@@ -1,7 +1,7 @@
 """A causal CNN over the codes, PixelSNAIL (Chen et al. 2017, arXiv:1712.09763): what the paper compares its transformer
 with (Sec. 4.1, Tab. 1).
 
-    p(s | c) = prod_i p(s_i | s_<i, c)     the same factors as Eq. 9, from masked convolutions and one causal attention
+    p(s | c) = prod_i p(s_i | s_<i, c)     the same factors as Eq. 10, from masked convolutions and one causal attention
 
 A masked convolution looks only at positions that come before in reading order, so all h x w distributions of a picture
 come from one pass, and drawing one takes h * w passes. Convolutions see near neighbours cheaply; attention brings what

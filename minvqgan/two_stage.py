@@ -1,7 +1,7 @@
 """Both stages as one model of images: p(x | c) through p(s | r), s = codes of x, r = tokens of c (Sec. 3.2).
 
     x -> s    the frozen first stage, q(E(x)), read in an order          c -> r    the condition's tokens
-    loss      -log p(s | r), the mean over s alone: [r | s] is read, r is given and not learned          (Eq. 10, 11)
+    loss      -log p(s | r), the mean over s alone: [r | s] is read, r is given and not learned          (Eq. 9, 10)
     sample    r, then one code after another, then G
 
 Condition tokens are numbered behind the image codes: K + index. In the official checkpoints both share one range and
