@@ -7,12 +7,12 @@ package and must still understand it. Another seed gives other numbers: that is 
 
 import inspect
 import math
-import time
 from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 
 def _right(name: str) -> None:
@@ -31,6 +31,21 @@ def _close(found, truth, what: str, tolerance: float = 1e-4) -> None:
 
 def _generator(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
+
+
+class Watch(TorchFunctionMode):
+    """Counts the calls of torch's functions and the numbers in their largest result."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls, self.largest = 0, 0
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        self.calls += 1
+        if isinstance(result, Tensor):
+            self.largest = max(self.largest, result.numel())
+        return result
 
 
 # 00 tour
@@ -133,15 +148,12 @@ def nearest_code(student: Callable, seed: int = 0) -> None:
     wrong = int((found != truth).sum())
     assert wrong == 0, f"{wrong} of 50 vectors did not get their nearest code"
     z, codebook = torch.randn(4096, 32, generator=g), torch.randn(1024, 32, generator=g)
-    began = time.perf_counter()
-    with torch.profiler.profile(profile_memory=True) as profile:
+    with Watch() as watch:
         student(z, codebook)
-    seconds = time.perf_counter() - began
-    largest = max((e.self_cpu_memory_usage for e in profile.events()), default=0)
-    assert largest < 4096 * 1024 * 32, (
+    assert watch.largest < 4096 * 1024 * 32, (
         "an N x K x D block was made (all differences at once): use |z - e|^2 = |z|^2 - 2 z.e + |e|^2, a matrix product"
     )
-    assert seconds < 2, f"{seconds:.1f} s for 4096 x 1024: a Python loop? One matrix product does it in milliseconds"
+    assert watch.calls < 100, f"{watch.calls} calls of torch for 4096 x 1024: a Python loop? One matrix product will do"
     _right("nearest_code")
 
 
@@ -269,8 +281,10 @@ def adaptive_weight(student: Callable, seed: int = 0) -> None:
     assert found.shape == (), f"one number is expected, got shape {tuple(found.shape)}"
     _close(found, truth, "|grad rec_loss| / (|grad gan_loss| + 1e-6), at the last layer's weight", 1e-3)
     rec_loss, gan_loss = losses(0.0)
+    assert student(0 * rec_loss, gan_loss, layer.weight).isfinite(), (
+        "two vanishing gradients give 0 / 0: delta = 1e-6 below the line is missing"
+    )
     found = student(rec_loss, gan_loss, layer.weight)
-    assert found.isfinite(), "a vanishing GAN gradient divides by zero: delta = 1e-6 is missing"
     assert found <= 1e4 + 1, "clamp lambda to [0, 10000]: a vanishing GAN gradient makes it explode"
     rec_loss, gan_loss = losses(0.01)
     student(rec_loss, gan_loss, layer.weight)
