@@ -7,10 +7,21 @@ import sys
 import types
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
-from helpers import ROOT, assert_one_line_error, fixture, official_files, relative_error, run_script
+from helpers import (
+    ROOT,
+    assert_one_line_error,
+    fixture,
+    make_photos,
+    official_files,
+    relative_error,
+    run_inside,
+    run_script,
+)
+from PIL import Image
 
 import minvqgan
 from minvqgan.gpt import GPT, GPTConfig
@@ -280,3 +291,31 @@ def test_memory_of_the_large_class_conditional_model(tmp_path):
     assert parameters > 100e6
     assert peak < 1.3 * (tmp_path / "last.ckpt").stat().st_size
     print(f"{parameters / 1e6:.0f} M parameters: peak {peak / 4 / parameters:.2f} x their size")
+
+
+def test_the_scripts_take_official_files(tmp_path):
+    """Sampled, completed, slid over a larger picture, and a transformer of one's own trained on the codes."""
+    official_files(fixture("net2net_class"), tmp_path)
+    gpt = ("sample.py", "--gpt", "last.ckpt", "--official-config", "project.yaml", "-n", "2")
+    done = run_inside(*gpt, "--classes", "1,3", "--out", "a.png", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert Image.open(tmp_path / "a.png").size == (2 * 66, 2 * 66)  # 32 pixels doubled, and a white line
+    Image.fromarray(np.zeros((40, 50, 3), np.uint8)).save(tmp_path / "photo.png")
+    done = run_inside(*gpt, "--classes", "1", "--complete", "photo.png", "--out", "b.png", cwd=tmp_path)
+    assert done.returncode == 0 and (tmp_path / "b.png").exists(), done.stderr
+    assert_one_line_error(run_inside(*gpt, "--classes", "1000", cwd=tmp_path), "there is no '1000'")
+
+    (tmp_path / "coord").mkdir()
+    official_files(fixture("net2net_coord"), tmp_path / "coord")
+    done = run_inside(*gpt, "--size", "36x40", "--out", "c.png", cwd=tmp_path / "coord")
+    assert done.returncode == 0, done.stderr
+    assert Image.open(tmp_path / "coord" / "c.png").size == (2 * 42, 38)
+
+    words = "train_gpt.py --vqgan last.ckpt --official-config project.yaml --data shapes --n-layer 1 --n-head 2 "
+    words += "--n-embd 16 --batch-size 2 --steps 2 --val-images 4 --image-size 16 --data photos --cond none --out gpt"
+    make_photos(tmp_path / "photos", n=6, size=(24, 20))
+    done = run_inside(*words.split(), cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    mine = minvqgan.load(tmp_path / "gpt" / "last.pt")
+    theirs = official.load(tmp_path / "last.ckpt", tmp_path / "project.yaml")
+    assert same(mine.vqgan.state_dict(), theirs.vqgan.state_dict()) and mine.gpt.config.num_codes == 64
