@@ -90,7 +90,7 @@ class Table:
         value, error = distances.spread(values)
         self.rows[name] = {"value": value, "spread": error}
 
-    def over_splits(self, name: str, measure, parts: list[torch.Tensor], whole: torch.Tensor) -> None:
+    def over_splits(self, name: str, measure, parts, whole) -> None:
         """A number of a whole set, with its standard deviation over parts of the set."""
         values = torch.tensor([measure(part) for part in parts])
         spread = values.std().item() if len(values) > 1 else None
@@ -106,14 +106,17 @@ class Table:
 
 
 def compare_sets(table: Table, args, name: str, real: torch.Tensor, fake: torch.Tensor, score: torch.Tensor | None):
-    """Distances between the features of real and fake pictures; score: class probabilities of the fake ones."""
+    """Distances between the features of real and fake pictures; score: class probabilities of the fake ones, or None
+    for reconstructions, of which each part is compared with the very pictures it was made from."""
     inception = name == "inception"
-    parts = [part for part in fake.tensor_split(args.splits) if len(part) > 1]
+    fake_parts = [part for part in fake.tensor_split(args.splits) if len(part) > 1]
+    real_parts = real.tensor_split(args.splits) if score is None else [real] * len(fake_parts)
+    parts = list(zip(fake_parts, real_parts, strict=False))
     label = "fid" if inception else f"frechet_distance({name})"
-    table.over_splits(label, lambda part: distances.frechet_distance(part, real), parts, fake)
+    table.over_splits(label, lambda pair: distances.frechet_distance(*pair), parts, (fake, real))
     if score is not None:
         label = "inception_score" if inception else f"class_score({name})"
-        table.over_splits(label, distances.inception_score, list(score.tensor_split(args.splits)), score)
+        table.over_splits(label, distances.inception_score, score.tensor_split(args.splits), score)
         precision, recall = distances.precision_recall(real, fake)
         table.plain(f"precision({name})", precision)
         table.plain(f"recall({name})", recall)
