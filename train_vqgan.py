@@ -122,7 +122,8 @@ RESUME_NEEDS = {"discriminator": dict, "opt_g": dict, "opt_d": dict, "step": int
 RESUME_NEEDS |= {"disc_steps": list, "flags": dict, "random": dict}
 
 # What a resumed run may change; everything else would make another model of it.
-MAY_CHANGE = "steps device amp compile workers resume val_every val_images save_every log_every out preset".split()
+MAY_CHANGE = "steps device amp compile checkpoint_grad workers resume val_every val_images save_every log_every".split()
+MAY_CHANGE += ["out", "preset"]
 
 COLUMNS = (
     "step seconds lr rec_loss l1 perceptual codebook_loss gen_loss disc_loss logits_real logits_fake lambda adv_share "
@@ -171,6 +172,7 @@ def parse_flags():
     g.add_argument(
         "--accumulate", type=flags.positive, default=1, help="parts that a batch is computed in, for small memory"
     )
+    g.add_argument("--checkpoint-grad", action="store_true", help="less memory, more time: G's maps are computed twice")
     g.add_argument("--lr", type=float, help="learning rate of both Adams (betas 0.5, 0.9)")
     g.add_argument("--lr-decay", type=flags.share, help="last share of the steps, over which lr falls to 5 %%")
     g.add_argument("--loss", default="vqgan", choices=["vqgan", "vqvae"], help="vqvae: squared error, no LPIPS, no D")
@@ -202,6 +204,8 @@ def check(args, world: int) -> None:
     if args.image_size % f:
         below = args.image_size // f * f
         raise UserError(f"--image-size {args.image_size} is not divisible by f = {f}; use {below or f} or {below + f}")
+    if args.checkpoint_grad and args.compile:
+        raise UserError("--checkpoint-grad and --compile exclude each other: what is compiled is not computed in parts")
     if args.batch_size % (world * args.accumulate):
         raise UserError(
             f"--batch-size {args.batch_size} cannot be split into {world} processes x {args.accumulate} parts"
@@ -283,6 +287,7 @@ def main() -> int:
             raise UserError(f"{out} is at step {start} of {args.steps} already; give more --steps to go on")
     disc_start, disc_joined = disc_steps[0], sum(disc_steps)
 
+    vqgan.decoder.checkpoint_grad = args.checkpoint_grad
     if args.compile:
         torch._functorch.config.donated_buffer = False  # D's graph is used twice (retain_graph), its buffers must stay
         # Not conv_out: lambda needs the gradient of this one layer, and a compiled backward pass is all or nothing.

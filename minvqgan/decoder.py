@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint_sequential
 
 from .layers import ResBlock, SelfAttention2d, Upsample, group_norm
 
@@ -55,7 +56,13 @@ class Decoder(nn.Module):
         self.layers = nn.Sequential(*layers)
         # G_L, the last layer: the adaptive weight of Eq. 7 is measured on its weights, so it keeps a name of its own.
         self.conv_out = nn.Conv2d(channels, out_channels, 3, padding=1)
+        # Keep only the maps between layers and compute what lies inside again in the backward pass: a third more time,
+        # a fraction of the memory, of which the high resolutions at G's end take most.
+        self.checkpoint_grad = False
 
     def forward(self, z_q: Tensor) -> Tensor:
-        h = self.layers(z_q)  # (B, z_channels, h, w) -> (B, ch, H, W)
+        if self.checkpoint_grad and self.training:
+            h = checkpoint_sequential(self.layers, len(self.layers), z_q, use_reentrant=False)
+        else:
+            h = self.layers(z_q)  # (B, z_channels, h, w) -> (B, ch, H, W)
         return self.conv_out(F.silu(h))  # (B, C, H, W)

@@ -102,3 +102,28 @@ def test_upsampling_repeats_pixels():
     layer.conv.weight.data[0, 0, 1, 1] = 1  # the window's middle
     x = torch.arange(4.0).view(1, 1, 2, 2)
     assert torch.equal(layer(x)[0, 0], torch.tensor([[0.0, 0, 1, 1], [0, 0, 1, 1], [2, 2, 3, 3], [2, 2, 3, 3]]))
+
+
+def test_checkpointed_gradients_are_the_same_and_keep_less():
+    torch.manual_seed(0)
+    model = VQGAN(VQGANConfig(ch=16, ch_mult=(1, 1, 2))).train()
+    x, found = torch.randn(2, 3, 32, 32), []
+    for checkpoint_grad in (False, True):
+        model.decoder.checkpoint_grad = checkpoint_grad
+        model.zero_grad()
+        kept = 0
+
+        def keep(tensor):
+            nonlocal kept
+            kept += tensor.numel()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            x_hat, quantized = model(x)
+        ((x_hat - x).square().mean() + quantized.loss).backward()
+        found.append((kept, x_hat.detach(), [p.grad.clone() for p in model.parameters()]))
+    (kept, x_hat, grads), (less, again, grads_again) = found
+    assert less < 0.7 * kept
+    assert torch.equal(x_hat, again)
+    for a, b in zip(grads, grads_again, strict=True):
+        assert torch.allclose(a, b, rtol=1e-5, atol=1e-7)
