@@ -6,6 +6,7 @@ python sample.py --classes star,ring -n 4 --guidance 3
 python sample.py --complete photo.jpg --keep 0.5         the upper half is kept
 python sample.py --gpt G.pt --cond-image labels.png      a label map turned into a picture, at the map's own size
 python sample.py --gpt G.pt --size 256x512               larger than the model has ever seen
+torchrun --nproc_per_node=4 sample.py -n 1000 --out many the images that one process makes, sooner
 """
 
 import math
@@ -175,6 +176,7 @@ def conditions(model: TwoStage, start: Start, number: int | None, count: int, de
 def main() -> int:
     args = parse_flags()
     device = runtime.pick_device(args.device)
+    rank, world = runtime.init_processes(device)
     model = official.open_model(args.gpt, args.official_config)
     if not isinstance(model, TwoStage):
         raise UserError(f"{args.gpt} holds a VQGAN, not a transformer; train one: train_gpt.py --vqgan {args.gpt}")
@@ -193,23 +195,29 @@ def main() -> int:
     h, w = start.height // model.vqgan.config.f, start.width // model.vqgan.config.f
     given = None if start.x is None else model.vqgan.encode_indices(start.x.to(device))  # (1, h, w)
     codes, began, rows = len(start.classes) * per_row * (h * w - start.keep), time.time(), []
-    bar = tqdm(total=codes, unit="code", unit_scale=True, dynamic_ncols=True)
+    bar = tqdm(total=codes // world, unit="code", unit_scale=True, dynamic_ncols=True, disable=rank > 0)
     for row, number in enumerate(start.classes):
-        images = []
-        for first in range(0, per_row, args.batch_size):
-            count = min(args.batch_size, per_row - first)
-            seeds = [args.seed + row * per_row + first + i for i in range(count)]
-            c = conditions(model, start, number, count, device)
-            copies = None if given is None else given.expand(count, -1, -1)
+        images = [torch.empty(0, model.vqgan.config.in_channels, start.height, start.width, device=device)]
+        mine = [args.seed + row * per_row + i for i in range(rank, per_row, world)]  # dealt out over the processes
+        for seeds in (mine[i : i + args.batch_size] for i in range(0, len(mine), args.batch_size)):
+            c = conditions(model, start, number, len(seeds), device)
+            copies = None if given is None else given.expand(len(seeds), -1, -1)
             indices = model.sample_indices(c, seeds, (h, w), sampling, copies, start.keep, on_token=bar.update)
             images += [model.vqgan.decode_indices(part).clamp(-1, 1) for part in indices.split(16)]
-        images = torch.cat(images)  # (per_row, C, H, W)
+        images = torch.cat(images)
         if classifier is not None:
             with torch.no_grad():
-                scores = torch.cat([classifier(part).softmax(1)[:, number_of[number]] for part in images.split(64)])
+                scores = [classifier(part).softmax(1)[:, number_of[number]] for part in images.split(64)]
+            scores = runtime.gathered(torch.cat(scores), rank, world)
+        images = runtime.gathered(images, rank, world)  # (per_row, C, H, W)
+        if rank > 0:
+            continue
+        if classifier is not None:
             images = images[sampler.reject(scores, args.reject)[: args.n]]
         rows.append(images)
     bar.close()
+    if rank > 0:
+        return 0
     write(args, model, rows, start)
     seconds, count = time.time() - began, sum(map(len, rows))
     pace = f"{seconds:.1f} s, {codes / seconds:.0f} codes/s"

@@ -207,6 +207,19 @@ def test_sample_is_the_same_for_any_batch_size(stage_two):
     assert not np.array_equal(grids[0], np.asarray(Image.open(stage_two / "other.png")))
 
 
+def test_sample_over_two_processes_is_the_same(stage_two):
+    words = ["--gpt", "gpt_class/best.pt", "-n", "3", "--classes", "star,ring", "--out"]
+    assert run_inside("sample.py", *words, "one.png", cwd=stage_two).returncode == 0
+    launch = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29618", str(ROOT / "sample.py")]
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, *launch, *words, "two.png"]
+    done = subprocess.run(command, cwd=stage_two, env=env, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-2000:]
+    one, two = (np.asarray(Image.open(stage_two / name)).astype(int) for name in ("one.png", "two.png"))
+    assert np.abs(one - two).max() <= 1  # the decoder's batches are other ones, and round in another way
+    assert done.stdout.count("6 images") == 1
+
+
 def test_sample_larger_than_the_model_has_seen(stage_two):
     for out, flags, expected in (
         ("none", ["-n", "1", "--size", "24x40"], (40 * 1 + 2, 24 + 2)),

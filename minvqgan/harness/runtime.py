@@ -103,6 +103,21 @@ def mean_of(parts: list[dict[str, torch.Tensor]]) -> dict[str, float]:
     return dict(zip(names, table.mean(0).tolist(), strict=True))
 
 
+def gathered(mine: torch.Tensor, rank: int, world: int) -> torch.Tensor | None:
+    """Rows that were dealt out to the processes, row i to process i % world, in order again: on the CPU of rank 0, None
+    on the others."""
+    if world == 1:
+        return mine.cpu()
+    parts: list | None = [None] * world if rank == 0 else None
+    dist.gather_object(mine.cpu(), parts)
+    if parts is None:
+        return None
+    rows = mine.new_empty(sum(map(len, parts)), *mine.shape[1:], device="cpu")
+    for i, part in enumerate(parts):
+        rows[i::world] = part
+    return rows
+
+
 class Stopper:
     """Turns Ctrl-C and SIGTERM into a flag, so that the step under way is saved. A second Ctrl-C ends at once."""
 
