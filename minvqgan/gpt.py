@@ -101,6 +101,8 @@ class GPT(nn.Module):
 
     def __init__(self, config: GPTConfig):
         super().__init__()
+        if not 0 < config.n_layer <= 1000:
+            raise ValueError(f"{config.n_layer} blocks make no transformer")
         if config.n_embd % config.n_head:
             raise ValueError(f"{config.n_head} heads do not divide a width of {config.n_embd}")
         self.config = config

@@ -47,6 +47,9 @@ class TwoStage(nn.Module):
         self.vqgan = vqgan.eval().requires_grad_(False)
         self.condition, self.gpt, self.config = condition, gpt, config
         self.offset = 0 if config.shared_range else gpt.config.num_codes
+        length = condition_length(condition, config.n) + config.n**2 - 1  # the last code is predicted and never read
+        if config.n < 1 or length > gpt.config.block_size:
+            raise ValueError(f"a sentence of {length} tokens does not fit the transformer's {gpt.config.block_size}")
         self.register_buffer("order", ORDERS[config.order](config.n), persistent=False)
         need = self.offset + condition.num_tokens + config.guided
         have = gpt.config.num_codes + gpt.config.num_cond

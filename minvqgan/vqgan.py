@@ -54,6 +54,8 @@ class VQGAN(nn.Module):
     def __init__(self, config: VQGANConfig):
         super().__init__()
         self.config = c = config
+        if not 1 <= len(c.ch_mult) <= 12 or not 0 < c.num_res_blocks <= 100:
+            raise ValueError(f"{len(c.ch_mult)} levels of {c.num_res_blocks} residual blocks make no VQGAN")
         shared = {
             "ch": c.ch,
             "ch_mult": c.ch_mult,

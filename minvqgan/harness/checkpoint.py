@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import warnings
 from collections import OrderedDict
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -37,6 +38,13 @@ def save(path: str | Path, kind: str, **content) -> None:
         part.unlink(missing_ok=True)
 
 
+def _unpickled(path: Path, mmap: bool = False):
+    """What the file holds; torch's warnings about strange pickles would only stand before the one line that we give."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+
+
 def read(path: str | Path, kind: str | None = None, needs: dict[str, type] | None = None) -> dict:
     """The content of a checkpoint, on the CPU.
 
@@ -47,7 +55,7 @@ def read(path: str | Path, kind: str | None = None, needs: dict[str, type] | Non
     if not path.is_file():
         raise UserError(f"no checkpoint at {path}")
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        content = _unpickled(path)
     except pickle.UnpicklingError as error:
         if any(word in str(error) for word in ("Unsupported global", "Unsupported operand", "GLOBAL")):
             raise UserError(
@@ -107,7 +115,7 @@ def read_foreign(path: str | Path) -> dict[str, torch.Tensor]:
         strangers = sorted(name for name in names if not _is_known_class(name))
         if not strangers:
             with torch.serialization.safe_globals([(Inert, name) for name in names]):
-                content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+                content = _unpickled(path, mmap=True)
     except Exception:  # a broken zip, tar or pickle ends in any of a dozen kinds
         raise UserError(f"{path} is truncated or not a checkpoint") from None
     if strangers:
@@ -128,7 +136,8 @@ def config_from(cls, values: dict, path: str | Path):
 
 
 def fill(module: torch.nn.Module, state: dict, path: str | Path) -> None:
-    """load_state_dict, strictly, with a UserError of one line that names the first key that does not fit."""
+    """load_state_dict, strictly, with a UserError of one line that names the first key that does not fit. A module on
+    the meta device gets memory only once everything fits."""
     own = module.state_dict()
     if not isinstance(state, dict):
         raise UserError(f"{path}: the weights are not a dict of tensors")
@@ -139,6 +148,10 @@ def fill(module: torch.nn.Module, state: dict, path: str | Path) -> None:
             )
         if not isinstance(state[key], torch.Tensor) or own[key].shape != state[key].shape:
             raise UserError(f"{path}: {key} has another shape than the configuration says")
+        if own[key].is_floating_point() != state[key].is_floating_point():
+            raise UserError(f"{path}: {key} holds {state[key].dtype}, not {own[key].dtype}")
+    if any(t.is_meta for t in own.values()):
+        module.to_empty(device="cpu")
     module.load_state_dict(state)
 
 
@@ -170,7 +183,8 @@ BUILD_ERRORS = (
 def _build_vqgan(content: dict, path: str | Path) -> VQGAN:
     """A VQGAN from {"config", "model"}, in eval mode. Raises UserError."""
     try:
-        model = VQGAN(config_from(VQGANConfig, content.get("config"), path))
+        with torch.device("meta"):  # a file that asks for a gigantic model is found out before it gets the memory
+            model = VQGAN(config_from(VQGANConfig, content.get("config"), path))
     except BUILD_ERRORS as error:
         raise UserError(f"{path}: no model can be built from its configuration ({error})") from None
     fill(model, content.get("model"), path)
@@ -218,13 +232,13 @@ def unpack_two_stage(content: dict, path: str | Path) -> TwoStage:
             condition = SpatialCondition(_build_vqgan(stored, path))
         else:
             raise UserError(f"{path} has a condition of unknown kind {kind!r}")
-        gpt = GPT(config_from(GPTConfig, content.get("gpt_config"), path))
+        with torch.device("meta"):
+            gpt = GPT(config_from(GPTConfig, content.get("gpt_config"), path))
+        fill(gpt, content.get("gpt"), path)
         config = config_from(TwoStageConfig, content.get("config"), path)
-        model = TwoStage(_build_vqgan(content["vqgan"], path), condition, gpt, config)
+        return TwoStage(_build_vqgan(content["vqgan"], path), condition, gpt, config).eval()
     except BUILD_ERRORS as error:
         raise UserError(f"{path}: no model can be built from its configuration ({error})") from None
-    fill(gpt, content.get("gpt"), path)
-    return model.eval()
 
 
 def save_model(path: str | Path, model: VQGAN | TwoStage) -> None:
