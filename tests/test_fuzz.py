@@ -1,5 +1,5 @@
-"""The two doors through which strangers' files come. Whatever stands there, the answer is a result or one line; nothing is
-executed, nothing hangs, and the file is left alone. FUZZ=2000 pytest tests/test_fuzz.py looks longer."""
+"""The two doors through which strangers' files come. Whatever stands there, the answer is a result or one line;
+nothing is executed, nothing hangs, and the file is left alone. FUZZ=2000 pytest tests/test_fuzz.py looks longer."""
 
 import io
 import os
@@ -193,7 +193,7 @@ ODD_VALUES = [
     way=st.sampled_from(["replace", "delete", "swap", "dtype"]),
 )
 def test_content_of_checkpoints(tmp_path_factory, kind, place, other, value, way):
-    """A key missing, exchanged with another, of another type, shape or number: gigantic ones must not get their memory."""
+    """A key missing, exchanged with another, of another type, shape or number: gigantic ones get no memory."""
     content = torch.load(io.BytesIO(BYTES[kind]), weights_only=True)
     everything = places(content)
     *at, key = everything[place % len(everything)]
