@@ -235,7 +235,7 @@ def write(args, model: TwoStage, rows: list[torch.Tensor], start: Start) -> None
         for number, images in zip(start.classes, shown, strict=True):
             for i, image in enumerate(images):
                 name = f"{names[number]}_{i:04d}.png" if number is not None else f"{i:04d}.png"
-                pictures.grid([image[None]], min_side=1).save(out / name)
+                pictures.to_image(image).save(out / name)
     else:
         out.parent.mkdir(parents=True, exist_ok=True)
         if len(shown) == 1:  # without classes as square as can be

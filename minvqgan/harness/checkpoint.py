@@ -22,10 +22,14 @@ def save(path: str | Path, kind: str, **content) -> None:
     """Write a checkpoint of a kind ("vqgan", "classifier", ...). `content`: tensors in plain containers.
 
     It goes to a temporary name beside `path` and is renamed when it is complete and on the disk: whatever happens on
-    the way, `path` is the old file or the new one. Raises OSError (disk full) with the old file intact.
+    the way, `path` is the old file or the new one. Raises OSError (disk full), or UserError for weights that are not
+    finite any more, with the old file intact.
     """
     path = Path(path)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    broken = _not_finite(content)
+    if broken:
+        raise UserError(f"{broken} is not finite any more; {path} keeps the last good state. Try a lower --lr")
+    part = path.with_name(f".{path.name}.part")
     try:
         with open(part, "wb") as file:
             torch.save({"format": FORMAT, "kind": kind, **content}, file)
@@ -36,6 +40,15 @@ def save(path: str | Path, kind: str, **content) -> None:
         raise OSError(28, f"the disk is full or the file too large ({str(error).splitlines()[0]})", str(path)) from None
     finally:
         part.unlink(missing_ok=True)
+
+
+def _not_finite(content, name: str = "") -> str | None:
+    """The name of the first tensor in nested dicts and lists that holds NaN or infinity."""
+    if isinstance(content, torch.Tensor):
+        return name if content.is_floating_point() and not content.isfinite().all() else None
+    items = content.items() if isinstance(content, dict) else enumerate(content) if isinstance(content, list) else []
+    found = (_not_finite(value, f"{name}.{key}".lstrip(".")) for key, value in items)
+    return next((broken for broken in found if broken), None)
 
 
 def _unpickled(path: Path, mmap: bool = False):

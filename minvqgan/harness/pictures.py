@@ -47,9 +47,14 @@ def code_map(model: VQGAN, indices: Tensor, scale: int) -> Tensor:
     return F.interpolate(picture, scale_factor=scale, mode="nearest")
 
 
-def grid(rows: list[Tensor], min_side: int = 64) -> Image.Image:
+def to_image(x: Tensor) -> Image.Image:
+    """One picture (3, H, W) in [-1, 1], pixel for pixel."""
+    return Image.fromarray(to_pixels(x).permute(1, 2, 0).cpu().numpy())
+
+
+def grid(rows: list[Tensor]) -> Image.Image:
     """Rows of pictures, each (n, 3, H, W) in [-1, 1], as one; small ones are enlarged by whole factors."""
-    scale = max(1, min_side // rows[0].shape[-1])
+    scale = max(1, 64 // rows[0].shape[-1])
     pixels = [to_pixels(row).cpu().numpy() for row in rows]
     strips = []
     for row in pixels:
