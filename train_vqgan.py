@@ -119,7 +119,7 @@ MODEL_FLAGS = (
 
 # What a checkpoint must hold beside the weights for training to go on from it.
 RESUME_NEEDS = {"discriminator": dict, "opt_g": dict, "opt_d": dict, "step": int, "seconds": float, "best": float}
-RESUME_NEEDS |= {"disc_steps": list, "flags": dict, "random": dict}
+RESUME_NEEDS |= {"disc_steps": list, "counts": torch.Tensor, "revived": int, "flags": dict, "random": dict}
 
 # What a resumed run may change; everything else would make another model of it.
 MAY_CHANGE = "steps device amp compile checkpoint_grad workers resume val_every val_images save_every log_every".split()
@@ -327,6 +327,8 @@ def main() -> int:
     batches = batches_from(start)
     stopper, began = runtime.Stopper(), time.time()
     counts, revived = torch.zeros(args.codebook_size, device=device), 0  # since the last row of metrics.csv
+    if saved:
+        counts, revived = saved["counts"].to(device), saved["revived"]
     bar = tqdm(range(start + 1, args.steps + 1), initial=start, total=args.steps, disable=rank > 0, dynamic_ncols=True)
     for step in bar:
         opt_g.param_groups[0]["lr"] = opt_d.param_groups[0]["lr"] = learning_rate(args, step)
@@ -450,6 +452,8 @@ def main() -> int:
                 seconds=seconds_before + time.time() - began,
                 best=best,
                 disc_steps=disc_steps,
+                counts=counts,
+                revived=revived,
                 flags=vars(args),
                 random=runtime.random_state(),
             )

@@ -4,6 +4,7 @@ import contextlib
 import io
 import os
 import runpy
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,8 @@ import pytest
 import torch
 import yaml
 from PIL import Image
+
+from minvqgan.harness import checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -57,6 +60,35 @@ def run_script(*words, cwd: Path, timeout: float = 120, limit: str = "") -> subp
         command = ["bash", "-c", f'{limit}; exec "$@"', "bash", *command]
     env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=timeout)
+
+
+def torchrun(processes: int, *words, cwd: Path) -> subprocess.CompletedProcess:
+    """The script over several processes, by gloo, at a port that is free just now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    launch = ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", f"--master_port={port}"]
+    command = [sys.executable, *launch, str(ROOT / str(words[0])), *map(str, words[1:])]
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=300)
+
+
+def same_bits(a, b) -> bool:
+    """Equal tensors, bit for bit, in equal containers."""
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same_bits(a[k], b[k]) for k in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same_bits, a, b))
+    return a == b
+
+
+def assert_same_run(one: Path, other: Path) -> None:
+    """Two checkpoints hold the same bits in everything but the clock and the name of the folder."""
+    a, b = checkpoint.read(one), checkpoint.read(other)
+    for name in (a.keys() | b.keys()) - {"seconds", "flags"}:
+        assert same_bits(a[name], b[name]), name
 
 
 def run_inside(*words, cwd: Path) -> subprocess.CompletedProcess:

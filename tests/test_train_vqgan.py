@@ -13,7 +13,7 @@ import time
 import numpy as np
 import pytest
 import torch
-from helpers import ROOT, assert_one_line_error, make_photos, run_inside, run_script
+from helpers import ROOT, assert_one_line_error, assert_same_run, make_photos, run_inside, run_script
 from PIL import Image
 
 import minvqgan
@@ -34,23 +34,6 @@ def train(tmp_path, *flags, run=run_script, **kwargs):
 def rows(run):
     with open(run / "metrics.csv") as file:
         return list(csv.DictReader(file))
-
-
-def same_bits(a, b) -> bool:
-    if isinstance(a, torch.Tensor):
-        return torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same_bits(a[k], b[k]) for k in a)
-    if isinstance(a, (list, tuple)):
-        return len(a) == len(b) and all(map(same_bits, a, b))
-    return a == b
-
-
-def assert_same_run(one, other):
-    """Everything but the clock and the name of the folder."""
-    a, b = checkpoint.read(one), checkpoint.read(other)
-    for name in a.keys() - {"seconds", "flags"}:
-        assert same_bits(a[name], b[name]), name
 
 
 @pytest.fixture(scope="module")
@@ -230,18 +213,6 @@ def test_label_maps_are_learned_with_cross_entropy(tmp_path):
 def test_variants_run(tmp_path, flags):
     done = train(tmp_path, *flags.split(), run=run_inside)
     assert done.returncode == 0, done.stderr
-
-
-def test_two_processes_are_one_program(tmp_path):
-    """torchrun: one log, one checkpoint, one set of rows."""
-    words = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29617", str(ROOT / TINY[0]), *TINY[1:]]
-    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, *words, "--out", "run"]
-    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout.count("next: python train_gpt.py") == 1
-    assert [int(r["step"]) for r in rows(tmp_path / "run")] == [2, 4, 6, 8, 10, 12]
-    assert checkpoint.read(tmp_path / "run" / "last.pt")["step"] == 12
 
 
 @pytest.mark.parametrize("script", ["train_vqgan.py", "train_gpt.py"])

@@ -162,10 +162,12 @@ class MetricsFile:
     def __init__(self, path: Path, columns: list[str], step: int):
         self.path, self.columns = path, columns
         rows = self.rows() if step else []
-        with open(path, "w", newline="") as file:
+        part = path.with_name(f".{path.name}.part")  # a kill on the way must not cost the rows there were
+        with open(part, "w", newline="") as file:
             writer = csv.DictWriter(file, columns)
             writer.writeheader()
             writer.writerows({k: r.get(k, "") for k in columns} for r in rows if int(r["step"]) <= step)
+        os.replace(part, path)
 
     def rows(self) -> list[dict]:
         if not self.path.exists():
