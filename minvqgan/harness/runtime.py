@@ -81,7 +81,9 @@ def distributed(module: nn.Module, device: torch.device) -> nn.Module:
     if not dist.is_initialized():
         return module
     # Buffers stay as they are: the codebook's use is summed over the processes already, and BatchNorm's running
-    # statistics serve nobody, for D always judges with those of the batch.
+    # statistics serve nobody, for D always judges with those of the batch: of this process's pictures, as in the
+    # official code. That is the one thing in which two processes differ from one with all the pictures (D's gradient
+    # of 16 pictures by 8 %, at a cosine of 0.997); SyncBatchNorm would make them equal, but exists on CUDA alone.
     ids = [device] if device.type == "cuda" else None
     return DistributedDataParallel(module, device_ids=ids, broadcast_buffers=False)
 
