@@ -106,9 +106,9 @@ def test_weights_that_are_not_finite_replace_nothing(saved):
     path, vqgan = saved
     before = path.read_bytes()
     state = vqgan.state_dict() | {"decoder.conv_out.bias": torch.tensor([0.0, float("nan"), 0.0])}
-    with pytest.raises(UserError, match="model.decoder.conv_out.bias is not finite"):
+    with pytest.raises(UserError, match=r"model\.decoder\.conv_out\.bias is not finite"):
         checkpoint.save(path, "vqgan", model=state, opt_g={"state": [torch.tensor(float("inf"))]})
-    with pytest.raises(UserError, match="opt_g.state.0 is not finite"):
+    with pytest.raises(UserError, match=r"opt_g\.state\.0 is not finite"):
         checkpoint.save(path, "vqgan", model=vqgan.state_dict(), opt_g={"state": [torch.tensor(float("inf"))]})
     assert path.read_bytes() == before
 

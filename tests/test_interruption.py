@@ -27,7 +27,7 @@ GPT = (
     "--val-images 8 --val-every 20 --log-every 5 --save-every 7 --steps"
 ).split()
 
-# How a run can end: a signal, its exit code as seen from here, and a limit of the size of files, in kB, for a full disk.
+# How a run can end: a signal, the script's exit code, and for a full disk a limit of the size of files, in kB.
 WAYS = {
     "kill -9": (signal.SIGKILL, -9, None),
     "SIGTERM": (signal.SIGTERM, 143, None),
@@ -82,7 +82,7 @@ def test_any_interruption_ends_with_the_same_bits(script, tmp_path):
         after = 0 if random_moment.random() < 1 / 6 else reached + random_moment.randint(1, 50)
         resume = ["--resume"] if before else []
         code = interrupted([*words, "--out", "run", *resume], tmp_path, way, after, random_moment.uniform(0, 0.3))
-        # A signal that comes before the script listens ends it in Python's way; one that comes after the end, not at all.
+        # A signal that comes before the script listens ends it in Python's way; one after the end, not at all.
         number, expected, _ = WAYS[way]
         assert code in {expected, 0} | ({-number} if number else set()), (way, code)
         if way == "a full disk":

@@ -46,7 +46,8 @@ def test_gradients_of_stage_one_are_those_of_the_whole_batch(folder):
     for out, run in (("one", run_script), ("two", lambda *w, cwd: torchrun(2, *w, cwd=cwd))):
         done = run(*words, "--revive-every", "0", "--out", out, cwd=folder)
         assert done.returncode == 0, done.stderr[-2000:]
-    assert_equal_gradients(gradients(folder / "one" / "last.pt", "opt_g"), gradients(folder / "two" / "last.pt", "opt_g"))
+    one, two = (gradients(folder / out / "last.pt", "opt_g") for out in ("one", "two"))
+    assert_equal_gradients(one, two)
 
 
 def test_gradients_of_stage_two_are_those_of_the_whole_batch(folder):

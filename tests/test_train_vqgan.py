@@ -12,7 +12,6 @@ import time
 
 import numpy as np
 import pytest
-import torch
 from helpers import ROOT, assert_one_line_error, assert_same_run, make_photos, run_inside, run_script
 from PIL import Image
 
