@@ -1,0 +1,168 @@
+"""Every command of the README runs, in its order, on models and pictures scaled down to seconds.
+
+Flags are appended, and the last one counts; the words of the README stay as they are. What it says of files holds too.
+"""
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from helpers import ROOT, fixture, make_photos, official_files, run_inside, torchrun
+from PIL import Image
+
+import minvqgan
+from minvqgan.harness import data
+
+README = (ROOT / "README.md").read_text()
+
+# What stands for the sizes that nobody trains in a test.
+SMALL = {
+    "train_vqgan.py": "--image-size 16 --ch 8 --ch-mult 1 2 --norm-groups 1 --num-res-blocks 1 --attn-resolutions "
+    "--z-channels 8 --code-dim 4 --codebook-size 16 --batch-size 4 --steps 2 --val-images 8 --val-every 2 "
+    "--perceptual none --disc-channels 8 --disc-layers 2",
+    "train_gpt.py": "--n-layer 1 --n-head 2 --n-embd 16 --batch-size 4 --steps 2 --val-images 8 --val-every 2",
+    "sample.py": "-n 2",
+    "evaluate.py": "-n 4 --images 20 --perceptual none --splits 2",
+    "minvqgan.harness.metrics": "--steps 2 --image-size 16",
+    "minvqgan.harness.official": "",
+}
+# Commands that need more than that: (words of theirs, flags instead of or beside the small ones).
+SPECIAL = {
+    "--resume": "--steps 4",
+    "--size 256x512": "-n 1 --size 20x24",
+    "--size 512x1024": "-n 1 --size 36x36",
+    "--classes 207,281": "-n 1 --classes 1,3",
+    "evaluate.py --vqgan runs/vqgan/last.pt": SMALL["evaluate.py"] + " --features none",
+    "evaluate.py --vqgan last.ckpt": SMALL["evaluate.py"] + " --features none",
+    "evaluate.py --gpt runs/gpt/best.pt -n 5000": SMALL["evaluate.py"] + " --features none",
+}
+# Which official model the file last.ckpt stands for.
+OFFICIAL = {"--classes 207,281": "class", "--cond-image labels.png --size": "depth", "--export": "none"}
+
+
+def commands() -> list[str]:
+    """The lines of the shell blocks, without comments; not those that install, which the CI runs as they stand."""
+    lines = "\n".join(re.findall(r"```bash\n(.*?)```", README, re.S)).splitlines()
+    lines = [re.sub(r"\s+#.*", "", line).strip() for line in lines]
+    return [line for line in lines if line and "pip install" not in line]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Pictures under the names that the README uses, and models that have been made before."""
+    folder = tmp_path_factory.mktemp("readme")
+    for kind in ("photos", "imagenet"):
+        for label in ("one", "two"):
+            make_photos(folder / kind / label, n=6)
+    shutil.copy(folder / "photos" / "one" / "photo_00.png", folder / "photo.jpg")
+    Image.fromarray(np.kron(np.arange(9, dtype=np.uint8).reshape(3, 3), np.ones((8, 8), np.uint8))).save(
+        folder / "labels.png"
+    )
+    small, second = SMALL["train_vqgan.py"].split(), SMALL["train_gpt.py"].split()
+    for words in (
+        ["train_vqgan.py", *small],
+        ["train_vqgan.py", *small, "--input", "labels", "--num-labels", "9", "--out", "labels"],
+        ["train_gpt.py", *second, "--cond", "spatial", "--cond-vqgan", "labels/last.pt", "--out", "spatial"],
+        ["train_gpt.py", *second, "--cond", "none", "--out", "none"],
+    ):
+        done = run_inside(*words, cwd=folder)
+        assert done.returncode == 0, done.stderr
+    shutil.copy(folder / "runs" / "vqgan" / "last.pt", folder / "V.pt")
+    shutil.copy(folder / "labels" / "last.pt", folder / "LABELS.pt")
+    return folder
+
+
+def run_module(*words, cwd) -> subprocess.CompletedProcess:
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    return subprocess.run([sys.executable, "-m", *words], cwd=cwd, env=env, capture_output=True, text=True, timeout=120)
+
+
+def prepare(line: str, folder) -> None:
+    """The files that this line speaks of."""
+    shutil.copy(folder / ("spatial" if "--cond-image" in line else "none") / "best.pt", folder / "G.pt")
+    if "last.ckpt" in line and "--export" not in line:
+        kind = next((kind for words, kind in OFFICIAL.items() if words in line), "none")
+        official_files(fixture(f"net2net_{kind}"), folder)
+        described = yaml.safe_load((folder / "project.yaml").read_text())["model"]["params"]["first_stage_config"]
+        (folder / "model.yaml").write_text(yaml.safe_dump({"model": described}))
+        if "model.yaml" in line:  # a first stage alone
+            state = torch.load(folder / "last.ckpt", weights_only=True)["state_dict"]
+            prefix = "first_stage_model."
+            first = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+            torch.save({"state_dict": first}, folder / "last.ckpt")
+
+
+def test_the_commands(folder, monkeypatch):
+    class Pictures(torch.utils.data.Dataset):  # CIFAR-10 without the download
+        classes = ("a", "b")
+
+        def __init__(self, root, train, download):
+            self.targets = [0, 1] * 6
+
+        def __len__(self):
+            return 12
+
+        def __getitem__(self, i):
+            return Image.new("RGB", (32, 32), (20 * i, 0, 0)), self.targets[i]
+
+    monkeypatch.setattr(data.torchvision.datasets, "CIFAR10", Pictures)
+    found = commands()
+    assert len(found) > 25
+    for number, line in enumerate(found):
+        words = shlex.split(line)
+        if words[0] == "pytest" or "benchmarks" in line:
+            continue
+        script = next(word for word in words if word in SMALL)
+        flags = next((flags for part, flags in SPECIAL.items() if part in line), SMALL[script]).split()
+        if script.startswith("train_") and "--out" not in words and "--resume" not in words:
+            default = folder / "runs" / script.removeprefix("train_").removesuffix(".py")
+            flags += ["--out", f"runs/line_{number}"] if default.exists() else []
+        prepare(line, folder)
+        rest = words[words.index(script) + 1 :]
+        if words[0] == "torchrun":
+            done = torchrun(2, script, *rest, *flags, cwd=folder)
+        elif words[:2] == ["python", "-m"]:
+            done = run_module(script, *rest, *flags, cwd=folder)
+        else:
+            assert words[0] == "python"
+            done = run_inside(script, *rest, *flags, cwd=folder)
+        assert done.returncode == 0, f"{line}\n{done.stderr[-2000:]}"
+        assert "Traceback" not in done.stderr, line
+
+
+def test_the_python(folder):
+    """The README's Python, as it stands."""
+    blocks = re.findall(r"```python\n(.*?)```", README, re.S)
+    assert len(blocks) == 1
+    names = {"torch": torch, "x": torch.rand(2, 3, 16, 16) * 2 - 1, "classes": torch.tensor([0, 3])}
+    os.chdir(folder)
+    exec(blocks[0], names)
+    assert names["indices"].shape == (2, 8, 8) and names["x_hat"].shape == (2, 3, 16, 16)
+    assert names["images"].shape == (3, 3, 16, 16) and names["completed"].shape == (2, 3, 16, 16)
+    assert names["nats"].shape[0] == 2 and names["minvqgan"] is minvqgan
+
+
+def test_what_it_points_to_is_there():
+    """Figures, notebooks, and every name of the table of equations."""
+    for target in re.findall(r"\]\(((?!http)[^)#]+)\)", README):
+        assert (ROOT / target).exists(), target
+    table = README[README.index("| paper | what |") : README.index("`minvqgan/harness/` is")]
+    names = [name for row in table.splitlines()[2:] for name in re.findall(r"`([\w.]+)`", row.split("|")[3])]
+    assert len(names) > 20
+    module = None
+    for name in names:
+        parts = name.split(".")
+        if parts[0].startswith("train_"):
+            continue
+        if (ROOT / "minvqgan" / f"{parts[0]}.py").exists():
+            module, parts = __import__(f"minvqgan.{parts[0]}", fromlist=["_"]), parts[1:]
+        where = module
+        for part in parts:
+            where = getattr(where, part)
