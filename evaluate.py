@@ -141,6 +141,8 @@ def evaluate_vqgan(args, model: VQGAN, val_set, device: torch.device, table: Tab
         if not labels:
             row["ssim"] = metrics.ssim(x, x_hat)
         for name, value in row.items():
+            if name == "perceptual":
+                name = f"perceptual({Path(args.perceptual).stem})"
             values.setdefault(name, []).append(value.cpu())
         if features is not None:
             for name, images in (("real", x), ("fake", x_hat)):

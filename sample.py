@@ -133,6 +133,10 @@ class Start:
 
 def prepare(args, model: TwoStage) -> Start:
     """Everything a user can get wrong, before anything is sampled. Raises UserError."""
+    if Path(args.out).suffix.lower() in data.EXTENSIONS - {".png"}:
+        raise UserError(f"--out {args.out}: name a .png for one grid, or a folder for single files")
+    if args.steps_gif and Path(args.steps_gif).suffix.lower() != ".gif":
+        raise UserError(f"--steps-gif {args.steps_gif}: the name must end in .gif")
     kind, side = model.condition.kind, model.config.n * model.vqgan.config.f
     if args.guidance != 1 and model.null is None:
         raise UserError("--guidance needs a model trained with dropped conditions (train_gpt.py --drop-cond)")
@@ -261,6 +265,7 @@ def save_steps(path: Path, model: TwoStage, rows: list[torch.Tensor], frames: in
         rank = model.order.cpu().argsort().view(h, w)  # when each position's turn comes
     when = rank.repeat_interleave(f, 0).repeat_interleave(f, 1)  # (H, W)
     steps = [h * w * t // frames for t in range(frames + 1)]
+    path.parent.mkdir(parents=True, exist_ok=True)
     images = [pictures.grid([torch.where(when < t, row[:16], torch.tensor(0.0)) for row in rows]) for t in steps]
     images[0].save(path, save_all=True, append_images=images[1:] + [images[-1]] * 12, duration=120, loop=0)
 

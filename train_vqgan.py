@@ -62,7 +62,9 @@ PRESETS = {
         "disc_start": 0.4,
         "disc_warmup": 0.1,
         "disc_ramp": 0.1,
-        "disc_weight": 0.2,
+        "disc_lr": 1e-4,
+        "disc_weight": 0.6,
+        "max_lambda": 0.03,
         "disc_channels": 32,
         "disc_layers": 2,
         "log_every": 20,
@@ -79,6 +81,7 @@ PRESETS = {
         "codebook_size": 1024,
         "steps": 50_000,
         "lr": 4e-4,
+        "disc_lr": 4e-5,
         "disc_channels": 64,
         "perceptual": "vgg16",
         "val_every": 1000,
@@ -102,7 +105,9 @@ PRESETS = {
         "lr_decay": 0.0,
         "perceptual": "vgg16",
         "disc_start": 0.25,
+        "disc_lr": 4.5e-6 * 12,
         "disc_weight": 0.8,
+        "max_lambda": 1e4,
         "disc_channels": 64,
         "disc_layers": 3,
         "val_every": 5000,
@@ -127,13 +132,14 @@ MAY_CHANGE += ["out", "preset"]
 
 COLUMNS = (
     "step seconds lr rec_loss l1 perceptual codebook_loss gen_loss disc_loss logits_real logits_fake lambda adv_share "
-    "usage perplexity revived val_l1 val_psnr val_lpips val_cross_entropy val_pixel_accuracy val_usage val_perplexity"
+    "usage perplexity revived val_l1 val_psnr val_lpips val_perceptual val_cross_entropy val_pixel_accuracy val_usage "
+    "val_perplexity"
 ).split()
 
 # Which columns loss.png shows, panel by panel.
 PANELS = [
     ["rec_loss", "l1", "val_l1", "val_cross_entropy"],
-    ["perceptual", "val_lpips"],
+    ["perceptual", "val_lpips", "val_perceptual"],
     ["val_psnr"],
     ["disc_loss", "logits_real", "logits_fake"],
     ["usage", "val_usage"],
@@ -173,7 +179,7 @@ def parse_flags():
         "--accumulate", type=flags.positive, default=1, help="parts that a batch is computed in, for small memory"
     )
     g.add_argument("--checkpoint-grad", action="store_true", help="less memory, more time: G's maps are computed twice")
-    g.add_argument("--lr", type=float, help="learning rate of both Adams (betas 0.5, 0.9)")
+    g.add_argument("--lr", type=float, help="learning rate of Adam (betas 0.5, 0.9)")
     g.add_argument("--lr-decay", type=flags.share, help="last share of the steps, over which lr falls to 5 %%")
     g.add_argument("--loss", default="vqgan", choices=["vqgan", "vqvae"], help="vqvae: squared error, no LPIPS, no D")
     g.add_argument("--perceptual", help="vgg16 (LPIPS), none, or the file of a classifier")
@@ -184,6 +190,7 @@ def parse_flags():
     g.add_argument("--disc-start", type=flags.share, help="share of the steps after which D begins to learn")
     g.add_argument("--disc-warmup", type=flags.share, help="share of the steps that D then learns alone")
     g.add_argument("--disc-ramp", type=flags.share, help="share of the steps over which its gradient comes in")
+    g.add_argument("--disc-lr", type=float, help="learning rate of D's Adam")
     g.add_argument("--disc-weight", type=float, help="times lambda")
     g.add_argument(
         "--disc-loss",
@@ -193,7 +200,7 @@ def parse_flags():
     )
     g.add_argument("--disc-channels", type=flags.positive, help="channels of D's first layer")
     g.add_argument("--disc-layers", type=flags.positive, help="2: patches of 34 pixels, 3: of 70")
-    g.add_argument("--max-lambda", type=float, default=1e4, help="cap of the adaptive weight")
+    g.add_argument("--max-lambda", type=float, help="cap of the adaptive weight")
 
     return flags.parse(p, PRESETS, "vqgan", RESUME_NEEDS, MAY_CHANGE)
 
@@ -217,19 +224,21 @@ def check(args, world: int) -> None:
         raise UserError(
             f"--disc-layers {args.disc_layers} needs pictures of {2 ** (args.disc_layers + 2)} pixels or more"
         )
-    if args.lr <= 0:
-        raise UserError(f"--lr {args.lr} must be above 0")
+    for flag, value in (("--lr", args.lr), ("--disc-lr", args.disc_lr)):
+        if value <= 0:
+            raise UserError(f"{flag} {value} must be above 0")
 
 
 def uses_disc(args) -> bool:
     return args.loss == "vqgan" and args.input != "labels"
 
 
-def learning_rate(args, step: int) -> float:
-    """Linear warm-up over 1 % of the steps, constant, linear fall to 5 % over the last --lr-decay of them."""
+def lr_share(args, step: int) -> float:
+    """Share of --lr and --disc-lr: linear warm-up over 1 % of the steps, constant, linear fall to 5 % over the last
+    --lr-decay of them."""
     warm = min(1.0, step / max(1, args.steps // 100))
     left = (args.steps - step) / max(1.0, args.steps * args.lr_decay)
-    return args.lr * warm * max(0.05, min(1.0, left))
+    return warm * max(0.05, min(1.0, left))
 
 
 def reconstruction_loss(args, x, x_hat, perceptual) -> dict[str, torch.Tensor]:
@@ -273,7 +282,8 @@ def main() -> int:
     disc = PatchDiscriminator(in_channels, args.disc_channels, args.disc_layers).to(**placed)
     perceptual = perceptual and perceptual.to(**placed)
     fused = device.type in ("cpu", "cuda")
-    opt_g, opt_d = (torch.optim.Adam(m.parameters(), args.lr, betas=(0.5, 0.9), fused=fused) for m in (vqgan, disc))
+    opt_g = torch.optim.Adam(vqgan.parameters(), args.lr, betas=(0.5, 0.9), fused=fused)
+    opt_d = torch.optim.Adam(disc.parameters(), args.disc_lr, betas=(0.5, 0.9), fused=fused)
     disc_loss_of = {"hinge": hinge_loss, "log": log_loss}[args.disc_loss]
 
     # Where D comes in, in steps, fixed for good: a resumed run with more --steps must not take D away again.
@@ -331,7 +341,8 @@ def main() -> int:
         counts, revived = saved["counts"].to(device), saved["revived"]
     bar = tqdm(range(start + 1, args.steps + 1), initial=start, total=args.steps, disable=rank > 0, dynamic_ncols=True)
     for step in bar:
-        opt_g.param_groups[0]["lr"] = opt_d.param_groups[0]["lr"] = learning_rate(args, step)
+        opt_g.param_groups[0]["lr"] = args.lr * lr_share(args, step)
+        opt_d.param_groups[0]["lr"] = args.disc_lr * lr_share(args, step)
         if args.gumbel:  # from soft choices to almost hard ones
             vqgan.quantizer.temperature = max(1 / 16, 1 - step / (0.8 * args.steps))
         disc_on = uses_disc(args) and step > disc_start
@@ -399,7 +410,7 @@ def main() -> int:
         row = {}
         if step % args.log_every == 0 or last:
             usage, perplexity = codebook_stats(counts.cpu())
-            row = losses | {"lr": learning_rate(args, step), "adv_share": adv_share, "revived": revived}
+            row = losses | {"lr": args.lr * lr_share(args, step), "adv_share": adv_share, "revived": revived}
             row |= {"usage": usage, "perplexity": perplexity}
             counts, revived = torch.zeros_like(counts), 0
             shown = {k: f"{losses[k]:.3f}" for k in ("rec_loss", "disc_loss") if k in losses}
@@ -419,7 +430,7 @@ def main() -> int:
                 tqdm.write("  less than half of the codes in use: fewer codes, --revive-every 20 or --l2-norm help")
             # Best is the lowest held-out error, judged afresh once D has its full weight: D trades some of it for
             # sharpness, and the best of the time before would be a blurry model for good.
-            score = values.get("cross_entropy", values.get("l1", 0.0) + values.get("lpips", 0.0))
+            score = sum(values.get(name, 0.0) for name in ("cross_entropy", "l1", "lpips", "perceptual"))
             if uses_disc(args) and step - args.val_every < disc_joined <= step:
                 best = float("inf")
             if score < best:

@@ -41,9 +41,7 @@ class ClassCondition(nn.Module):
 
     def forward(self, c: Tensor) -> Tensor:
         if c.numel() and (c.min() < 0 or c.max() >= self.num_tokens):
-            raise ValueError(
-                f"class {c.max().item()} is not one of the {self.num_tokens} classes, 0 to {self.num_tokens - 1}"
-            )
+            raise ValueError(f"classes must lie in [0, {self.num_tokens}), got {c.min().item()} to {c.max().item()}")
         return c.view(-1, 1)
 
 

@@ -252,6 +252,7 @@ def test_sample_mistakes(stage_two):
         ("class", ["--cond-image", "x.png"], ["conditioned on class"]),
         ("class", ["--reject", "0.5"], ["--classifier"]),
         ("class", ["--top-p", "2"], ["top_p"]),
+        ("class", ["--steps-gif", "steps.mp4"], ["must end in .gif"]),
         ("none", ["--classes", "1"], ["conditioned on none"]),
         ("none", ["--complete", "nowhere.png"], ["no picture at nowhere.png"]),
         ("none", ["--guidance", "2"], ["dropped conditions"]),
@@ -260,6 +261,8 @@ def test_sample_mistakes(stage_two):
     ):
         assert_one_line_error(sample(stage_two, out, *flags), *words)
     assert_one_line_error(run_inside("sample.py", cwd=stage_two), "no checkpoint at runs/gpt/best.pt")
+    done = run_inside("sample.py", "--gpt", "gpt_class/best.pt", "--out", "one.jpg", cwd=stage_two)
+    assert_one_line_error(done, "--out one.jpg", "a .png for one grid")
     assert_one_line_error(
         run_inside("sample.py", "--gpt", "rgb/last.pt", cwd=stage_two), "holds a VQGAN", "train_gpt.py"
     )

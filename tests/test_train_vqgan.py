@@ -146,6 +146,7 @@ def test_flags_that_cannot_work(tmp_path):
         (["--data", "nowhere"], ["nowhere: no such folder"]),
         (["--input", "labels"], ["needs --num-labels"]),
         (["--disc-start", "2"], ["--disc-start"]),
+        (["--disc-lr", "0"], ["--disc-lr 0.0 must be above 0"]),
         (["--perceptual", "nowhere.pt"], ["no checkpoint at nowhere.pt"]),
     ):
         assert_one_line_error(train(tmp_path, *flags, run=run_inside), *words)

@@ -35,8 +35,8 @@ def evaluate_vqgan(
 ) -> dict:
     """Held-out metrics, means over the pictures. Leaves the model in the mode it was in.
 
-    images: l1 (on [-1, 1]), psnr (dB), lpips (with `perceptual`); label maps: cross_entropy (nats a pixel),
-    pixel_accuracy. Both: usage (share of the codes chosen at all) and perplexity of the codebook over all these
+    images: l1 (on [-1, 1]), psnr (dB), lpips or perceptual (with `perceptual`); label maps: cross_entropy (nats a
+    pixel), pixel_accuracy. Both: usage (share of the codes chosen at all) and perplexity of the codebook over all these
     pictures.
     """
     kind, K, training = model.config.input_kind, model.config.codebook_size, model.training
@@ -57,9 +57,12 @@ def evaluate_vqgan(
 
 
 def image_metrics(x: Tensor, x_hat: Tensor, perceptual: LPIPS | None) -> dict[str, Tensor]:
-    """l1, psnr and, with `perceptual`, lpips of images (B, C, H, W) in [-1, 1]: each (B,)."""
+    """l1, psnr and, with `perceptual`, its distance of images (B, C, H, W) in [-1, 1]: each (B,). Only with the learned
+    weights it bears the name lpips."""
     values = {"l1": (x - x_hat).abs().mean((1, 2, 3)), "psnr": psnr(x, x_hat)}
-    return values | ({"lpips": perceptual(x, x_hat)} if perceptual is not None else {})
+    if perceptual is None:
+        return values
+    return values | {"perceptual" if perceptual.n_layers is None else "lpips": perceptual(x, x_hat)}
 
 
 def label_metrics(x: Tensor, logits: Tensor) -> dict[str, Tensor]:
