@@ -91,7 +91,10 @@ def adaptive_weight(
 
     rec_grad, gan_grad: dL_rec/dx_hat and dL_GAN/dx_hat, (B, C, H, W).
     x_hat: the decoder's output, still in its graph. last_weight: G_L's weight.
-    delta: 1e-6 as in the paper (the official code has 1e-4). lambda is clamped to [0, max_weight].
+    delta: 1e-6 as in the paper (the official code has 1e-4).
+    max_weight: lambda is clamped to [0, max_weight]. It makes up for a small gradient of D, also where that is small
+        because D has nothing to say any more: then G is pushed by noise at full strength, outruns whatever D learns
+        next, and D stays silent. The 1e4 of the official code never bites; a cap near the lambda of an awake D does.
 
     Why one pass is enough. Both losses depend on the network through x_hat alone, and a backward pass is linear in the
     gradient that it is fed with:
