@@ -153,6 +153,17 @@ def test_flags_that_cannot_work(tmp_path):
         assert not (tmp_path / "run").exists(), "nothing may be written before the flags are known to work"
 
 
+def test_a_run_folder_that_is_a_file(tmp_path):
+    (tmp_path / "run").write_text("mine")
+    assert_one_line_error(train(tmp_path, run=run_inside), "cannot write", "run")
+    assert (tmp_path / "run").read_text() == "mine"
+
+
+def test_more_memory_than_there_is(tmp_path):
+    done = train(tmp_path, "--device", "cpu", "--codebook-size", "1000000000000", run=run_inside)
+    assert_one_line_error(done, "out of memory", "--batch-size")
+
+
 def test_vgg_weights_that_cannot_be_downloaded(tmp_path):
     """A proxy that does not exist stands for a machine without network."""
     env = {"https_proxy": "http://127.0.0.1:9", "HTTPS_PROXY": "http://127.0.0.1:9", "TORCH_HOME": str(tmp_path)}

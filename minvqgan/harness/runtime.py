@@ -19,6 +19,11 @@ class UserError(Exception):
     """Something the user can put right, printed as one line, exit code 2: what is wrong, where, and what to do."""
 
 
+# Ways in which a path or a disk can refuse, which no code of ours can help.
+CANNOT_WRITE = {errno.ENOSPC, errno.EACCES, errno.EPERM, errno.EROFS, errno.EFBIG, errno.EDQUOT}
+CANNOT_WRITE |= {errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG}
+
+
 def run(main: Callable[[], int | None]) -> None:
     """Run a script's main: errors a user can cause end with one line and exit code 2, Ctrl-C with 130. No traceback."""
     code: int | None = 2
@@ -31,12 +36,13 @@ def run(main: Callable[[], int | None]) -> None:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         code = 130
-    except torch.OutOfMemoryError:
-        print(
-            "error: out of GPU memory; try a smaller --batch-size (with --accumulate for the same sum)", file=sys.stderr
-        )
+    except (RuntimeError, MemoryError) as error:  # on a CPU torch has no kind of its own for it
+        if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and "can't allocate memory" not in str(error):
+            raise
+        help_ = "try a smaller --batch-size (with --accumulate for the same sum), --checkpoint-grad or --amp"
+        print(f"error: out of memory; {help_}", file=sys.stderr)
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EFBIG, errno.EDQUOT):
+        if error.errno not in CANNOT_WRITE:
             raise
         where = f" ({error.filename})" if error.filename else ""
         print(f"error: cannot write: {error.strerror}{where}; what was saved before is intact", file=sys.stderr)
