@@ -123,5 +123,9 @@ def test_a_classifier_of_ours_serves_as_feature_network(tmp_path):
             a, b = (f / f.norm(dim=1, keepdim=True).clamp_min(1e-10) for f in (a, b))
             truth = truth + (a - b).square().sum(1).mean((1, 2))
         assert torch.allclose(distance(x, y), truth, rtol=1e-5)
+        # Only with the learned weights is it LPIPS, and may be called so.
+        assert torch.equal(metrics.image_metrics(x, y, distance)["perceptual"], distance(x, y))
+        learned = LPIPS(distance.features, [torch.ones(c) for c in (64, 64, 128, 256, 512)])
+        assert torch.allclose(metrics.image_metrics(x, y, learned)["lpips"], truth, rtol=1e-5)
         logits = classifier.net.fc(maps[0][-1].mean((2, 3)))
         assert torch.allclose(classifier(x), logits, atol=1e-5)
