@@ -69,7 +69,7 @@ PRESETS = {
         "disc_warmup": 0.1,
         "disc_ramp": 0.1,
         "disc_lr": 1e-4,
-        "disc_weight": 0.3,
+        "disc_weight": 0.2,
         "max_lambda": 0.03,
         "disc_channels": 32,
         "disc_layers": 2,
