@@ -104,15 +104,16 @@ class StageOne:
                 x_hat = self.vqgan.decode(quantized.z_q)
         x_hat = x_hat.float()
         leaf = x_hat.detach().requires_grad_()
+        shown = leaf.view_as(leaf)  # torch's counter of operations cannot follow a gradient that ends at an input
         with clock("L1 and LPIPS, there and back"):
             with runtime.autocast(self.device, self.amp):
                 rec_loss = (x - leaf).abs().mean()
                 if self.lpips is not None:
-                    rec_loss = rec_loss + self.lpips(x, leaf).mean()
+                    rec_loss = rec_loss + self.lpips(x, shown).mean()
             (grad,) = torch.autograd.grad(rec_loss, leaf)
         with clock("D, there and back"):
             with runtime.autocast(self.device, self.amp):
-                real, fake = self.disc(x).float(), self.disc(leaf).float()
+                real, fake = self.disc(x).float(), self.disc(shown).float()
             (gan_grad,) = torch.autograd.grad(generator_loss(fake), leaf, retain_graph=True)
             hinge_loss(real, fake).backward()
         with clock("lambda"):
