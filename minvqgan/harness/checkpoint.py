@@ -13,7 +13,7 @@ from ..conditioning import ClassCondition, CoordinateCondition, NoCondition, Spa
 from ..gpt import GPT, GPTConfig
 from ..two_stage import TwoStage, TwoStageConfig
 from ..vqgan import VQGAN, VQGANConfig
-from .runtime import UserError
+from .runtime import UserError, first_line
 
 FORMAT = "minvqgan 1"
 
@@ -37,7 +37,7 @@ def save(path: str | Path, kind: str, **content) -> None:
             os.fsync(file.fileno())
         os.replace(part, path)
     except RuntimeError as error:  # torch's zip writer reports a full disk as a RuntimeError of its own
-        raise OSError(28, f"the disk is full or the file too large ({str(error).splitlines()[0]})", str(path)) from None
+        raise OSError(28, f"the disk is full or the file too large ({first_line(error)})", str(path)) from None
     finally:
         part.unlink(missing_ok=True)
 
@@ -177,7 +177,7 @@ def restore(saved: dict, parts: dict, path: str | Path) -> None:
         try:
             part.load_state_dict(saved[name])
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"{path}: {name} does not fit ({error})") from None
+            raise UserError(f"{path}: {name} does not fit ({first_line(error)})") from None
 
 
 # What the constructors raise for numbers that make no model.
@@ -199,7 +199,7 @@ def _build_vqgan(content: dict, path: str | Path) -> VQGAN:
         with torch.device("meta"):  # a file that asks for a gigantic model is found out before it gets the memory
             model = VQGAN(config_from(VQGANConfig, content.get("config"), path))
     except BUILD_ERRORS as error:
-        raise UserError(f"{path}: no model can be built from its configuration ({error})") from None
+        raise UserError(f"{path}: no model can be built from its configuration ({first_line(error)})") from None
     fill(model, content.get("model"), path)
     return model.eval()
 
@@ -251,7 +251,7 @@ def unpack_two_stage(content: dict, path: str | Path) -> TwoStage:
         config = config_from(TwoStageConfig, content.get("config"), path)
         return TwoStage(_build_vqgan(content["vqgan"], path), condition, gpt, config).eval()
     except BUILD_ERRORS as error:
-        raise UserError(f"{path}: no model can be built from its configuration ({error})") from None
+        raise UserError(f"{path}: no model can be built from its configuration ({first_line(error)})") from None
 
 
 def save_model(path: str | Path, model: VQGAN | TwoStage) -> None:

@@ -21,7 +21,7 @@ from ..quantizer import GumbelQuantizer
 from ..two_stage import TwoStage, TwoStageConfig
 from ..vqgan import VQGAN, VQGANConfig
 from . import checkpoint, flags, runtime
-from .runtime import UserError
+from .runtime import UserError, first_line
 
 # What an official file holds beside the model: the discriminator and LPIPS, and random colours to paint label maps in.
 UNNEEDED = ("loss.", "colorize")
@@ -314,7 +314,7 @@ def load(path: str | Path, config: str | Path) -> VQGAN | TwoStage:
     except KeyError as error:
         raise UserError(f"{config}: the configuration has no {error}") from None
     except (ValueError, TypeError, RuntimeError, AttributeError) as error:
-        raise UserError(f"{path}: {error}") from None
+        raise UserError(f"{path}: {first_line(error)}") from None
 
 
 def export_vqgan(model: VQGAN) -> tuple[dict[str, Tensor], dict]:

@@ -19,6 +19,11 @@ class UserError(Exception):
     """Something the user can put right, printed as one line, exit code 2: what is wrong, where, and what to do."""
 
 
+def first_line(error: Exception) -> str:
+    """What an error says, without the trace of C++ that torch's own can go on with."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
 # Ways in which a path or a disk can refuse, which no code of ours can help.
 CANNOT_WRITE = {errno.ENOSPC, errno.EACCES, errno.EPERM, errno.EROFS, errno.EFBIG, errno.EDQUOT}
 CANNOT_WRITE |= {errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG}
@@ -62,7 +67,7 @@ def pick_device(name: str) -> torch.device:
         device = torch.device(name)
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {name} cannot be used here: {str(error).splitlines()[0]}") from None
+        raise UserError(f"--device {name} cannot be used here: {first_line(error)}") from None
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")  # TF32
