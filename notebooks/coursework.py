@@ -74,6 +74,8 @@ def grader(course: Path):
     from nbgrader.apps import NbGraderAPI
     from traitlets.config import Config
 
+    # nbgrader starts `alembic` by its name, which is found only if the environment's programs are, active or not.
+    os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
     config = Config()
     config.CourseDirectory.root = str(course.resolve())
     config.CourseDirectory.course_id = "minvqgan"
