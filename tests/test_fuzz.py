@@ -193,6 +193,7 @@ ODD_VALUES = [
     value=st.sampled_from(range(len(ODD_VALUES))),
     way=st.sampled_from(["replace", "delete", "swap", "dtype"]),
 )
+@example(kind="vqgan", place=1, other=0, value=18, way="replace")  # a tensor is printed over many lines
 @example(kind="two_stage", place=957, other=0, value=5, way="replace")  # torch answers 10**30 with a trace of its C++
 def test_content_of_checkpoints(tmp_path_factory, kind, place, other, value, way):
     """A key missing, exchanged with another, of another type, shape or number: gigantic ones get no memory."""

@@ -78,7 +78,7 @@ def read(path: str | Path, kind: str | None = None, needs: dict[str, type] | Non
         raise UserError(f"{path} is truncated or not a checkpoint") from None
     except Exception:  # a broken zip, tar or pickle ends in any of a dozen kinds
         raise UserError(f"{path} is truncated or not a checkpoint") from None
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
+    if not isinstance(content, dict) or content.get("format") != FORMAT or not isinstance(content.get("kind"), str):
         hint = ""
         if isinstance(content, dict) and "state_dict" in content:
             hint = "; if it is an official one, name its yaml by --official-config"
@@ -244,7 +244,7 @@ def unpack_two_stage(content: dict, path: str | Path) -> TwoStage:
         elif kind == "spatial":
             condition = SpatialCondition(_build_vqgan(stored, path))
         else:
-            raise UserError(f"{path} has a condition of unknown kind {kind!r}")
+            raise UserError(f"{path} has a condition of unknown kind {str(kind)[:40]!r}")
         with torch.device("meta"):
             gpt = GPT(config_from(GPTConfig, content.get("gpt_config"), path))
         fill(gpt, content.get("gpt"), path)
