@@ -154,7 +154,7 @@ def test_what_it_points_to_is_there():
     for target in re.findall(r"\]\(((?!http)[^)#]+)\)", README):
         assert (ROOT / target).exists(), target
     table = README[README.index("| paper | what |") : README.index("`minvqgan/harness/` is")]
-    names = [name for row in table.splitlines()[2:] for name in re.findall(r"`([\w.]+)`", row.split("|")[3])]
+    names = [name for row in table.strip().splitlines()[2:] for name in re.findall(r"`([\w.]+)`", row.split("|")[3])]
     assert len(names) > 20
     module = None
     for name in names:
