@@ -191,10 +191,11 @@ def test_sample_is_the_same_for_any_batch_size(stage_two):
     for size in (1, 3, 64):
         out = f"batch_{size}.png"
         assert sample(stage_two, "class", "-n", "4", "--batch-size", size, "--out", out).returncode == 0
-        grids.append(np.asarray(Image.open(stage_two / out)))
-    assert np.array_equal(grids[0], grids[1]) and np.array_equal(grids[0], grids[2])
+        grids.append(np.asarray(Image.open(stage_two / out)).astype(int))
+    for other in grids[1:]:  # the same codes; the decoder's convolutions round in another way in another batch
+        assert np.abs(grids[0] - other).max() <= 1
     assert sample(stage_two, "class", "-n", "4", "--seed", "9", "--out", "other.png").returncode == 0
-    assert not np.array_equal(grids[0], np.asarray(Image.open(stage_two / "other.png")))
+    assert np.abs(grids[0] - np.asarray(Image.open(stage_two / "other.png"))).max() > 20
 
 
 def test_sample_larger_than_the_model_has_seen(stage_two):
