@@ -195,7 +195,7 @@ def test_sample_is_the_same_for_any_batch_size(stage_two):
     for other in grids[1:]:  # the same codes; the decoder's convolutions round in another way in another batch
         assert np.abs(grids[0] - other).max() <= 1
     assert sample(stage_two, "class", "-n", "4", "--seed", "9", "--out", "other.png").returncode == 0
-    assert np.abs(grids[0] - np.asarray(Image.open(stage_two / "other.png"))).max() > 20
+    assert np.abs(grids[0] - np.asarray(Image.open(stage_two / "other.png"))).max() > 5
 
 
 def test_sample_larger_than_the_model_has_seen(stage_two):
