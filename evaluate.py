@@ -61,7 +61,12 @@ def open_sets(args, model: VQGAN | TwoStage, vqgan: VQGAN):
     if not args.data:
         raise UserError(f"{path} does not say what it was trained on; give --data")
     size = args.image_size or trained_with.get("image_size") or vqgan.config.image_size
-    condition = model.condition if isinstance(model, TwoStage) else None
+    flags.check_image_size(size, vqgan.config.f)
+    condition = None
+    if isinstance(model, TwoStage):
+        condition, trained_on = model.condition, model.config.n * vqgan.config.f
+        if size != trained_on:
+            raise UserError(f"--image-size {size}: this transformer reads pictures of {trained_on} x {trained_on}")
     sources, num_labels = tokens.sources_of(vqgan, condition)
     split = trained_with.get("seed", 0)
     return data.open_data(args.data, size, args.resize or trained_with.get("resize"), sources, num_labels, split)

@@ -163,9 +163,7 @@ def fill_in(args, trained_with: dict, config, world: int) -> None:
     args.data = args.data or trained_with.get("data", "shapes")
     args.image_size = args.image_size or config.image_size
     args.resize = args.resize or trained_with.get("resize")
-    if args.image_size % config.f:
-        below = args.image_size // config.f * config.f
-        raise UserError(f"--image-size {args.image_size} is not divisible by f = {config.f}; use {below + config.f}")
+    flags.check_image_size(args.image_size, config.f)
     if args.n_embd % args.n_head:
         raise UserError(f"--n-head {args.n_head} does not divide --n-embd {args.n_embd}")
     if args.batch_size % (world * args.accumulate):

@@ -217,10 +217,7 @@ def parse_flags():
 
 def check(args, world: int) -> None:
     """What argparse cannot know, before anything is built."""
-    f = 2 ** (len(args.ch_mult) - 1)
-    if args.image_size % f:
-        below = args.image_size // f * f
-        raise UserError(f"--image-size {args.image_size} is not divisible by f = {f}; use {below or f} or {below + f}")
+    flags.check_image_size(args.image_size, 2 ** (len(args.ch_mult) - 1))
     if args.checkpoint_grad and args.compile:
         raise UserError("--checkpoint-grad and --compile exclude each other: what is compiled is not computed in parts")
     if args.batch_size % (world * args.accumulate):

@@ -32,20 +32,19 @@ class KVCache:
 
     Without it each new token would recompute those of all before it: T forward passes of growing length for one picture
     instead of T of length one. The memory is taken once; growing it by `cat` would copy everything at every token. For
-    sampling, under `torch.no_grad`.
+    sampling, without gradients.
     """
 
     def __init__(self, config: GPTConfig, batch: int, length: int, like: Tensor):
-        shape = (config.n_layer, 2, batch, config.n_head, length, config.n_embd // config.n_head)
-        self.memory = torch.empty(shape, dtype=like.dtype, device=like.device)
+        shape = (2, batch, config.n_head, length, config.n_embd // config.n_head)
+        self.memory = [torch.empty(shape, dtype=like.dtype, device=like.device) for _ in range(config.n_layer)]
         self.filled = 0
 
-    def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Store k, v (B, h, t, C/h) of t new tokens; returns all up to them, (B, h, filled + t, C/h)."""
-        end = self.filled + k.shape[2]
-        keys, values = self.memory[layer, 0], self.memory[layer, 1]
-        keys[:, :, self.filled : end], values[:, :, self.filled : end] = k, v
-        return keys[:, :, :end], values[:, :, :end]
+    def extend(self, layer: int, kv: Tensor) -> Tensor:
+        """Store keys and values of t new tokens, (2, B, h, t, C/h); returns all so far, (2, B, h, filled + t, C/h)."""
+        end = self.filled + kv.shape[3]
+        self.memory[layer][:, :, :, self.filled : end] = kv
+        return self.memory[layer][:, :, :, :end]
 
 
 class CausalSelfAttention(nn.Module):
@@ -59,18 +58,16 @@ class CausalSelfAttention(nn.Module):
 
     def forward(self, x: Tensor, cache: KVCache | None, layer: int) -> Tensor:
         B, t, C = x.shape
-        q, k, v = self.qkv(x).view(B, t, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)  # (B, h, t, C/h)
-        mask = None
+        qkv = self.qkv(x).view(B, t, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)  # (3, B, h, t, C/h)
+        q, kv, mask = qkv[0], qkv[1:], None
         if cache is not None:
-            k, v = cache.extend(layer, k, v)  # (B, h, filled + t, C/h)
+            kv = cache.extend(layer, kv)  # (2, B, h, filled + t, C/h)
             if cache.filled and t > 1:  # several tokens after others: row i sees all up to filled + i
-                mask = torch.ones(t, k.shape[2], dtype=torch.bool, device=x.device).tril(cache.filled)
+                mask = torch.ones(t, kv.shape[3], dtype=torch.bool, device=x.device).tril(cache.filled)
         # A single new token sees everything that is there, and needs no mask.
         causal = mask is None and t > 1
         dropout = self.dropout if self.training else 0.0
-        y = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=causal, dropout_p=dropout
-        )  # (B, h, t, C/h)
+        y = F.scaled_dot_product_attention(q, *kv, mask, dropout, causal)  # (B, h, t, C/h)
         return self.proj(y.transpose(1, 2).reshape(B, t, C))
 
 

@@ -72,7 +72,6 @@ def uniforms(seeds: Sequence[int], count: int) -> Tensor:
     return torch.stack(rows)
 
 
-@torch.no_grad()
 def continue_tokens(
     gpt: GPT,
     r: Tensor,
@@ -89,26 +88,27 @@ def continue_tokens(
     null (B, R): tokens of "no condition", needed for guidance other than 1.
     use_cache=False recomputes everything for each token: the definition, and the slow way to check the cache.
     """
-    guided = sampling.guidance != 1
+    guided, T_new = sampling.guidance != 1, u.shape[1]
     if guided:
         if null is None:
             raise ValueError("guidance needs a model that was trained with dropped conditions")
         r, s = torch.cat([r, null]), torch.cat([s, s])  # both halves are read in one batch
-    cache = (
-        KVCache(gpt.config, len(r), r.shape[1] + s.shape[1] + u.shape[1], gpt.position_embedding) if use_cache else None
-    )
     tokens, new = torch.cat([r, s], 1), []
-    for i in range(u.shape[1]):
-        logits = gpt(tokens, cache, last_only=True)[:, 0].float()  # (B, K)
-        if guided:
-            with_c, without_c = logits.chunk(2)
-            logits = without_c + sampling.guidance * (with_c - without_c)
-        code = choose(logits, u[:, i], sampling)  # (B,)
-        new.append(code)
-        column = code.repeat(2)[:, None] if guided else code[:, None]
-        tokens = column if use_cache else torch.cat([tokens, column], 1)
-        if on_token:
-            on_token(len(code))
+    with torch.inference_mode():  # no_grad, and no bookkeeping of views either: 6 % of the time on a CPU
+        length = tokens.shape[1] + T_new
+        cache = KVCache(gpt.config, len(tokens), length, gpt.position_embedding) if use_cache else None
+        for i in range(T_new):
+            logits = gpt(tokens, cache, last_only=True)[:, 0].float()  # (B, K)
+            if guided:
+                with_c, without_c = logits.chunk(2)
+                logits = without_c + sampling.guidance * (with_c - without_c)
+            code = choose(logits, u[:, i], sampling)  # (B,)
+            new.append(code)
+            column = code.repeat(2)[:, None] if guided else code[:, None]
+            tokens = column if use_cache else torch.cat([tokens, column], 1)
+            if on_token:
+                on_token(len(code))
+    # Joined out here, because what is made in inference mode must never come near training again.
     return torch.stack(new, 1) if new else s.new_empty(len(u), 0)
 
 

@@ -222,13 +222,11 @@ def test_an_official_model(models, tmp_path):
 
 def test_mistakes(models):
     for words, answer in (
-        (("--vqgan", "absent.pt"), ("absent.pt",)),
         (("--gpt", "vqgan/last.pt"), ("holds a VQGAN",)),
         (("--vqgan", "judge.pt"), ("classifier",)),
         (("--vqgan", "vqgan/last.pt", "--features", "vqgan/last.pt"), ("not a classifier",)),
         (("--vqgan", "vqgan/last.pt", "--gpt", "gpt/last.pt"), ("not allowed",)),
         ((), ("--vqgan", "--gpt")),
         (("--gpt", "gpt/last.pt", "--temperature", "-1"), ("temperature",)),
-        (("--vqgan", "vqgan/last.pt", "--data", "nowhere"), ("nowhere",)),
     ):
         assert_one_line_error(run_inside("evaluate.py", *words, cwd=models), *answer)

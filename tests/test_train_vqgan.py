@@ -12,7 +12,7 @@ import time
 
 import numpy as np
 import pytest
-from helpers import ROOT, assert_one_line_error, assert_same_run, make_photos, run_inside, run_script
+from helpers import ROOT, assert_one_line_error, assert_same_run, run_inside, run_script
 from PIL import Image
 
 import minvqgan
@@ -138,12 +138,10 @@ def test_resume_mistakes(whole, tmp_path):
 def test_flags_that_cannot_work(tmp_path):
     for flags, words in (
         (["--image-sise", "32"], ["unknown flag --image-sise", "did you mean --image-size"]),
-        (["--image-size", "33"], ["--image-size 33 is not divisible by f = 2; use 32 or 34"]),
         (["--batch-size", "4", "--accumulate", "3"], ["cannot be split"]),
         (["--norm-groups", "3"], ["--norm-groups 3 does not divide"]),
         (["--image-size", "8"], ["--disc-layers 2 needs pictures of 16 pixels"]),
         (["--device", "cuda:7"], ["--device cuda:7 cannot be used here"]),
-        (["--data", "nowhere"], ["nowhere: no such folder"]),
         (["--input", "labels"], ["needs --num-labels"]),
         (["--disc-start", "2"], ["--disc-start"]),
         (["--disc-lr", "0"], ["--disc-lr 0.0 must be above 0"]),
@@ -162,42 +160,6 @@ def test_a_run_folder_that_is_a_file(tmp_path):
 def test_more_memory_than_there_is(tmp_path):
     done = train(tmp_path, "--device", "cpu", "--codebook-size", "1000000000000", run=run_inside)
     assert_one_line_error(done, "out of memory", "--batch-size")
-
-
-def test_vgg_weights_that_cannot_be_downloaded(tmp_path):
-    """A proxy that does not exist stands for a machine without network."""
-    env = {"https_proxy": "http://127.0.0.1:9", "HTTPS_PROXY": "http://127.0.0.1:9", "TORCH_HOME": str(tmp_path)}
-    limit = "; ".join(f"export {k}={v}" for k, v in env.items())
-    done = train(tmp_path, "--perceptual", "vgg16", limit=limit)
-    assert_one_line_error(done, "download https://", "vgg16", str(tmp_path), "--perceptual none")
-
-
-def test_a_full_disk_keeps_the_previous_checkpoint(whole, tmp_path):
-    run = tmp_path / "run"
-    run.mkdir()
-    content = (whole[0] / "run" / "last.pt").read_bytes()
-    (run / "last.pt").write_bytes(content)
-    kilobytes = len(content) // 1024 // 2
-    done = run_script(
-        *("train_vqgan.py", "--out", "run", "--resume", "--steps", "15"), cwd=tmp_path, limit=f"ulimit -f {kilobytes}"
-    )
-    assert_one_line_error(done, "cannot write")
-    assert (run / "last.pt").read_bytes() == content
-
-
-def test_a_loss_that_is_not_a_number_stops_and_names_the_term(tmp_path):
-    done = train(tmp_path, "--lr", "1e20", "--save-every", "1")
-    assert_one_line_error(done, "is nan" if "is nan" in done.stderr else "is inf", "step ", "last good checkpoint")
-    step = int(re.search(r"step (\d+): \w+ is", done.stderr).group(1))
-    assert checkpoint.read(tmp_path / "run" / "last.pt")["step"] == step - 1
-
-
-def test_a_folder_with_a_broken_picture_trains(tmp_path):
-    photos = make_photos(tmp_path / "photos", n=12)
-    (tmp_path / "photos" / "broken.png").write_bytes(photos[0].read_bytes()[:300])
-    done = train(tmp_path, "--data", "photos")
-    assert done.returncode == 0, done.stderr
-    assert done.stderr.count("broken.png") == 1
 
 
 def test_label_maps_are_learned_with_cross_entropy(tmp_path):

@@ -153,7 +153,7 @@ class FolderPictures(Dataset):
         self.image_size, self.resize, self.num_labels = image_size, resize, num_labels
         self.seed, self.flip, self.coords = seed, flip, coords
         self.fixed = False  # True where all pictures are known to be shown whole: never cropped at random
-        self.bad: set[int] = set()
+        self.bad = torch.zeros(len(files), dtype=torch.bool).share_memory_()  # one for all of a loader's processes
         self.kept: dict[tuple[int, str], Image.Image] = {}
         self.room = CACHE_BYTES
 
@@ -184,16 +184,18 @@ class FolderPictures(Dataset):
         # A file that cannot be decoded is replaced by the next good one, so that the data order stays the same.
         for step in range(len(self.files)):
             i = (index + step) % len(self.files)
-            if i in self.bad:
+            if self.bad[i]:
                 continue
             try:
                 return self._sample(i, draw)
             except UserError:
                 raise
             except Exception as error:  # Pillow raises a dozen kinds for broken files, struct.error among them
-                self.bad.add(i)
+                if self.bad[i]:  # another process has just said so
+                    continue
+                self.bad[i] = True
                 name = " + ".join(str(path) for path in self.files[i].values())
-                print(f"skipped {name}: {error} ({len(self.bad)} unreadable so far)", file=sys.stderr)
+                print(f"skipped {name}: {error} ({int(self.bad.sum())} unreadable so far)", file=sys.stderr)
         raise UserError("not one of the pictures could be read")
 
     def _sample(self, index: int, draw: int | None) -> dict:

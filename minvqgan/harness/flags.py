@@ -39,6 +39,14 @@ def share(text: str) -> float:
     return value
 
 
+def check_image_size(size: int, f: int) -> None:
+    """Raises UserError for pictures of sides that f does not divide, naming the nearest that it does."""
+    below = size // f * f
+    if size != below:
+        nearest = f"{below} or {below + f}" if below else f"{f}"
+        raise UserError(f"--image-size {size} is not divisible by f = {f}; use {nearest}")
+
+
 def add_run_flags(p: Parser, presets: dict, out: str):
     """The flags that both training scripts have, under one name. Returns their group, for more."""
     g = p.add_argument_group("data and run")

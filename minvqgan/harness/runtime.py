@@ -50,7 +50,7 @@ def run(main: Callable[[], int | None]) -> None:
         if error.errno not in CANNOT_WRITE:
             raise
         where = f" ({error.filename})" if error.filename else ""
-        print(f"error: cannot write: {error.strerror}{where}; what was saved before is intact", file=sys.stderr)
+        print(f"error: cannot write: {error.strerror}{where}; checkpoints saved before are intact", file=sys.stderr)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
