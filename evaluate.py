@@ -60,16 +60,17 @@ def open_sets(args, model: VQGAN | TwoStage, vqgan: VQGAN):
     args.data = args.data or trained_with.get("data")
     if not args.data:
         raise UserError(f"{path} does not say what it was trained on; give --data")
-    size = args.image_size or trained_with.get("image_size") or vqgan.config.image_size
-    flags.check_image_size(size, vqgan.config.f)
+    args.image_size = args.image_size or trained_with.get("image_size") or vqgan.config.image_size
+    args.resize = args.resize or trained_with.get("resize")
+    flags.check_image_size(args.image_size, vqgan.config.f)
     condition = None
     if isinstance(model, TwoStage):
-        condition, trained_on = model.condition, model.config.n * vqgan.config.f
-        if size != trained_on:
-            raise UserError(f"--image-size {size}: this transformer reads pictures of {trained_on} x {trained_on}")
+        condition, side = model.condition, model.config.n * vqgan.config.f
+        if args.image_size != side:
+            raise UserError(f"--image-size {args.image_size}: this transformer reads pictures of {side} x {side}")
     sources, num_labels = tokens.sources_of(vqgan, condition)
     split = trained_with.get("seed", 0)
-    return data.open_data(args.data, size, args.resize or trained_with.get("resize"), sources, num_labels, split)
+    return data.open_data(args.data, args.image_size, args.resize, sources, num_labels, split)
 
 
 def optional(load, name: str, device: torch.device):
@@ -82,6 +83,15 @@ def optional(load, name: str, device: torch.device):
         print(f"without {name}: {error}")
         return None
     return judge.to(device) if judge is not None else None
+
+
+def check_numbers(args, val_set) -> None:
+    """Distances between sets need a few pictures in each. Raises UserError."""
+    fewest = min(args.images, len(val_set), args.n if args.gpt else args.images)
+    if fewest < 4:
+        raise UserError(
+            f"distances between sets need 4 pictures, not {fewest}: more -n or --images, or --features none"
+        )
 
 
 class Table:
@@ -131,8 +141,10 @@ def compare_sets(table: Table, args, name: str, real: torch.Tensor, fake: torch.
 def evaluate_vqgan(args, model: VQGAN, val_set, device: torch.device, table: Table) -> None:
     kind, K = model.config.input_kind, model.config.codebook_size
     labels = kind == "labels"
-    perceptual = None if labels else optional(metrics.load_perceptual, args.perceptual, device)
-    features = None if labels else optional(metrics.load_features, args.features, device)
+    perceptual = features = None
+    if not labels:
+        perceptual = optional(lambda name: metrics.load_perceptual(name, args.image_size), args.perceptual, device)
+        features = optional(metrics.load_features, args.features, device)
     values: dict[str, list] = {}
     seen: dict[str, list] = {"real": [], "fake": []}
     counts = torch.zeros(K, dtype=torch.long)
@@ -248,6 +260,8 @@ def main() -> int:
         raise UserError(f"{args.gpt} holds a VQGAN; evaluate it by --vqgan")
     vqgan = model.vqgan if isinstance(model, TwoStage) else model
     train_set, val_set = open_sets(args, model if args.gpt else vqgan, vqgan)
+    if args.features != "none":
+        check_numbers(args, val_set)
     Path(args.out).mkdir(parents=True, exist_ok=True)
     table = Table()
     if args.gpt:

@@ -278,7 +278,7 @@ def main() -> int:
     train_set, val_set = data.open_data(
         args.data, args.image_size, args.resize, sources, args.num_labels, args.seed, args.flip
     )
-    perceptual = metrics.load_perceptual(args.perceptual) if uses_disc(args) else None
+    perceptual = metrics.load_perceptual(args.perceptual, args.image_size) if uses_disc(args) else None
 
     # channels_last: on a CPU convolutions of few channels run up to six times as fast, on a GPU bfloat16 gains too.
     placed = {"device": device, "memory_format": torch.channels_last}

@@ -200,7 +200,11 @@ def test_sizes_that_do_not_fit(house):
         (["sample.py", "--gpt", "none/best.pt", "--size", "17x16"], ("divisible by f = 2", "16x16 works")),
         (["sample.py", "--gpt", "none/best.pt", "--size", "8x16"], ("below the 16x16",)),
         ([*READERS["evaluate"], "--image-size", "15"], ("not divisible by f = 2", "use 14 or 16")),
-        ([*EVALUATE, "--gpt", "none/best.pt", "--image-size", "20"], ("--image-size 20", "16")),
+        ([*EVALUATE, "--gpt", "none/best.pt", "--image-size", "20"], ("--image-size 20", "16 x 16")),
+        (
+            [*READERS["train_vqgan"], "--image-size", "8", "--disc-layers", "1", "--perceptual", "vgg16"],
+            ("8 pixels are too few", "--perceptual none"),
+        ),
     ):
         assert_refused(house, words, *answer)
 

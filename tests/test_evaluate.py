@@ -228,5 +228,10 @@ def test_mistakes(models):
         (("--vqgan", "vqgan/last.pt", "--gpt", "gpt/last.pt"), ("not allowed",)),
         ((), ("--vqgan", "--gpt")),
         (("--gpt", "gpt/last.pt", "--temperature", "-1"), ("temperature",)),
+        (("--gpt", "gpt/last.pt", "-n", "3", "--features", "judge.pt"), ("need 4 pictures, not 3", "-n")),
+        (
+            ("--vqgan", "vqgan/last.pt", "--images", "1", "--features", "judge.pt"),
+            ("need 4 pictures, not 1", "--images"),
+        ),
     ):
         assert_one_line_error(run_inside("evaluate.py", *words, cwd=models), *answer)

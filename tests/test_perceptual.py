@@ -114,7 +114,7 @@ def test_a_classifier_of_ours_serves_as_feature_network(tmp_path):
     torch.manual_seed(0)
     classifier = metrics.Classifier(("cat", "dog")).eval()
     checkpoint.save(tmp_path / "c.pt", "classifier", classes=["cat", "dog"], model=classifier.state_dict())
-    distance = metrics.load_perceptual(str(tmp_path / "c.pt"))
+    distance = metrics.load_perceptual(str(tmp_path / "c.pt"), image_size=32)
     x, y = torch.rand(2, 2, 3, 32, 32)
     truth = 0
     with torch.no_grad():

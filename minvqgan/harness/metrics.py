@@ -297,10 +297,12 @@ def train_classifier() -> int:
     return 0
 
 
-def load_perceptual(name: str) -> LPIPS | None:
-    """`vgg16` as in the paper, `none`, or the file of a classifier, whose layers then count alike."""
+def load_perceptual(name: str, image_size: int) -> LPIPS | None:
+    """`vgg16` as in the paper, `none`, or the file of a classifier, whose layers then count alike. Raises UserError."""
     if name == "none":
         return None
+    if name == "vgg16" and image_size < 16:
+        raise UserError(f"VGG16 halves pictures four times, and {image_size} pixels are too few; --perceptual none")
     return vgg16_lpips() if name == "vgg16" else LPIPS(ClassifierFeatures(load_classifier(name)))
 
 
