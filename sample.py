@@ -1,12 +1,12 @@
 """New images from a trained transformer: sampled, completed, conditioned, of any size (Sec. 3.2 and 3.3 of
 arXiv:2012.09841).
 
-python sample.py                                         16 images of each class
-python sample.py --classes star,ring -n 4 --guidance 3
-python sample.py --complete photo.jpg --keep 0.5         the upper half is kept
-python sample.py --gpt G.pt --cond-image labels.png      a label map turned into a picture, at the map's own size
-python sample.py --gpt G.pt --size 256x512               larger than the model has ever seen
-torchrun --nproc_per_node=4 sample.py -n 1000 --out many the images that one process makes, sooner
+    python sample.py                                         16 images of each class
+    python sample.py --classes star,ring -n 4 --guidance 3
+    python sample.py --complete photo.jpg --keep 0.5         the upper half is kept
+    python sample.py --gpt G.pt --cond-image labels.png      a label map turned into a picture, at the map's own size
+    python sample.py --gpt G.pt --size 256x512               larger than the model has ever seen
+    torchrun --nproc_per_node=4 sample.py -n 1000 --out many the images that one process makes, sooner
 """
 
 import math

@@ -16,7 +16,15 @@ from torch.nn.parallel import DistributedDataParallel
 
 
 class UserError(Exception):
-    """Something the user can put right, printed as one line, exit code 2: what is wrong, where, and what to do."""
+    """Something the user can put right, printed as one line, exit code 2: what is wrong, where, and what to do.
+
+    Messages hold names from strangers' files, and no line break or escape sequence of theirs may reach the terminal.
+    From a loader's worker process a message arrives wrapped in a traceback, of which the last words are ours.
+    """
+
+    def __init__(self, message: str):
+        message = message.rsplit(f"{__name__}.UserError: ", 1)[-1].strip()
+        super().__init__("".join(c if c.isprintable() else "?" for c in message))
 
 
 def first_line(error: Exception) -> str:
@@ -35,9 +43,7 @@ def run(main: Callable[[], int | None]) -> None:
     try:
         code = main()
     except UserError as error:
-        # From a loader's worker process the message arrives wrapped in a traceback, of which the last line is ours.
-        line = str(error).strip().splitlines()[-1].removeprefix(f"{__name__}.UserError: ")
-        print(f"error: {line}", file=sys.stderr)
+        print(f"error: {error}", file=sys.stderr)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         code = 130

@@ -18,12 +18,23 @@ def test_there_are_nine():
     assert [path.name[:2] for path in NOTEBOOKS] == [f"{i:02d}" for i in range(9)]
 
 
+def listings(notebook) -> list[str]:
+    """The package's code that a notebook shows."""
+    outputs = (output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs)
+    texts = (output.get("data", {}).get("text/markdown", "") for output in outputs)
+    return [text for text in texts if text.startswith("`minvqgan/")]
+
+
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_runs_from_top_to_bottom(path, monkeypatch, tmp_path):
+    """And the code that is saved in it is the package's own of today."""
     monkeypatch.setenv("QUICK", "1")
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     monkeypatch.setenv("OMP_NUM_THREADS", os.environ.get("OMP_NUM_THREADS", "2"))
-    NotebookClient(nbformat.read(path, 4), timeout=300, kernel_name="python3").execute(cwd=str(tmp_path))
+    notebook = nbformat.read(path, 4)
+    saved = listings(notebook)
+    NotebookClient(notebook, timeout=300, kernel_name="python3").execute(cwd=str(tmp_path))
+    assert len(saved) >= 2 and listings(notebook) == saved
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
