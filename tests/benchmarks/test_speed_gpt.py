@@ -151,7 +151,7 @@ FIRST_STAGES = {  # config, side of the latent map, batch, at least
         VQGANConfig(image_size=64, ch=32, ch_mult=(1, 2, 4, 4), num_res_blocks=2, norm_groups=32),
         8,
         16,
-        1.3,
+        1.2,
     ),
     "the paper's first stage (256 px, f = 16)": (
         VQGANConfig(
