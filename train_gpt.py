@@ -79,8 +79,9 @@ RESUME_NEEDS = {
     "random": dict,
 }
 
-# What a resumed run may change; everything else would make another model of it.
+# What a resumed run may be given anew, as in train_vqgan.py.
 MAY_CHANGE = "steps device amp compile workers resume val_every val_images save_every log_every out preset".split()
+MAY_CHANGE += ["lr", "accumulate"]
 
 COLUMNS = "step seconds lr loss val_nats val_bits_per_pixel".split()
 
@@ -269,10 +270,7 @@ def main() -> int:
                 (loss / args.accumulate).backward()
             parts.append({"loss": loss})
         losses = runtime.mean_of(parts)
-        if not math.isfinite(losses["loss"]):
-            raise UserError(
-                f"step {step}: loss is {losses['loss']}; {out} keeps the last good checkpoint. Try a lower --lr"
-            )
+        runtime.check_finite(losses, step, out)
         torch.nn.utils.clip_grad_norm_(gpt.parameters(), 1.0)
         opt.step()
         opt.zero_grad()

@@ -9,7 +9,6 @@ one backward pass, then the discriminator.
 """
 
 import json
-import math
 import time
 from argparse import BooleanOptionalAction
 from dataclasses import asdict
@@ -136,9 +135,10 @@ MODEL_FLAGS = (
 RESUME_NEEDS = {"discriminator": dict, "opt_g": dict, "opt_d": dict, "step": int, "seconds": float, "best": float}
 RESUME_NEEDS |= {"disc_steps": list, "counts": torch.Tensor, "revived": int, "flags": dict, "random": dict}
 
-# What a resumed run may change; everything else would make another model of it.
+# What a resumed run may be given anew: where it runs and for how long, what it writes, and the ways out of a loss that
+# is not a number and of too little memory. Everything else would make another model of it.
 MAY_CHANGE = "steps device amp compile checkpoint_grad workers resume val_every val_images save_every log_every".split()
-MAY_CHANGE += ["out", "preset"]
+MAY_CHANGE += ["out", "preset", "lr", "disc_lr", "accumulate"]
 
 COLUMNS = (
     "step seconds lr rec_loss l1 perceptual codebook_loss gen_loss disc_loss logits_real logits_fake lambda adv_share "
@@ -396,11 +396,7 @@ def main() -> int:
             counts += torch.bincount(quantized.indices.flatten(), minlength=args.codebook_size)
 
         losses = runtime.mean_of(parts)
-        for name, value in losses.items():
-            if not math.isfinite(value):
-                raise UserError(
-                    f"step {step}: {name} is {value}; {out} keeps the last good checkpoint. Try a lower --lr"
-                )
+        runtime.check_finite(losses, step, out)
         opt_g.step()
         opt_g.zero_grad()
         if disc_on:

@@ -311,13 +311,17 @@ def test_evaluation_without_downloaded_weights(house, tmp_path):
 
 @pytest.mark.parametrize("script", ["train_vqgan", "train_gpt"])
 def test_losses_that_are_no_numbers(house, tmp_path, script):
-    """The script stops, says at which step and which term, and last.pt is from before."""
-    words = [*READERS[script], "--lr", "1e20", "--out", tmp_path / "run", "--steps", "12"]
-    done = run_inside(*words, cwd=house)
-    assert_one_line_error(done, "step ", " is ", "last good checkpoint", "--lr")
-    step = int(re.search(r"step (\d+): \w+ is (nan|inf)", done.stderr).group(1))
-    last = checkpoint.read(tmp_path / "run" / "last.pt")
-    assert last["step"] == step - 1
+    """The script stops, says at which step and which term, keeps last.pt from before, and goes on from it."""
+    run = tmp_path / "run"
+    assert run_inside(*READERS[script], "--out", run, cwd=house).returncode == 0  # four steps
+    again = [READERS[script][0], "--resume", "--out", run, "--steps", "12", "--save-every", "8"]
+    done = run_inside(*again, "--lr", "1e20", cwd=house)
+    assert_one_line_error(done, "step ", " is ", "last good checkpoint", "--resume", "--lr")
+    assert re.search(r"step [5-8]: \w+ is (nan|inf)", done.stderr)
+    assert checkpoint.read(run / "last.pt")["step"] == 4
+    done = run_inside(*again, "--lr", "1e-4", cwd=house)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert checkpoint.read(run / "last.pt")["step"] == 12
 
 
 @pytest.mark.parametrize(

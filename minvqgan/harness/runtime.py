@@ -3,6 +3,7 @@
 import contextlib
 import csv
 import errno
+import math
 import os
 import signal
 import sys
@@ -50,8 +51,8 @@ def run(main: Callable[[], int | None]) -> None:
     except (RuntimeError, MemoryError) as error:  # on a CPU torch has no kind of its own for it
         if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and "can't allocate memory" not in str(error):
             raise
-        help_ = "try a smaller --batch-size (with --accumulate for the same sum), --checkpoint-grad or --amp"
-        print(f"error: out of memory; {help_}", file=sys.stderr)
+        help_ = "a smaller --batch-size, in training --accumulate 2 (the same in two parts), --checkpoint-grad or --amp"
+        print(f"error: out of memory; try {help_}", file=sys.stderr)
     except OSError as error:
         if error.errno not in CANNOT_WRITE:
             raise
@@ -120,6 +121,14 @@ def mean_of(parts: list[dict[str, torch.Tensor]]) -> dict[str, float]:
     names = list(parts[0])
     table = torch.stack([torch.stack([part[name].detach().float() for name in names]) for part in parts])
     return dict(zip(names, table.mean(0).tolist(), strict=True))
+
+
+def check_finite(losses: dict[str, float], step: int, out: Path) -> None:
+    """Raises UserError for a loss that is not a number: which term, at which step, and how to go on."""
+    for name, value in losses.items():
+        if not math.isfinite(value):
+            go_on = f"; {out} keeps the last good checkpoint, add --resume" if (out / "last.pt").exists() else ""
+            raise UserError(f"step {step}: {name} is {value}; try a lower --lr{go_on}")
 
 
 def gathered(mine: torch.Tensor, rank: int, world: int) -> torch.Tensor | None:
