@@ -166,3 +166,14 @@ def test_what_it_points_to_is_there():
         where = module
         for part in parts:
             where = getattr(where, part)
+
+
+def test_every_flag_it_names_exists():
+    """Also those of the tables, which no command of the README uses."""
+    sources = [ROOT / f"{name}.py" for name in ("train_vqgan", "train_gpt", "sample", "evaluate")]
+    sources += [ROOT / "minvqgan" / "harness" / f"{name}.py" for name in ("flags", "metrics", "official")]
+    sources.append(ROOT / "tests" / "benchmarks" / "report.py")
+    known = {flag for path in sources for flag in re.findall(r'"(--[a-z0-9-]+)"', path.read_text())}
+    known |= {flag.replace("--", "--no-") for flag in ("--amp", "--flip", "--l2-norm")} | {"--nproc_per_node"}
+    named = set(re.findall(r"(?<![\w-])--[a-z][\w-]+", README))
+    assert len(named) > 40 and named <= known, named - known
