@@ -47,7 +47,7 @@ def parse_flags():
     g.add_argument("--splits", type=flags.positive, default=5, help="parts of the pictures for the spread")
     g.add_argument("--neighbours", type=flags.positive, default=10, help="new images shown beside their nearest")
     g.add_argument("--batch-size", type=flags.positive, default=50, help="pictures at a time")
-    g.add_argument("--seed", type=int, default=0, help="of the new images")
+    g.add_argument("--seed", type=flags.natural, default=0, help="of the new images")
     g.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     g.add_argument("--out", default="runs/evaluation", help="folder of metrics.json and the pictures")
     return p.parse_args()

@@ -46,11 +46,11 @@ def parse_flags():
 
     flags.add_sampling_flags(p)
     g = p.add_argument_group("how")
-    g.add_argument("--reject", type=float, metavar="RATE", help="keep the best share by the classifier's judgement")
+    g.add_argument("--reject", type=flags.share, metavar="RATE", help="keep the best share, as a classifier judges")
     g.add_argument(
         "--classifier", metavar="FILE", help="for --reject: of minvqgan.harness.metrics, or a torchvision name"
     )
-    g.add_argument("--seed", type=int, default=0, help="image i takes seed + i; the same whatever the batch size")
+    g.add_argument("--seed", type=flags.natural, default=0, help="image i takes seed + i, in any batch")
     g.add_argument("--batch-size", type=flags.positive, default=64, help="images at a time")
     g.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
 

@@ -115,9 +115,9 @@ def parse_flags():
     g.add_argument("--steps", type=flags.positive, help="optimizer steps in all")
     g.add_argument("--batch-size", type=flags.positive, help="pictures a step, over all processes")
     g.add_argument("--accumulate", type=flags.positive, default=1, help="parts that a batch is computed in")
-    g.add_argument("--lr", type=float, help="highest learning rate of AdamW (betas 0.9, 0.95)")
+    g.add_argument("--lr", type=flags.rate, help="highest learning rate of AdamW (betas 0.9, 0.95)")
     g.add_argument("--warmup", type=flags.share, default=0.02, help="share of the steps over which lr rises")
-    g.add_argument("--weight-decay", type=float, default=0.01, help="on matrices only")
+    g.add_argument("--weight-decay", type=flags.weight, default=0.01, help="on matrices only")
     g.add_argument("--pkeep", type=flags.share, default=1.0, help="share of input codes kept; the rest become random")
     return flags.parse(p, PRESETS, "two_stage", RESUME_NEEDS, MAY_CHANGE)
 
@@ -171,8 +171,6 @@ def fill_in(args, trained_with: dict, config, world: int) -> None:
         raise UserError(
             f"--batch-size {args.batch_size} cannot be split into {world} processes x {args.accumulate} parts"
         )
-    if args.lr <= 0:
-        raise UserError(f"--lr {args.lr} must be above 0")
 
 
 def main() -> int:

@@ -170,13 +170,13 @@ def parse_flags():
     g.add_argument("--ch", type=flags.positive, help="channels at full resolution")
     g.add_argument("--ch-mult", type=flags.positive, nargs="+", help="channel factor of each level; f = 2^(levels - 1)")
     g.add_argument("--num-res-blocks", type=flags.positive, help="residual blocks a level")
-    g.add_argument("--attn-resolutions", type=int, nargs="*", help="side lengths of further maps with attention")
+    g.add_argument("--attn-resolutions", type=flags.positive, nargs="*", help="sides of further maps with attention")
     g.add_argument("--norm-groups", type=flags.positive, help="groups of each GroupNorm; 16 channels a group or more")
     g.add_argument("--z-channels", type=flags.positive, help="channels of the latent map")
     g.add_argument("--dropout", type=flags.share, default=0.0, help="in the residual blocks")
     g.add_argument("--codebook-size", type=flags.positive, help="number of codes K")
     g.add_argument("--code-dim", type=flags.positive, help="dimensions of a code")
-    g.add_argument("--beta", type=float, default=0.25, help="weight of the commitment term")
+    g.add_argument("--beta", type=flags.weight, default=0.25, help="weight of the commitment term")
     g.add_argument("--legacy", action="store_true", help="beta on the codebook term, as the official code did for long")
     g.add_argument("--l2-norm", action=BooleanOptionalAction, help="compare latents and codes by direction")
     g.add_argument("--rotation", action="store_true", help="rotation trick instead of straight-through")
@@ -189,19 +189,19 @@ def parse_flags():
         "--accumulate", type=flags.positive, default=1, help="parts that a batch is computed in, for small memory"
     )
     g.add_argument("--checkpoint-grad", action="store_true", help="less memory, more time: G's maps are computed twice")
-    g.add_argument("--lr", type=float, help="learning rate of Adam (betas 0.5, 0.9)")
+    g.add_argument("--lr", type=flags.rate, help="learning rate of Adam (betas 0.5, 0.9)")
     g.add_argument("--lr-decay", type=flags.share, help="last share of the steps, over which lr falls to 5 %%")
     g.add_argument("--loss", default="vqgan", choices=["vqgan", "vqvae"], help="vqvae: squared error, no LPIPS, no D")
     g.add_argument("--perceptual", help="vgg16 (LPIPS), none, or the file of a classifier")
-    g.add_argument("--perceptual-weight", type=float, default=1.0, help="of the perceptual distance beside L1")
+    g.add_argument("--perceptual-weight", type=flags.weight, default=1.0, help="of the perceptual distance beside L1")
     g.add_argument(
-        "--revive-every", type=int, help="steps between revivals of dead codes; 0: never, start as the paper"
+        "--revive-every", type=flags.natural, help="steps between revivals of dead codes; 0: never, start as the paper"
     )
     g.add_argument("--disc-start", type=flags.share, help="share of the steps after which D begins to learn")
     g.add_argument("--disc-warmup", type=flags.share, help="share of the steps that D then learns alone")
     g.add_argument("--disc-ramp", type=flags.share, help="share of the steps over which its gradient comes in")
-    g.add_argument("--disc-lr", type=float, help="learning rate of D's Adam")
-    g.add_argument("--disc-weight", type=float, help="times lambda")
+    g.add_argument("--disc-lr", type=flags.rate, help="learning rate of D's Adam")
+    g.add_argument("--disc-weight", type=flags.weight, help="times lambda")
     g.add_argument(
         "--disc-loss",
         default="hinge",
@@ -210,7 +210,7 @@ def parse_flags():
     )
     g.add_argument("--disc-channels", type=flags.positive, help="channels of D's first layer")
     g.add_argument("--disc-layers", type=flags.positive, help="2: patches of 34 pixels, 3: of 70")
-    g.add_argument("--max-lambda", type=float, help="cap of the adaptive weight")
+    g.add_argument("--max-lambda", type=flags.weight, help="cap of the adaptive weight")
 
     return flags.parse(p, PRESETS, "vqgan", RESUME_NEEDS, MAY_CHANGE)
 
@@ -231,9 +231,6 @@ def check(args, world: int) -> None:
         raise UserError(
             f"--disc-layers {args.disc_layers} needs pictures of {2 ** (args.disc_layers + 2)} pixels or more"
         )
-    for flag, value in (("--lr", args.lr), ("--disc-lr", args.disc_lr)):
-        if value <= 0:
-            raise UserError(f"{flag} {value} must be above 0")
 
 
 def uses_disc(args) -> bool:

@@ -34,12 +34,14 @@ class Sampling:
     guidance: float = 1.0
 
     def __post_init__(self):
-        if self.temperature < 0:
-            raise ValueError(f"temperature {self.temperature} is below 0")
+        if not self.temperature >= 0:  # so that NaN is refused too
+            raise ValueError(f"temperature {self.temperature} is not 0 or more")
         if self.top_k is not None and self.top_k < 1:
             raise ValueError(f"top_k {self.top_k} leaves no code")
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise ValueError(f"top_p {self.top_p} is not in (0, 1]")
+        if not abs(self.guidance) < float("inf"):
+            raise ValueError(f"guidance {self.guidance} is not a finite number")
 
 
 def filter_logits(logits: Tensor, top_k: int | None, top_p: float | None) -> Tensor:

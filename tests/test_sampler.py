@@ -85,6 +85,7 @@ def test_rejection_keeps_the_best():
 
 
 def test_settings_that_make_no_sense():
-    for wrong in ({"temperature": -1}, {"top_k": 0}, {"top_p": 0.0}, {"top_p": 1.5}):
+    wrongs = [{"temperature": -1}, {"top_k": 0}, {"top_p": 0.0}, {"top_p": 1.5}]
+    for wrong in [*wrongs, {"temperature": float("nan")}, {"guidance": float("nan")}]:
         with pytest.raises(ValueError):
             Sampling(**wrong)

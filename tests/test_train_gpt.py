@@ -249,7 +249,7 @@ def test_sample_mistakes(stage_two):
         ("class", ["--size", "large"], ["not a size like 256x512"]),
         ("class", ["--cond-image", "x.png"], ["conditioned on class"]),
         ("class", ["--reject", "0.5"], ["--classifier"]),
-        ("class", ["--top-p", "2"], ["top_p"]),
+        ("class", ["--top-p", "2"], ["--top-p: 2.0 is not a share"]),
         ("class", ["--steps-gif", "steps.mp4"], ["must end in .gif"]),
         ("none", ["--classes", "1"], ["conditioned on none"]),
         ("none", ["--guidance", "2"], ["dropped conditions"]),

@@ -144,7 +144,10 @@ def test_flags_that_cannot_work(tmp_path):
         (["--device", "cuda:7"], ["--device cuda:7 cannot be used here"]),
         (["--input", "labels"], ["needs --num-labels"]),
         (["--disc-start", "2"], ["--disc-start"]),
-        (["--disc-lr", "0"], ["--disc-lr 0.0 must be above 0"]),
+        (["--disc-lr", "0"], ["--disc-lr: 0.0 is not a number above 0"]),
+        (["--lr", "nan"], ["--lr: nan is not a number above 0"]),
+        (["--beta", "inf"], ["--beta: inf is not a number from 0 on"]),
+        (["--seed", "-1"], ["--seed: -1 is below 0"]),
         (["--perceptual", "nowhere.pt"], ["no checkpoint at nowhere.pt"]),
     ):
         assert_one_line_error(train(tmp_path, *flags, run=run_inside), *words)

@@ -2,6 +2,7 @@
 
 import argparse
 import difflib
+import math
 import sys
 from pathlib import Path
 
@@ -10,11 +11,18 @@ from . import checkpoint
 from .runtime import UserError
 
 
+class Help(argparse.ArgumentDefaultsHelpFormatter):
+    """Defaults are shown, but for those that say nothing: off, and not given."""
+
+    def _get_help_string(self, action):
+        return action.help if action.default in (None, False) else super()._get_help_string(action)
+
+
 class Parser(argparse.ArgumentParser):
     """argparse with defaults shown, no abbreviations, and errors of one line that name the nearest flag."""
 
     def __init__(self, **kwargs):
-        super().__init__(formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False, **kwargs)
+        super().__init__(formatter_class=Help, allow_abbrev=False, **kwargs)
 
     def error(self, message: str):
         if message.startswith("unrecognized arguments: "):
@@ -25,17 +33,47 @@ class Parser(argparse.ArgumentParser):
         raise SystemExit(2)
 
 
+# Types of flags: what is out of range is refused where it is read. NaN is neither below nor above anything, so the
+# comparisons ask for what is right and not for what is wrong.
+
+
 def positive(text: str) -> int:
+    """1, 2, 3, ..."""
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"{value} is not a positive number")
     return value
 
 
+def natural(text: str) -> int:
+    """0, 1, 2, ..."""
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"{value} is below 0")
+    return value
+
+
 def share(text: str) -> float:
+    """0 to 1."""
     value = float(text)
     if not 0 <= value <= 1:
         raise argparse.ArgumentTypeError(f"{value} is not a share between 0 and 1")
+    return value
+
+
+def weight(text: str) -> float:
+    """0 or more."""
+    value = float(text)
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"{value} is not a number from 0 on")
+    return value
+
+
+def rate(text: str) -> float:
+    """More than 0."""
+    value = float(text)
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{value} is not a number above 0")
     return value
 
 
@@ -53,11 +91,11 @@ def add_run_flags(p: Parser, presets: dict, out: str):
     g.add_argument("--out", default=out, help="run folder")
     g.add_argument("--preset", default="tiny", choices=presets, help="defaults of all flags")
     g.add_argument("--resume", action="store_true", help="go on with the run in --out, with its flags")
-    g.add_argument("--seed", type=int, default=0, help="of the weights, the data order and the crops")
+    g.add_argument("--seed", type=natural, default=0, help="of the weights, the data order and the crops")
     g.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     g.add_argument("--amp", action=argparse.BooleanOptionalAction, help="bfloat16 mixed precision (on CUDA yes)")
     g.add_argument("--compile", action="store_true", help="torch.compile: slower to start, faster to run")
-    g.add_argument("--workers", type=int, help="processes that read pictures (0 on a CPU, 8 for a GPU)")
+    g.add_argument("--workers", type=natural, help="processes that read pictures (0 on a CPU, 8 for a GPU)")
     g.add_argument("--log-every", type=positive, help="steps between rows of metrics.csv")
     g.add_argument("--val-every", type=positive, help="steps between held-out metrics and grids")
     g.add_argument("--val-images", type=positive, default=500, help="held-out pictures used, at most")
@@ -68,10 +106,10 @@ def add_run_flags(p: Parser, presets: dict, out: str):
 def add_sampling_flags(p: Parser) -> None:
     """How codes are drawn, for the scripts that sample."""
     g = p.add_argument_group("sampling")
-    g.add_argument("--temperature", type=float, default=1.0, help="below 1 sharpens; 0 takes the likeliest code")
+    g.add_argument("--temperature", type=weight, default=1.0, help="below 1 sharpens; 0 takes the likeliest code")
     g.add_argument("--top-k", type=positive, help="only the k likeliest codes")
-    g.add_argument("--top-p", type=float, help="only the likeliest codes that together have this probability")
-    g.add_argument("--guidance", type=float, default=1.0, help="above 1 exaggerates the condition")
+    g.add_argument("--top-p", type=share, help="only the likeliest codes that together have this probability")
+    g.add_argument("--guidance", type=weight, default=1.0, help="above 1 exaggerates the condition")
 
 
 def sampling(args) -> Sampling:
