@@ -35,7 +35,7 @@ PRESETS = {
         "n_embd": 128,
         "dropout": 0.0,
         "batch_size": 64,
-        "steps": 3500,
+        "steps": 3000,
         "lr": 2e-3,
         "log_every": 50,
         "val_every": 500,

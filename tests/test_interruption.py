@@ -11,8 +11,10 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 from helpers import ROOT, assert_same_run, run_script
+from PIL import Image
 
 from minvqgan.harness import checkpoint
 
@@ -103,3 +105,40 @@ def test_any_interruption_ends_with_the_same_bits(script, tmp_path):
     assert_same_run(tmp_path / "whole" / "best.pt", tmp_path / "run" / "best.pt")
     assert rows(tmp_path / "whole") == rows(tmp_path / "run")
     assert not list((tmp_path / "run").glob(".*.part")), "half files are left"
+
+
+LAUNCHES = {"two readers": [], "two processes": ["-m", "torch.distributed.run", "--nproc_per_node=2"]}
+
+
+@pytest.mark.parametrize("launch", LAUNCHES)
+def test_ctrl_c_of_a_terminal(launch, tmp_path):
+    """It reaches every process at once: the readers, and all that torchrun has started, to which torchrun hands it on
+    once more. The step under way is saved all the same."""
+    (tmp_path / "photos").mkdir()
+    # Large and without pattern: slow to read, so that training waits for its readers.
+    pixels = np.random.default_rng(0).integers(0, 256, (1500, 2000, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "photos" / "0.png", compress_level=1)
+    for i in range(1, 100):
+        os.link(tmp_path / "photos" / "0.png", tmp_path / "photos" / f"{i}.png")
+    more = ["--workers", "2", "--data", "photos"] if launch == "two readers" else []
+    words = [str(ROOT / VQGAN[0]), *VQGAN[1:], "9999", "--out", "run", "--log-every", "1", *more]
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen(
+        [sys.executable, *LAUNCHES[launch], *words],
+        cwd=tmp_path,
+        env=env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    began = time.time()
+    while not rows(tmp_path / "run"):
+        time.sleep(0.02)
+        assert process.poll() is None and time.time() - began < 120
+    os.killpg(process.pid, signal.SIGINT)
+    out, err = process.communicate(timeout=120)
+    assert "stopped and saved at step" in out, err[-3000:]
+    assert checkpoint.read(tmp_path / "run" / "last.pt")["step"] >= 1
+    if launch == "two readers":  # torchrun ends in a way of its own
+        assert process.returncode == 130 and "Traceback" not in err, err[-3000:]

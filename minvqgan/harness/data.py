@@ -14,6 +14,7 @@ A folder of pairs has `images/` beside `labels/` (or `depth/`), equal names in b
 recursively and its subfolders are the classes. `train/` and `val/` above that are respected.
 """
 
+import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -442,6 +443,13 @@ class Stream(Sampler):
             position += self.world
 
 
+def _leave_signals_alone(worker: int) -> None:
+    """A terminal sends Ctrl-C to all of its processes, and a cluster SIGTERM: a reader that obeyed would be missing for
+    the step that is still to be saved. The readers end when the training does."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
 def train_loader(
     dataset, batch_size: int, seed: int, start: int, workers: int, rank: int = 0, world: int = 1, pin: bool = False
 ):
@@ -450,7 +458,8 @@ def train_loader(
     # a resumed run differ from an uninterrupted one.
     own = torch.Generator().manual_seed(seed)
     sampler = Stream(len(dataset), seed, start, rank, world)
-    return iter(DataLoader(dataset, batch_size, sampler=sampler, num_workers=workers, pin_memory=pin, generator=own))
+    how = {"num_workers": workers, "worker_init_fn": _leave_signals_alone, "pin_memory": pin, "generator": own}
+    return iter(DataLoader(dataset, batch_size, sampler=sampler, **how))
 
 
 def held_out_batches(dataset, batch_size: int, limit: int) -> Iterator[dict]:

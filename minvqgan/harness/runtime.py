@@ -7,6 +7,7 @@ import math
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -147,17 +148,22 @@ def gathered(mine: torch.Tensor, rank: int, world: int) -> torch.Tensor | None:
 
 
 class Stopper:
-    """Turns Ctrl-C and SIGTERM into a flag, so that the step under way is saved. A second Ctrl-C ends at once."""
+    """Turns Ctrl-C and SIGTERM into a flag, so that the step under way is saved. A second Ctrl-C ends at once.
+
+    What follows within two seconds is still the first: torchrun hands on to its processes what the terminal has sent to
+    each of them already.
+    """
 
     def __init__(self):
-        self.signal = 0
+        self.signal, self.since = 0, math.inf
         signal.signal(signal.SIGINT, self._note)
         signal.signal(signal.SIGTERM, self._note)
 
     def _note(self, number: int, frame) -> None:
-        if self.signal:
+        now = time.monotonic()
+        if self.signal and now - self.since > 2:
             raise KeyboardInterrupt
-        self.signal = number
+        self.signal, self.since = number, now
 
     def stop(self, device: torch.device) -> bool:
         """True once any process was asked to stop: all must leave the loop at the same step."""
