@@ -78,8 +78,9 @@ PRESETS = {
         "val_every": 200,
         "save_every": 200,
     },
-    # 64 px, f = 8: for a folder of your own. max_lambda is not measured: LPIPS makes L_rec's gradient, and so lambda,
-    # larger than in tiny.
+    # 64 px, f = 8: for a folder of your own. Only begun, not measured to the end: 400 steps on 367 photographs, without
+    # LPIPS, came to use 78 % of the codes on held-out ones, and rising. max_lambda is not measured: LPIPS makes L_rec's
+    # gradient, and so lambda, larger than in tiny.
     "small": {
         "image_size": 64,
         "ch": 32,
