@@ -85,9 +85,9 @@ def optional(load, name: str, device: torch.device):
     return judge.to(device) if judge is not None else None
 
 
-def check_numbers(args, val_set) -> None:
+def check_numbers(*numbers: int) -> None:
     """Distances between sets need a few pictures in each. Raises UserError."""
-    fewest = min(args.images, len(val_set), args.n if args.gpt else args.images)
+    fewest = min(numbers)
     if fewest < 4:
         raise UserError(
             f"distances between sets need 4 pictures, not {fewest}: more -n or --images, or --features none"
@@ -149,6 +149,8 @@ def evaluate_vqgan(args, model: VQGAN, val_set, device: torch.device, table: Tab
     seen: dict[str, list] = {"real": [], "fake": []}
     counts = torch.zeros(K, dtype=torch.long)
     number = min(args.images, len(val_set))
+    if features is not None:
+        check_numbers(number)
     batches = data.held_out_batches(val_set, args.batch_size, number)
     for batch in tqdm(batches, total=math.ceil(number / args.batch_size), desc="reconstructions", leave=False):
         x = data.to_input({k: v.to(device) for k, v in batch.items()}, kind, model.config.in_channels)
@@ -215,6 +217,8 @@ def evaluate_gpt(args, model: TwoStage, train_set, val_set, device: torch.device
     if features is None and not (judge and model.condition.kind == "class"):
         print(f"{len(nats)} held-out pictures of {args.data}")
         return
+    if features is not None:
+        check_numbers(args.n, len(nats))
     images, classes = new_images(args, model, val_set, to_c, sampling, device)
     fake = pictures.to_rgb(images, kind)
     if judge and model.condition.kind == "class":
@@ -260,8 +264,6 @@ def main() -> int:
         raise UserError(f"{args.gpt} holds a VQGAN; evaluate it by --vqgan")
     vqgan = model.vqgan if isinstance(model, TwoStage) else model
     train_set, val_set = open_sets(args, model if args.gpt else vqgan, vqgan)
-    if args.features != "none":
-        check_numbers(args, val_set)
     Path(args.out).mkdir(parents=True, exist_ok=True)
     table = Table()
     if args.gpt:

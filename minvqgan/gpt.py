@@ -67,7 +67,8 @@ class CausalSelfAttention(nn.Module):
         # A single new token sees everything that is there, and needs no mask.
         causal = mask is None and t > 1
         dropout = self.dropout if self.training else 0.0
-        y = F.scaled_dot_product_attention(q, *kv, mask, dropout, causal)  # (B, h, t, C/h)
+        k, v = kv  # each (B, h, t, C/h), or with a cache (B, h, filled + t, C/h)
+        y = F.scaled_dot_product_attention(q, k, v, mask, dropout, causal)  # (B, h, t, C/h)
         return self.proj(y.transpose(1, 2).reshape(B, t, C))
 
 

@@ -116,7 +116,7 @@ def test_256_tokens_batch_8_against_the_cached_sampler(benchmark):
         *(benchmark, "256 tokens, batch 8, both cached"),
         lambda: sampler.continue_tokens(gpt, start, start[:, :0], u, Sampling()),
         lambda: plain.sample_cached(start, 256),
-        *(1.5, 5),  # 1.6 to 1.9 by machine: three quarters of it are the same matrix products on both sides
+        *(1.5, 5),  # 1.6 to 1.9 by machine: more than half of it are the same matrix products on both sides
     )
 
 
