@@ -40,13 +40,13 @@ def parse_flags():
     g.add_argument("-n", type=flags.positive, default=16, help="images, of each class or for each given image")
     g.add_argument("--classes", help="names or numbers, separated by commas (all)")
     g.add_argument("--complete", metavar="IMAGE", help="an image whose first rows are kept and the rest imagined")
-    g.add_argument("--keep", type=flags.share, default=0.5, help="share of the rows that --complete keeps")
+    g.add_argument("--keep", type=flags.fraction, default=0.5, help="share of the rows that --complete keeps")
     g.add_argument("--cond-image", metavar="IMAGE", help="what a spatially conditioned model starts from")
     g.add_argument("--size", type=size, metavar="HxW", help="in pixels; beyond the training size a window slides")
 
     flags.add_sampling_flags(p)
     g = p.add_argument_group("how")
-    g.add_argument("--reject", type=flags.share, metavar="RATE", help="keep the best share, as a classifier judges")
+    g.add_argument("--reject", type=flags.fraction, metavar="RATE", help="keep the best share, as a classifier judges")
     g.add_argument(
         "--classifier", metavar="FILE", help="for --reject: of minvqgan.harness.metrics, or a torchvision name"
     )

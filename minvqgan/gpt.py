@@ -15,16 +15,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .options import option
+
 
 @dataclass
 class GPTConfig:
     num_codes: int  # K: the head's outputs
     num_cond: int  # condition tokens, numbered K to K + num_cond - 1
     block_size: int  # longest sequence [c | s]
-    n_layer: int = 4
-    n_head: int = 4
-    n_embd: int = 128
-    dropout: float = 0.0
+    n_layer: int = option(4, "blocks", least=1, most=1000)
+    n_head: int = option(4, "attention heads a block", least=1)
+    n_embd: int = option(128, "width", least=1)
+    dropout: float = option(0.0, "fraction of activations dropped; 0.1 and more on small datasets", least=0, most=1)
 
 
 class KVCache:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from . import sampler
 from .conditioning import Condition, NoCondition, coordinates
 from .gpt import GPT
+from .options import option
 from .orders import ORDERS
 from .sampler import Sampling
 from .vqgan import VQGAN
@@ -28,7 +29,7 @@ from .vqgan import VQGAN
 @dataclass
 class TwoStageConfig:
     n: int  # side of the latent map that the transformer was trained on
-    order: str = "row"
+    order: str = option("row", "in which the codes are read", choices=tuple(ORDERS))
     guided: bool = False  # trained with dropped conditions: one more condition token stands for "no condition"
     shared_range: bool = False  # condition tokens share the image codes' numbers, as in official checkpoints
     classes: tuple[str, ...] = ()  # names, by number
@@ -80,10 +81,23 @@ class TwoStage(nn.Module):
         """c as its condition takes it -> r: (B, h, w) for maps, (B, 1) for the others."""
         return self.condition(c) + self.offset
 
-    def forward(self, s: Tensor, r: Tensor, s_in: Tensor | None = None) -> Tensor:
-        """-log p(s | r) in nats, (B, T). s (B, T), r (B, R) or (B, n, n). s_in: what is read in s' place (pkeep)."""
-        r = r.flatten(1)
-        s_in = s if s_in is None else s_in
+    def forward(self, s: Tensor, r: Tensor, pkeep: float = 1.0, drop_cond: float = 0.0) -> Tensor:
+        """-log p(s | r) in nats, (B, T); its mean is the loss of stage two (Eq. 9, 10). s (B, T); r (B, R) or a map.
+
+        pkeep: fraction of the codes that are read as they are; the others are read as random ones, as the model will
+            read its own mistakes when it samples.
+        drop_cond: fraction of the sequences read without c, so that the same model also learns p(s), which guidance
+            leads away from. Raises ValueError for a model without a token for that.
+        """
+        r, s_in = r.flatten(1), s
+        if pkeep < 1:
+            wrong = torch.rand(s.shape, device=s.device) >= pkeep
+            s_in = torch.where(wrong, torch.randint_like(s, self.vqgan.config.codebook_size), s)
+        if drop_cond > 0:
+            if self.null is None:
+                raise ValueError("this model has no token for a dropped condition")
+            dropped = torch.rand(len(r), 1, device=r.device) < drop_cond
+            r = torch.where(dropped, self.null, r)
         logits = self.gpt(torch.cat([r, s_in[:, :-1]], 1))  # (B, R + T - 1, K); the last code is predicted, never read
         logits = logits[:, r.shape[1] - 1 :]  # what follows r is s_1: from here on the T predictions of s
         return F.cross_entropy(logits.transpose(1, 2).float(), s, reduction="none")

@@ -63,7 +63,9 @@ def stage_two(stage_one):
 
 def test_a_run_leaves_what_it_promises(stage_two):
     run = stage_two / "gpt_class"
-    assert {p.name for p in run.iterdir()} == {"last.pt", "best.pt", "config.json", "metrics.csv", "loss.png", "images"}
+    assert {p.name for p in run.iterdir()} == {
+        *"last.pt best.pt codes.pt config.json metrics.csv loss.png images".split()
+    }
     assert "step_0000008_samples.png" in {p.name for p in (run / "images").iterdir()}
     assert "step_0000008_completions.png" in {p.name for p in (run / "images").iterdir()}
     with open(run / "metrics.csv") as file:
@@ -98,7 +100,7 @@ def test_table_of_tokens_is_what_encoding_on_the_fly_gives(stage_two, tmp_path):
         x = train[i, None]["image"][None]
         assert torch.equal(s[i, 0].long(), model.image_tokens(x)[0])
         assert torch.equal(s[i, 1].long(), model.image_tokens(x.flip(-1))[0])
-    stream = tokens.batches(model, train, to_c, 5, 0, 0, 0, 0, 1, torch.device("cpu"))
+    stream = tokens.rows_of(s, r, data.Stream(5, seed=0), 5, torch.device("cpu"))
     first, second = next(stream)[0], next(stream)[0]
     assert {tuple(t.tolist()) for t in torch.cat([first, second])} == {tuple(t.tolist()) for t in s.flatten(0, 1)}
 
@@ -173,10 +175,10 @@ def size_of(path):
 
 
 def test_sample_writes_grids_files_and_animations(stage_two):
-    cell = 64 + 2  # 16 pixels, enlarged four times, and a frame
+    cell = 64 + 2  # 16 pixels, enlarged four times, and a frame of 2
     done = sample(stage_two, "class", "-n", "3", "--classes", "star,0", "--steps-gif", "steps.gif", "--guidance", "2")
     assert done.returncode == 0, done.stderr
-    assert size_of(stage_two / "samples.png") == (3 * cell, 2 * cell)
+    assert size_of(stage_two / "samples.png") == (3 * cell + 2, 2 * cell + 2)
     assert Image.open(stage_two / "steps.gif").n_frames > 10
     assert "codes/s" in done.stdout
     done = sample(stage_two, "class", "-n", "2", "--classes", "ring", "--out", "files")
@@ -199,10 +201,10 @@ def test_sample_is_the_same_for_any_batch_size(stage_two):
 
 def test_sample_larger_than_the_model_has_seen(stage_two):
     for out, flags, expected in (
-        ("none", ["-n", "1", "--size", "24x40"], (40 * 1 + 2, 24 + 2)),
-        ("coords", ["-n", "1", "--size", "20x32"], (32 * 2 + 2, 20 * 2 + 2)),
-        ("spatial", ["-n", "1", "--cond-image", "pairs/labels/photo_00.png"], (24 * 2 + 2, 2 * (20 * 2 + 2))),
-        ("sketch", ["-n", "1", "--cond-image", "pairs/images/photo_00.png"], (24 * 2 + 2, 2 * (20 * 2 + 2))),
+        ("none", ["-n", "1", "--size", "24x40"], (40, 24)),
+        ("coords", ["-n", "1", "--size", "20x32"], (32 * 2, 20 * 2)),
+        ("spatial", ["-n", "1", "--cond-image", "pairs/labels/photo_00.png"], (24 * 2 + 4, 2 * (20 * 2 + 2) + 2)),
+        ("sketch", ["-n", "1", "--cond-image", "pairs/images/photo_00.png"], (24 * 2 + 4, 2 * (20 * 2 + 2) + 2)),
     ):
         done = sample(stage_two, out, "--out", f"large_{out}.png", *flags)
         assert done.returncode == 0, done.stderr
@@ -249,7 +251,7 @@ def test_sample_mistakes(stage_two):
         ("class", ["--size", "large"], ["not a size like 256x512"]),
         ("class", ["--cond-image", "x.png"], ["conditioned on class"]),
         ("class", ["--reject", "0.5"], ["--classifier"]),
-        ("class", ["--top-p", "2"], ["--top-p: 2.0 is not a share"]),
+        ("class", ["--top-p", "2"], ["--top-p: 2.0 is more than 1"]),
         ("class", ["--steps-gif", "steps.mp4"], ["must end in .gif"]),
         ("none", ["--classes", "1"], ["conditioned on none"]),
         ("none", ["--guidance", "2"], ["dropped conditions"]),

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .sampler import Sampling, choose
+from ..sampler import Sampling, choose
 
 
 def causal_kernel(k: int, sees_itself: bool) -> Tensor:
