@@ -20,7 +20,8 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from minvqgan import sampler
-from minvqgan.harness import data, flags, metrics, official, pictures, runtime
+from minvqgan.harness import data, flags, official, pictures, runtime
+from minvqgan.harness.classifier import load_classifier, match_classes
 from minvqgan.harness.runtime import UserError
 from minvqgan.two_stage import TwoStage
 
@@ -48,7 +49,7 @@ def parse_flags():
     g = p.add_argument_group("how")
     g.add_argument("--reject", type=flags.fraction, metavar="RATE", help="keep the best share, as a classifier judges")
     g.add_argument(
-        "--classifier", metavar="FILE", help="for --reject: of minvqgan.harness.metrics, or a torchvision name"
+        "--classifier", metavar="FILE", help="for --reject: of minvqgan.harness.classifier, or a torchvision name"
     )
     g.add_argument("--seed", type=flags.natural, default=0, help="image i takes seed + i, in any batch")
     g.add_argument("--batch-size", type=flags.positive, default=64, help="images at a time")
@@ -192,8 +193,8 @@ def main() -> int:
             raise UserError("--reject needs a class-conditional model and --classifier")
         if not 0 < args.reject <= 1:
             raise UserError(f"--reject {args.reject} is not a rate in (0, 1]")
-        classifier = metrics.load_classifier(args.classifier).to(device)
-        number_of = metrics.match_classes(classifier.classes, model.config.classes)
+        classifier = load_classifier(args.classifier).to(device)
+        number_of = match_classes(classifier.classes, model.config.classes)
         per_row = math.ceil(args.n / args.reject)
 
     h, w = start.height // model.vqgan.config.f, start.width // model.vqgan.config.f

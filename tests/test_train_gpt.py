@@ -14,7 +14,8 @@ from helpers import ROOT, assert_one_line_error, assert_same_run, make_photos, r
 from PIL import Image
 
 import minvqgan
-from minvqgan.harness import checkpoint, data, metrics, tokens
+from minvqgan.harness import checkpoint, data, tokens
+from minvqgan.harness.classifier import Classifier, load_classifier, save_classifier
 
 STAGE_ONE = (
     "train_vqgan.py --image-size 16 --ch 8 --ch-mult 1 2 --z-channels 8 --code-dim 4 --codebook-size 16 --batch-size 4 "
@@ -228,9 +229,8 @@ def test_completion_keeps_the_upper_rows(stage_two):
 def test_rejection_keeps_the_images_that_the_classifier_likes(stage_two):
     torch.manual_seed(0)
     names = data.open_data("shapes", 16)[0].classes
-    classifier = metrics.Classifier(names).eval()
-    state = classifier.state_dict()
-    checkpoint.save(stage_two / "classifier.pt", "classifier", classes=list(names), model=state)
+    save_classifier(stage_two / "classifier.pt", Classifier(names))
+    classifier = load_classifier(stage_two / "classifier.pt")
     done = sample(
         *(stage_two, "class", "-n", "2", "--classes", "star", "--reject", "0.25", "--classifier", "classifier.pt"),
         *("--out", "kept"),
