@@ -14,11 +14,11 @@ from minvqgan.quantizer import VectorQuantizer
 
 TINY = (
     "train_vqgan.py --image-size 16 --ch 8 --ch-mult 1 2 --z-channels 8 --code-dim 4 --codebook-size 32 --batch-size 8 "
-    "--val-images 8 --val-every 6 --log-every 2 --save-every 3 --disc-channels 8 --disc-start 0.3"
+    "--val-images 8 --val-every 6 --log-every 2 --save-every 3 --disc-channels 8 --disc-start 0.3 --perceptual none --no-amp"
 ).split()
 GPT = (
     "train_gpt.py --vqgan one/last.pt --n-layer 1 --n-head 2 --n-embd 16 --batch-size 8 --drop-cond 0 --val-images 8 "
-    "--val-every 6 --log-every 2 --save-every 3"
+    "--val-every 6 --log-every 2 --save-every 3 --no-amp"
 ).split()
 
 

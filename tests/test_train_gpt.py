@@ -19,11 +19,11 @@ from minvqgan.harness.classifier import Classifier, load_classifier, save_classi
 
 STAGE_ONE = (
     "train_vqgan.py --image-size 16 --ch 8 --ch-mult 1 2 --z-channels 8 --code-dim 4 --codebook-size 16 --batch-size 4 "
-    "--steps 4 --val-images 8 --val-every 4 --disc-channels 8"
+    "--steps 4 --val-images 8 --val-every 4 --disc-channels 8 --perceptual none --no-amp"
 ).split()
 STAGE_TWO = (
     "train_gpt.py --n-layer 1 --n-head 2 --n-embd 16 --batch-size 4 --steps 8 --val-images 8 --val-every 4 "
-    "--log-every 2 --save-every 3"
+    "--log-every 2 --save-every 3 --no-amp"
 ).split()
 
 

@@ -27,7 +27,7 @@ from minvqgan.vqgan import VQGANConfig
 TINY = (
     "train_vqgan.py --image-size 16 --ch 8 --ch-mult 1 2 --norm-groups 1 --z-channels 8 --code-dim 4 "
     "--codebook-size 32 --batch-size 4 --steps 12 --val-images 8 --val-every 6 --log-every 2 --save-every 3 "
-    "--disc-start 0.3 --disc-channels 8"
+    "--disc-start 0.3 --disc-channels 8 --perceptual none --no-amp"
 ).split()
 
 

@@ -110,7 +110,7 @@ def add_run_flags(p: Parser, presets: dict, out: str):
     g.add_argument("--resume", action="store_true", help="continue the run in --out, with its flags")
     g.add_argument("--seed", type=natural, default=0, help="of the weights, the data order and the crops")
     g.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
-    g.add_argument("--amp", action=argparse.BooleanOptionalAction, help="bfloat16 mixed precision (on CUDA yes)")
+    g.add_argument("--amp", action=argparse.BooleanOptionalAction, help="bfloat16 mixed precision (where it is faster)")
     g.add_argument("--compile", action="store_true", help="torch.compile: slower to start, faster to run")
     g.add_argument("--workers", type=natural, help="processes that read images (0 on a CPU, 8 for a GPU)")
     g.add_argument("--log-every", type=positive, help="steps between rows of metrics.csv")

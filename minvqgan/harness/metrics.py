@@ -47,7 +47,7 @@ def evaluate_vqgan(
         counts += torch.bincount(quantized.indices.flatten().cpu(), minlength=K)
         values = label_metrics(x, x_hat) if kind == "labels" else image_metrics(x, x_hat, perceptual)
         for name, value in values.items():
-            sums[name] = sums.get(name, 0.0) + value.double().sum().item()
+            sums[name] = sums.get(name, 0.0) + value.sum().item()
         n += len(x)
     model.train(training)
     usage, perplexity = codebook_stats(counts)
@@ -67,7 +67,7 @@ def label_metrics(x: Tensor, logits: Tensor) -> dict[str, Tensor]:
     """cross_entropy and pixel_accuracy of one-hot label maps and their logits (B, C, H, W): each (B,)."""
     labels = x.argmax(1)  # (B, H, W)
     cross_entropy = F.cross_entropy(logits, labels, reduction="none").mean((1, 2))
-    return {"cross_entropy": cross_entropy, "pixel_accuracy": (logits.argmax(1) == labels).double().mean((1, 2))}
+    return {"cross_entropy": cross_entropy, "pixel_accuracy": (logits.argmax(1) == labels).float().mean((1, 2))}
 
 
 def ssim(x: Tensor, x_hat: Tensor) -> Tensor:

@@ -47,7 +47,8 @@ class Run:
         self.columns, self.panels, self.shown = columns, panels, shown
         self.device = runtime.pick_device(args.device)
         self.rank, self.world = runtime.init_processes(self.device)
-        self.amp = self.device.type == "cuda" if args.amp is None else args.amp
+        # Written back, so that the checkpoint's flags say what was used, and a resumed run keeps to it.
+        self.amp = args.amp = runtime.pick_amp(args.amp, self.device)
         self.workers = (0 if self.device.type == "cpu" else 8) if args.workers is None else args.workers
         self.out = Path(args.out)
         if (self.out / "last.pt").exists() and not args.resume:
@@ -90,7 +91,7 @@ class Run:
         (self.out / "config.json").write_text(json.dumps({"flags": vars(self.args)} | described, indent=2))
         self.metrics = MetricsFile(self.out / "metrics.csv", self.columns, self.step)
         self.board = _tensorboard(self.out / "tensorboard", self.step) if self.args.tensorboard else None
-        self.announce(f"{line}; on {self.device}{' in bfloat16' if self.amp else ''}")
+        self.announce(f"{line}; on {self.device}{', bfloat16' if self.amp else ', float32'}")
 
     def steps(self) -> Iterator[int]:
         """The steps that are left, from 1 on. After each: the log's row, last.pt, and the end if one was asked for."""
