@@ -1,4 +1,4 @@
-"""The transformer of stage two (Sec. 3.2): an image as a sentence of codes, s = s_1 ... s_T, read one after another.
+"""The transformer of stage two (Sec. 3.2): an image as a sequence of codes, s = s_1 ... s_T, read one after another.
 
     p(s | c) = prod_i p(s_i | s_<i, c)                                                                 (Eq. 10)
 
@@ -32,7 +32,7 @@ class GPTConfig:
 class KVCache:
     """Keys and values of the tokens read so far, for up to `length` tokens of `batch` sequences.
 
-    Without it each new token would recompute those of all before it: T forward passes of growing length for one picture
+    Without it each new token would recompute those of all before it: T forward passes of growing length for one image
     instead of T of length one. The memory is taken once; growing it by `cat` would copy everything at every token. For
     sampling, without gradients.
     """

@@ -34,7 +34,7 @@ class ObjectiveConfig:
     disc_loss: str = option("hinge", "the paper writes log, its code trains with hinge", choices=("hinge", "log"))
     disc_weight: float = option(0.2, "of L_GAN, times lambda", least=0)
     max_lambda: float = option(0.03, "cap of the adaptive weight lambda", least=0)
-    delta: float = 1e-6  # of Eq. 7, as in the paper. DEPARTURE: the official code has 1e-4
+    delta: float = 1e-6  # of Eq. 7. DEPARTURE: as in the paper; the official code has 1e-4
 
 
 def reconstruction_loss(
@@ -46,6 +46,7 @@ def reconstruction_loss(
     we: LPIPS does not see a small shift of colour, L1 does.
     """
     if config.loss == "labels":
+        # DEPARTURE: the official code takes a binary cross-entropy for each label; a pixel has one label.
         return {"rec_loss": F.cross_entropy(x_hat, x.argmax(1))}
     if config.loss == "vqvae":
         return {"rec_loss": (x - x_hat).square().mean()}

@@ -171,7 +171,7 @@ class VectorQuantizer(nn.Module):
         """Move codes that are hardly chosen onto latents of the current batch; returns how many.
 
         z: (B, D, h, w), `Quantized.z`. A code is dead when its recent fraction of the latents is below `threshold` / K,
-        a twentieth of an equal share. Before the first step all are: the same call initialises the codebook from data.
+        a twentieth of its equal part. Before the first step all are: the same call initialises the codebook from data.
         DEPARTURE: neither the paper nor its code does this, and there many codes stay unused for good. (Cf. the random
         restarts of Jukebox, Dhariwal et al. 2020, arXiv:2005.00341.)
         """

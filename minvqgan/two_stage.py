@@ -1,6 +1,6 @@
 """Both stages as one model of images: p(x | c) through p(s | r), s = codes of x, r = tokens of c (Sec. 3.2).
 
-    x -> s    the frozen first stage, q(E(x)), read in an order          c -> r    the condition's tokens
+    x -> s    the frozen first-stage model, q(E(x)), read in an order    c -> r    the condition's tokens
     loss      -log p(s | r), the mean over s alone: [r | s] is read, r is given and not learned          (Eq. 9, 10)
     sample    r, then one code after another, then G
 
@@ -41,7 +41,7 @@ def condition_length(condition: Condition, n: int) -> int:
 
 
 class TwoStage(nn.Module):
-    """vqgan: the frozen first stage. condition: see `conditioning`. gpt: its num_codes is the first stage's K."""
+    """vqgan: the frozen first-stage model. condition: see `conditioning`. gpt: its num_codes is the codebook's K."""
 
     def __init__(self, vqgan: VQGAN, condition: Condition, gpt: GPT, config: TwoStageConfig):
         super().__init__()
@@ -50,7 +50,7 @@ class TwoStage(nn.Module):
         self.offset = 0 if config.shared_range else gpt.config.num_codes
         length = condition_length(condition, config.n) + config.n**2 - 1  # the last code is predicted and never read
         if config.n < 1 or length > gpt.config.block_size:
-            raise ValueError(f"a sentence of {length} tokens does not fit the transformer's {gpt.config.block_size}")
+            raise ValueError(f"a sequence of {length} tokens does not fit the transformer's {gpt.config.block_size}")
         self.register_buffer("order", ORDERS[config.order](config.n), persistent=False)
         need = self.offset + condition.num_tokens + config.guided
         have = gpt.config.num_codes + gpt.config.num_cond
@@ -87,7 +87,9 @@ class TwoStage(nn.Module):
         pkeep: fraction of the codes that are read as they are; the others are read as random ones, as the model will
             read its own mistakes when it samples.
         drop_cond: fraction of the sequences read without c, so that the same model also learns p(s), which guidance
-            leads away from. Raises ValueError for a model without a token for that.
+            leads away from. DEPARTURE: the paper has no guidance (Ho & Salimans 2022, arXiv:2207.12598).
+
+        Raises ValueError to drop c in a model without a token for that.
         """
         r, s_in = r.flatten(1), s
         if pkeep < 1:
@@ -162,12 +164,12 @@ class TwoStage(nn.Module):
         seeds = range(seed, seed + len(c))
         return self.vqgan.decode_indices(self.sample_indices(c, seeds, **how))
 
-    def complete(self, x: Tensor, share: float, c: Tensor | None = None, seed: int = 0, **how) -> Tensor:
-        """x (B, C, H, W) with the first `share` of its rows of codes kept and the rest imagined anew."""
+    def complete(self, x: Tensor, fraction: float, c: Tensor | None = None, seed: int = 0, **how) -> Tensor:
+        """x (B, C, H, W) with the first `fraction` of its rows of codes kept and the rest imagined anew."""
         given = self.vqgan.encode_indices(x)  # (B, h, w)
         h, w = given.shape[1:]
         c = self.default_condition(len(x), (h, w)) if c is None else c
-        how |= {"size": (h, w), "given": given, "keep": round(share * h) * w}
+        how |= {"size": (h, w), "given": given, "keep": round(fraction * h) * w}
         return self.vqgan.decode_indices(self.sample_indices(c, range(seed, seed + len(x)), **how))
 
     def default_condition(self, count: int, size: tuple[int, int] | None = None) -> Tensor:

@@ -4,9 +4,11 @@ import math
 
 import pytest
 import torch
+from helpers import NoFloat64
 
 from minvqgan import VQGAN, VQGANConfig
 from minvqgan.discriminator import PatchDiscriminator
+from minvqgan.harness import metrics
 from minvqgan.objective import (
     ObjectiveConfig,
     adaptive_weight,
@@ -182,3 +184,16 @@ def test_ramp():
     fractions = [adversarial_ramp(step, start=100, warmup=50, ramp=10) for step in (0, 100, 150, 151, 155, 160, 1000)]
     assert fractions == [0, 0, 0, 0.1, 0.5, 1, 1]
     assert adversarial_ramp(1, 0, 0, 0) == 1
+
+
+def test_nothing_is_float64_in_training_and_validation():
+    """Every operation on the device, of a step and of the held-out numbers, is watched."""
+    torch.manual_seed(0)
+    config = VQGANConfig(image_size=16, ch=8, ch_mult=(1, 2), z_channels=8, code_dim=4, codebook_size=16)
+    vqgan, disc, perceptual = VQGAN(config).train(), PatchDiscriminator(3, 8, 2), LPIPS(TwoLayers())
+    x = torch.rand(3, 3, 16, 16) * 2 - 1
+    with NoFloat64():
+        _, quantized = stage_one_step(vqgan, disc, perceptual, x, ObjectiveConfig())
+        vqgan.quantizer.revive_dead_codes(quantized.z)
+        metrics.image_metrics(x, x, perceptual)
+        metrics.label_metrics(x.gt(0).float(), x)

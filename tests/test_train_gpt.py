@@ -106,6 +106,34 @@ def test_table_of_tokens_is_what_encoding_on_the_fly_gives(stage_two, tmp_path):
     assert {tuple(t.tolist()) for t in torch.cat([first, second])} == {tuple(t.tolist()) for t in s.flatten(0, 1)}
 
 
+def test_codes_are_computed_once(stage_two, monkeypatch):
+    """A resumed run finds them in its folder. Another model, or a file that was changed, makes them anew."""
+    resume = ["train_gpt.py", "--out", "gpt_class", "--resume", "--steps", "9"]
+    done = run_inside(*resume, cwd=stage_two)
+    assert done.returncode == 0 and "computing the codes" not in done.stdout, done.stderr
+    model = minvqgan.load(stage_two / "gpt_none" / "last.pt")
+    make_photos(stage_two / "few", n=3, size=(16, 16))
+    train, _ = data.open_data(str(stage_two / "few"), 16)
+    before = tokens._identity(model, train)
+    assert tokens._identity(model, train) == before
+    os.utime(next(iter(train.files[0].values())), (1, 1))
+    touched = tokens._identity(model, train)
+    with torch.no_grad():
+        model.vqgan.to_code.bias += 1
+    assert len({before, touched, tokens._identity(model, train)}) == 3
+
+
+def test_mirrored_images_keep_the_coordinates_of_their_place(tmp_path):
+    """Codes that are computed once against what a random draw of the dataset gives for the same image."""
+    make_photos(tmp_path, n=2, size=(16, 16))
+    train, _ = data.open_data(str(tmp_path), 16, sources=("image", "coords"))
+    batch = {k: torch.as_tensor(v)[None] for k, v in train[0, None].items()}
+    draws = [train[0, i] for i in range(10)]
+    mirrored = next(d for d in draws if not torch.equal(d["image"], batch["image"][0]))
+    ours = tokens.mirrored(batch)
+    assert torch.equal(ours["image"][0], mirrored["image"]) and torch.equal(ours["coords"][0], mirrored["coords"])
+
+
 def test_coordinates_follow_crop_and_flip(tmp_path):
     """A picture that holds its own coordinates, cropped and mirrored: the two must still agree, mirrored ones in the
     mirrored picture's coordinates."""

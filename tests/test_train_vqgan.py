@@ -224,7 +224,7 @@ def test_every_flag_is_read_and_explained(script):
 
 @pytest.mark.parametrize("script", ["train_vqgan.py", "train_gpt.py"])
 def test_presets_are_complete(script):
-    """Each names the same flags: nothing is inherited in silence. Learning rates may be given for each image instead."""
+    """Each names the same flags: nothing is inherited in silence. Learning rates may be given an image instead."""
     presets = runpy.run_path(str(ROOT / script))["PRESETS"]
     named = [set(re.findall(r"--(?:no-)?([a-z-]+)", text)) for text in presets.values()]
     rates = {"lr", "disc-lr", "base-lr"}

@@ -33,7 +33,7 @@ def to_rgb(x: Tensor, kind: str) -> Tensor:
 
 
 def code_map(model: VQGAN, indices: Tensor, scale: int) -> Tensor:
-    """The indices as a picture, (B, h, w) -> (B, 3, h * scale, w * scale) in [-1, 1].
+    """A picture of the code map, (B, h, w) -> (B, 3, h * scale, w * scale) in [-1, 1].
 
     A code's colour is its place along the codebook's three principal axes, each ranked, so that like codes look alike
     and all colours are used.

@@ -4,6 +4,7 @@ import errno
 import functools
 import os
 import sys
+import time
 from collections.abc import Callable
 
 import torch
