@@ -201,7 +201,7 @@ def last_layer_gradients(vqgan: nn.Module, x_hat: Tensor, *grads: Tensor) -> lis
         vqgan, "module", vqgan
     ).decoder.conv_out.weight  # torchrun's wrapper holds the model as .module
     found = [torch.autograd.grad(x_hat, last_layer, g, retain_graph=True)[0] for g in grads]
-    if dist.is_initialized():  # the norm of the whole batch's gradient, not of this process's part
+    if dist.is_initialized():  # the norm of the whole batch's gradient, not of this process's micro-batch alone
         for g in found:
             dist.all_reduce(g)
             g /= dist.get_world_size()

@@ -71,15 +71,15 @@ class Run:
                 raise UserError(f"{self.out} is at step {self.step} of {args.steps} already; give more --steps")
         torch.manual_seed(args.seed)  # the same weights in all processes
 
-    def start(self, parts: dict, content: Callable[[], dict], described: dict, line: str) -> None:
-        """Begin writing, and on --resume fill the parts.
+    def start(self, trained: dict, content: Callable[[], dict], described: dict, line: str) -> None:
+        """Begin writing, and on --resume fill what is trained.
 
-        parts: modules and optimizers that only training needs, by their names in last.pt. content: the checkpoint of
-        the model itself, in plain containers. described: for config.json. line: printed.
+        trained: modules and optimizers by their names in last.pt. content: makes the checkpoint of the model itself, in
+        plain containers. described: for config.json. line: printed.
         """
-        self.parts, self.content = parts, content
+        self.trained, self.content = trained, content
         if self.saved:
-            checkpoint.restore(self.saved, parts, self.out / "last.pt")
+            checkpoint.restore(self.saved, trained, self.out / "last.pt")
         # From here on processes draw different random numbers: dropout, dropped conditions, Gumbel noise.
         if self.saved and self.rank < len(self.saved["random"]):
             runtime.set_random_state(self.saved["random"][self.rank])
@@ -230,7 +230,7 @@ class Run:
             return
         own = {"step": self.step, "seconds": self.seconds, "best": self.best, "best_step": self.best_step}
         own |= {"state": self.state, "sums": sums, "flags": vars(self.args), "random": random}
-        states = {name: part.state_dict() for name, part in self.parts.items()}
+        states = {name: one.state_dict() for name, one in self.trained.items()}
         checkpoint.save(self.out / "last.pt", self.kind, **(self.content() | states | own))
 
 
