@@ -170,6 +170,7 @@ def main() -> int:
     fractions = (args.disc_start, args.disc_warmup, args.disc_ramp)
     run.state = run.state or {"disc_steps": [round(f * args.steps) for f in fractions], "revived": 0}
     disc_steps = run.state["disc_steps"]
+    run.mark = disc_steps[0] if uses_disc(args) else None
     vqgan.quantizer.counts += run.state.get("counts", 0)
     run.state["counts"] = vqgan.quantizer.counts
     run.start(

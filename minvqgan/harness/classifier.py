@@ -183,6 +183,7 @@ def main() -> int:
     classes = ROTATIONS if rotations else train_set.classes
     if len(classes) < 2:
         raise UserError(f"{args.data} has no classes (subfolders); --task rotations needs none")
+    amp = runtime.pick_amp(args.amp, device)
     torch.manual_seed(args.seed)
     model = Classifier(classes, args.network).to(device, memory_format=torch.channels_last)
     opt = torch.optim.AdamW(model.parameters(), args.lr, weight_decay=0.05)
@@ -192,7 +193,7 @@ def main() -> int:
     for _ in bar:
         x, true = task_of(next(batches), rotations)
         x = shifted(x).to(device).contiguous(memory_format=torch.channels_last)
-        with runtime.autocast(device, args.amp):
+        with torch.autocast(device.type, torch.bfloat16, enabled=amp):
             logits = model(x)
         loss = F.cross_entropy(logits.float(), true.to(device))
         opt.zero_grad()
