@@ -57,7 +57,7 @@ def parse_flags():
 def open_sets(args, model: VQGAN | TwoStage, vqgan: VQGAN):
     """(training set, held-out set): the data and the split that the model was trained with, unless flags say other."""
     path = args.vqgan or args.gpt
-    trained_with = {} if args.official_config else checkpoint.read(path).get("flags", {})
+    trained_with = {} if args.official_config else checkpoint.trained_with(path)
     args.data = args.data or trained_with.get("data")
     if not args.data:
         raise UserError(f"{path} does not say what it was trained on; give --data")

@@ -13,7 +13,7 @@ from dataclasses import asdict
 import torch
 
 from minvqgan.discriminator import PatchDiscriminator
-from minvqgan.harness import data, flags, metrics, pictures, runtime
+from minvqgan.harness import data, flags, metrics, pictures, runtime, schema
 from minvqgan.harness.run import Run
 from minvqgan.harness.runtime import UserError
 from minvqgan.objective import ObjectiveConfig, adversarial_ramp, stage_one_step
@@ -51,7 +51,10 @@ PRESETS = {
 }
 
 # What a checkpoint must hold beside the model for training to resume from it.
-RESUME_NEEDS = {"discriminator": dict, "opt_g": dict, "opt_d": dict}
+RESUME_NEEDS = {"discriminator": schema.TENSORS, "opt_g": schema.optimizer_state, "opt_d": schema.optimizer_state}
+RESUME_NEEDS["state"] = schema.record(
+    {"disc_steps": schema.several(schema.STEP, 3), "revived": schema.STEP, "counts": schema.tensor}
+)
 
 COLUMNS = (
     "step seconds lr rec_loss l1 perceptual codebook_loss gen_loss disc_loss logits_real logits_fake lambda "

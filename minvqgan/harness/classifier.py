@@ -107,7 +107,7 @@ def load_classifier(name: str | Path) -> Classifier | TorchvisionClassifier:
     UserError."""
     if str(name) in torchvision.models.list_models(module=torchvision.models):
         return TorchvisionClassifier(str(name)).eval()
-    content = checkpoint.read(name, "classifier", needs={"classes": list, "network": str, "model": dict})
+    content = checkpoint.read(name, "classifier")
     if content["network"] not in NETWORKS:
         raise UserError(f"{name} holds a network unknown here: {content['network'][:40]!r}")
     model = Classifier(tuple(content["classes"]), content["network"])

@@ -9,7 +9,7 @@ import typing
 from pathlib import Path
 
 from ..sampler import Sampling
-from . import checkpoint
+from . import checkpoint, schema
 from .runtime import UserError
 
 
@@ -163,7 +163,7 @@ def parse(p: Parser, presets: dict, kind: str, resume_needs: dict):
         p.set_defaults(**vars(p.parse_args(presets[early.preset].split())))
     if not early.resume:
         return p.parse_args(), None
-    saved = checkpoint.read(Path(early.out) / "last.pt", kind, needs=checkpoint.RUN_NEEDS | resume_needs)
+    saved = checkpoint.read(Path(early.out) / "last.pt", kind, needs=schema.RUN | resume_needs)
     p.set_defaults(**saved["flags"])
     args = p.parse_args()
     for name, value in saved["flags"].items():

@@ -84,7 +84,7 @@ def kept_table(run: Run, model: TwoStage, dataset, to_c) -> tuple[Tensor, Tensor
             path.parent.mkdir(parents=True, exist_ok=True)
             checkpoint.save(path, "codes", identity=identity, s=whole[0], r=whole[1])
         runtime.wait()
-    saved = checkpoint.read(path, "codes", needs={"s": Tensor, "r": Tensor})
+    saved = checkpoint.read(path, "codes")
     return saved["s"], saved["r"]
 
 
