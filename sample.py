@@ -186,6 +186,11 @@ def main() -> int:
         raise UserError(f"{args.gpt} holds a VQGAN, not a transformer; train one: train_gpt.py --vqgan {args.gpt}")
     sampling = flags.sampling(args)
     start = prepare(args, model.to(device))
+    amp = runtime.pick_amp(args.amp, device, model.gpt.config.n_embd)
+    if amp:
+        model.gpt.bfloat16()
+    if rank == 0:
+        print(f"{args.gpt} on {device} in {'bfloat16' if amp else 'float32'}")
     classifier, number_of, per_row = None, [], args.n
     if args.reject is not None:
         if start.classes == [None] or not args.classifier:

@@ -6,6 +6,10 @@ Randomness is one uniform number u per token position, drawn in advance: a token
 distribution passes u. So a seed gives the same image whatever else is in the batch, with or without the cache, and in
 whatever order a large image is filled.
 
+`gpt.bfloat16()` converts the weights once, and a token then costs half the memory traffic; logits are filtered in
+float32. Rounding is a part of the seed: an image sampled in bfloat16 is another one than that in float32, but the same
+for every batch size.
+
 Letters: B batch, K codes, R condition tokens, T image tokens, h x w latents, n x n the window.
 """
 
@@ -98,22 +102,22 @@ def continue_tokens(
     use_cache=False recomputes everything for each token: the definition, and the slow way to check the cache.
     """
     guided, T_new = sampling.guidance != 1, u.shape[1]
-    if guided:
-        if null is None:
-            raise ValueError("guidance needs a model that was trained with dropped conditions")
-        r, s = torch.cat([r, null]), torch.cat([s, s])  # both halves are read in one batch
-    tokens, new = torch.cat([r, s], 1), []
+    if guided and null is None:
+        raise ValueError("guidance needs a model that was trained with dropped conditions")
+    rows = [r, null] if guided else [r]  # read in one batch
+    if len(u) == 1 and not guided and gpt.head.weight.dtype == torch.bfloat16:
+        rows = [r, r]  # a CPU rounds the product of a single row differently; two take as long as one
+    tokens, new = torch.cat([torch.cat([row, s], 1) for row in rows]), []
     with torch.inference_mode():  # no_grad, and no bookkeeping of views either: 6 % of the time on a CPU
         length = tokens.shape[1] + T_new
         cache = KVCache(gpt.config, len(tokens), length, gpt.position_embedding) if use_cache else None
         for i in range(T_new):
-            logits = gpt(tokens, cache, last_only=True)[:, 0].float()  # (B, K)
+            logits, *without_c = gpt(tokens, cache, last_only=True)[:, 0].float().chunk(len(rows))  # (B, K)
             if guided:
-                with_c, without_c = logits.chunk(2)
-                logits = without_c + sampling.guidance * (with_c - without_c)
+                logits = without_c[0] + sampling.guidance * (logits - without_c[0])
             code = choose(logits, u[:, i], sampling)  # (B,)
             new.append(code)
-            column = code.repeat(2)[:, None] if guided else code[:, None]
+            column = code.repeat(len(rows))[:, None]
             tokens = column if use_cache else torch.cat([tokens, column], 1)
             if on_token:
                 on_token(len(code))

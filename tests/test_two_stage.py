@@ -118,6 +118,33 @@ def test_same_seed_same_image_for_any_batch_and_without_the_cache(kind, guidance
     assert len({tuple(row.flatten().tolist()) for row in together}) == 4
 
 
+@pytest.mark.parametrize("guidance", [1.0, 3.0])
+def test_bfloat16_samples_the_same_image_in_any_batch(guidance):
+    """Wide enough that rounding shows: a product of one row differs from the same row among others."""
+    torch.manual_seed(0)
+    gpt = GPT(GPTConfig(64, 2, 64, n_layer=2, n_head=8, n_embd=512)).eval().bfloat16()
+    torch.nn.init.normal_(gpt.head.weight, std=0.1)
+    r, s, u = torch.full((4, 1), 64), torch.zeros(4, 0, dtype=torch.long), torch.rand(4, 64)
+    how = (Sampling(guidance=guidance), torch.full((4, 1), 65))
+    together = sampler.continue_tokens(gpt, r, s, u, *how)
+    for size in (1, 2, 3):
+        batches = zip(*(t.split(size) for t in (r, s, u, how[1])), strict=True)
+        alone = [sampler.continue_tokens(gpt, *batch[:3], how[0], batch[3]) for batch in batches]
+        assert torch.equal(together, torch.cat(alone))
+    assert len({tuple(row.tolist()) for row in together}) == 4
+
+
+def test_bfloat16_costs_little():
+    """KL divergence of the next code's distribution from that in float32, in nats."""
+    torch.manual_seed(0)
+    model = make_model("none")
+    tokens = torch.randint(0, 16, (64, 16))
+    with torch.no_grad():
+        exact = model.gpt(tokens).log_softmax(2)
+        rounded = model.gpt.bfloat16()(tokens).float().log_softmax(2)
+    assert 0 < (exact.exp() * (exact - rounded)).sum(2).mean() < 0.01
+
+
 @pytest.mark.parametrize("size", [(4, 9), (9, 4), (5, 5), (7, 10), (11, 6)])
 @pytest.mark.parametrize("kind", ["none", "coords", "spatial"])
 def test_wave_equals_one_by_one_equals_the_definition(kind, size):
