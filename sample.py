@@ -43,6 +43,7 @@ def parse_flags():
     g.add_argument("--keep", type=flags.share, default=0.5, help="share of the rows that --complete keeps")
     g.add_argument("--cond-image", metavar="IMAGE", help="what a spatially conditioned model starts from")
     g.add_argument("--size", type=size, metavar="HxW", help="in pixels; beyond the training size a window slides")
+    g.add_argument("--stride", type=flags.positive, default=1, help="columns by which it moves; 4 is 4 times as fast")
 
     flags.add_sampling_flags(p)
     g = p.add_argument_group("how")
@@ -138,6 +139,8 @@ def prepare(args, model: TwoStage) -> Start:
     if args.steps_gif and Path(args.steps_gif).suffix.lower() != ".gif":
         raise UserError(f"--steps-gif {args.steps_gif}: the name must end in .gif")
     kind, side = model.condition.kind, model.config.n * model.vqgan.config.f
+    if args.stride > model.config.n:
+        raise UserError(f"--stride {args.stride} is more than the window's {model.config.n} columns")
     if args.guidance != 1 and model.null is None:
         raise UserError("--guidance needs a model trained with dropped conditions (train_gpt.py --drop-cond)")
     if args.classes and kind != "class":
@@ -211,7 +214,8 @@ def main() -> int:
         for seeds in (mine[i : i + args.batch_size] for i in range(0, len(mine), args.batch_size)):
             c = conditions(model, start, number, len(seeds), device)
             copies = None if given is None else given.expand(len(seeds), -1, -1)
-            indices = model.sample_indices(c, seeds, (h, w), sampling, copies, start.keep, on_token=bar.update)
+            how = {"stride": args.stride, "on_token": bar.update}
+            indices = model.sample_indices(c, seeds, (h, w), sampling, copies, start.keep, **how)
             images += [model.vqgan.decode_indices(part).clamp(-1, 1) for part in indices.split(16)]
         images = torch.cat(images)
         if classifier is not None:

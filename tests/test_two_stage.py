@@ -145,9 +145,10 @@ def test_bfloat16_costs_little():
     assert 0 < (exact.exp() * (exact - rounded)).sum(2).mean() < 0.01
 
 
+@pytest.mark.parametrize("stride", [1, 2, 3, 4])
 @pytest.mark.parametrize("size", [(4, 9), (9, 4), (5, 5), (7, 10), (11, 6)])
 @pytest.mark.parametrize("kind", ["none", "coords", "spatial"])
-def test_wave_equals_one_by_one_equals_the_definition(kind, size):
+def test_wave_equals_one_by_one_equals_the_definition(kind, size, stride):
     """The definition: for each position in reading order the whole window, recomputed, and the logits at its place."""
     model = make_model(kind)
     c = condition_for(kind, 2, *size)
@@ -155,16 +156,18 @@ def test_wave_equals_one_by_one_equals_the_definition(kind, size):
     h, w = size
     s = torch.zeros(2, h, w, dtype=torch.long)
     for i in range(h):
+        left = 0
         for j in range(w):
             top = 0 if i < 2 else h - 4 if h - i < 2 else min(i - 2, h - 4)
-            left = 0 if j < 2 else w - 4 if w - j < 2 else min(j - 2, w - 4)
+            while left < w - 4 and j - left >= 2 - stride // 2 + stride:  # the window moves on by its stride
+                left = min(left + stride, w - 4)
             cut = (slice(None), slice(top, top + 4), slice(left, left + 4))
             before = r[cut].flatten(1) if r.ndim == 3 else r
             logits = model.gpt(torch.cat([before, s[cut].flatten(1)[:, :-1]], 1))[:, before.shape[1] - 1 :]
             p = logits[:, (i - top) * 4 + j - left].detach().double().softmax(1)
             s[:, i, j] = (p.cumsum(1) <= u[:, i * w + j, None]).sum(1)
     for wave in (True, False):
-        assert torch.equal(model.sample_indices(c, [0, 1], size=size, wave=wave), s)
+        assert torch.equal(model.sample_indices(c, [0, 1], size=size, wave=wave, stride=stride), s)
 
 
 def test_window_equal_to_the_grid_is_plain_sampling():
@@ -204,6 +207,8 @@ def test_images_and_mistakes():
         model.sample(torch.tensor([0]), sampling=Sampling(guidance=2.0))
     with pytest.raises(ValueError, match="fewer than the 4 x 4"):
         model.sample(torch.tensor([0]), size=(3, 8))
+    with pytest.raises(ValueError, match="a stride of 5 is not between 1 and 4"):
+        model.sample(torch.tensor([0]), size=(6, 8), stride=5)
     with pytest.raises(ValueError, match="the condition covers 4 x 4 latents, the image has 6 x 6"):
         make_model("coords").sample_indices(condition_for("coords", 1), [0], size=(6, 6))
 
