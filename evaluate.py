@@ -220,6 +220,9 @@ def evaluate_gpt(args, model: TwoStage, train_set, val_set, device: torch.device
         return
     if features is not None:
         check_numbers(args.n, len(nats))
+    if runtime.pick_amp(args.amp, device, model.gpt.config.n_embd):
+        print("new images in bfloat16")
+        model.gpt.bfloat16()
     images, classes = new_images(args, model, val_set, to_c, sampling, device)
     fake = pictures.to_rgb(images, kind)
     if judge and model.condition.kind == "class":

@@ -173,8 +173,8 @@ def main() -> int:
     fractions = (args.disc_start, args.disc_warmup, args.disc_ramp)
     run.state = run.state or {"disc_steps": [round(f * args.steps) for f in fractions], "revived": 0}
     disc_steps = run.state["disc_steps"]
-    vqgan.quantizer.counts += run.state.get("counts", 0)
-    run.state["counts"] = vqgan.quantizer.counts
+    run.mark = disc_steps[0] if uses_disc(args) else None
+    vqgan.quantizer.counts = torch.as_tensor(run.state.get("counts", 0.0), device=run.device)
     run.start(
         {"model": vqgan, "discriminator": disc, "opt_g": opt_g, "opt_d": opt_d},
         lambda: {"config": asdict(vqgan.config), "model": vqgan.state_dict()},
@@ -212,8 +212,9 @@ def main() -> int:
             usage, perplexity = codebook_stats(vqgan.quantizer.counts)
             run.write(lr=args.lr * lr_fraction(args, step), adv_fraction=adv_fraction or 0.0, usage=usage)
             run.write(perplexity=perplexity, revived=run.state["revived"])
-            vqgan.quantizer.counts.zero_()
+            vqgan.quantizer.counts = 0.0
             run.state["revived"] = 0
+        run.state["counts"] = vqgan.quantizer.counts
         if run.validates:
             validate(run, vqgan, val_set, perceptual)
     if run.rank == 0 and run.last:

@@ -3,6 +3,7 @@
 Flags are appended, and the last one counts; the words of the README stay as they are. What it says of files holds too.
 """
 
+import dataclasses
 import os
 import re
 import shlex
@@ -18,7 +19,11 @@ from helpers import ROOT, fixture, make_photos, official_files, run_inside, torc
 from PIL import Image
 
 import minvqgan
+from minvqgan.gpt import GPTConfig
 from minvqgan.harness import data
+from minvqgan.objective import ObjectiveConfig
+from minvqgan.two_stage import TwoStageConfig
+from minvqgan.vqgan import VQGANConfig
 
 README = (ROOT / "README.md").read_text()
 
@@ -159,10 +164,11 @@ def test_what_it_points_to_is_there():
     module = None
     for name in names:
         parts = name.split(".")
-        if parts[0].startswith("train_"):
-            continue
-        if (ROOT / "minvqgan" / f"{parts[0]}.py").exists():
-            module, parts = __import__(f"minvqgan.{parts[0]}", fromlist=["_"]), parts[1:]
+        for end in range(len(parts), 0, -1):  # the longest beginning that is a module of ours; else of the last one
+            if (ROOT / "minvqgan" / "/".join(parts[:end])).with_suffix(".py").exists():
+                module = __import__("minvqgan." + ".".join(parts[:end]), fromlist=["_"])
+                parts = parts[end:]
+                break
         where = module
         for part in parts:
             where = getattr(where, part)
@@ -174,6 +180,8 @@ def test_every_flag_it_names_exists():
     sources += [ROOT / "minvqgan" / "harness" / f"{name}.py" for name in ("flags", "classifier", "official")]
     sources.append(ROOT / "tests" / "benchmarks" / "report.py")
     known = {flag for path in sources for flag in re.findall(r'"(--[a-z0-9-]+)"', path.read_text())}
+    for config in (VQGANConfig, ObjectiveConfig, GPTConfig, TwoStageConfig):
+        known |= {"--" + field.name.replace("_", "-") for field in dataclasses.fields(config)}
     known |= {flag.replace("--", "--no-") for flag in ("--amp", "--flip", "--l2-norm")} | {"--nproc_per_node"}
     named = set(re.findall(r"(?<![\w-])--[a-z][\w-]+", README))
     assert len(named) > 40 and named <= known, named - known

@@ -138,6 +138,7 @@ def add_sampling_flags(p: Parser) -> None:
     g.add_argument("--top-k", type=positive, help="only the k likeliest codes")
     g.add_argument("--top-p", type=fraction, help="only the likeliest codes that together have this probability")
     g.add_argument("--guidance", type=weight, default=1.0, help="above 1 exaggerates the condition")
+    g.add_argument("--amp", action=argparse.BooleanOptionalAction, help="the transformer in bfloat16 (where faster)")
 
 
 def sampling(args) -> Sampling:

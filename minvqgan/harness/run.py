@@ -61,6 +61,7 @@ class Run:
         self.micro_batch = args.batch_size // (self.world * args.accumulate)
         self.last, self.step, self.seconds_before, self.best, self.best_step = False, 0, 0.0, math.inf, 0
         self.state: dict = {}
+        self.mark: int | None = None  # a step at which loss.png has a line
         self.sums: dict[str, list] = {}  # name -> [sum, count] since the last row, of this process
         self.pending: list[tuple[int, dict[str, Tensor]]] = []  # logged, but still on the device
         if saved:
@@ -110,7 +111,7 @@ class Run:
             if self.last or stopping or self.step % self.args.save_every == 0:
                 self._save()
             if self.rank == 0 and (self.validates or stopping):
-                pictures.plot_columns(self.out / "loss.png", self.metrics.rows(), self.panels)
+                pictures.plot_columns(self.out / "loss.png", self.metrics.rows(), self.panels, self.mark)
             if stopping and not self.last:
                 break
         self.bar.close()
