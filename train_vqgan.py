@@ -53,7 +53,8 @@ PRESETS = {
 # What a checkpoint must hold beside the model for training to resume from it.
 RESUME_NEEDS = {"discriminator": schema.TENSORS, "opt_g": schema.optimizer_state, "opt_d": schema.optimizer_state}
 RESUME_NEEDS["state"] = schema.record(
-    {"disc_steps": schema.several(schema.STEP, 3), "revived": schema.STEP, "counts": schema.tensor}
+    {"disc_steps": schema.several(schema.STEP, 3), "revived": schema.STEP},
+    {"counts": schema.either(schema.number(0, 0), schema.tensor)},
 )
 
 COLUMNS = (
@@ -175,6 +176,8 @@ def main() -> int:
     disc_steps = run.state["disc_steps"]
     run.mark = disc_steps[0] if uses_disc(args) else None
     vqgan.quantizer.counts = torch.as_tensor(run.state.get("counts", 0.0), device=run.device)
+    if vqgan.quantizer.counts.shape not in ((), (args.codebook_size,)):
+        raise UserError(f"{run.out / 'last.pt'}: state.counts is not of {args.codebook_size} codes")
     run.start(
         {"model": vqgan, "discriminator": disc, "opt_g": opt_g, "opt_d": opt_d},
         lambda: {"config": asdict(vqgan.config), "model": vqgan.state_dict()},

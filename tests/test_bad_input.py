@@ -93,8 +93,8 @@ def test_folders_without_pictures(house, tmp_path, script):
     make_photos(tmp_path / "single", n=1)
     for name, answer in (
         ("nowhere", ("nowhere", "no such folder")),
-        ("empty", ("no readable picture in", "empty")),
-        ("texts", ("no readable picture in", "texts")),
+        ("empty", ("no readable image in", "empty")),
+        ("texts", ("no readable image in", "texts")),
         ("texts/one.png", ("is a file", "give the folder")),
         ("single", ("single", "at least two")),
     ):

@@ -102,6 +102,9 @@ def read(path: str | Path, kind: str | None = None, needs: dict[str, schema.Chec
         raise UserError(f"{path} holds a {content['kind'][:40]}, not a {kind}")
     if content["kind"] not in schema.KINDS:
         raise UserError(f"{path} holds a {content['kind'][:40]}, which this version does not know")
+    missing = next((name for name in needs or {} if name not in content), None)
+    if missing:
+        raise UserError(f"{path} has no {missing}; training cannot resume from it")
     try:
         schema.record(schema.KINDS[content["kind"]] | (needs or {}))(content, "")
     except schema.Misfit as error:
@@ -189,17 +192,7 @@ def fill(module: torch.nn.Module, state: dict, path: str | Path) -> None:
             raise UserError(f"{path}: {key} holds {state[key].dtype}, not {own[key].dtype}")
     if any(t.is_meta for t in own.values()):
         module.to_empty(device="cpu")
-        zero_unsaved(module)
     module.load_state_dict(state)
-
-
-def zero_unsaved(module: torch.nn.Module) -> None:
-    """A module that was built on the meta device gets zeros where nothing was saved: the quantizer's counts."""
-    saved = module.state_dict()
-    for prefix, owner in module.named_modules():
-        for name, buffer in owner.named_buffers(recurse=False):
-            if f"{prefix}.{name}".lstrip(".") not in saved:
-                setattr(owner, name, torch.zeros(buffer.shape, dtype=buffer.dtype))
 
 
 def fit_optimizer(optimizer: torch.optim.Optimizer, saved: dict) -> dict:

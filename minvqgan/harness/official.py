@@ -174,7 +174,6 @@ def _fill(module: nn.Module, state: dict[str, Tensor], pairs: Pairs, inner: Pair
         if new[key].shape != own.shape:
             raise ValueError(f"{key} is {tuple(new[key].shape)} in the file, {tuple(own.shape)} by the configuration")
     module.load_state_dict(new, assign=True)
-    checkpoint.zero_unsaved(module)
 
 
 def load_vqgan(state: dict[str, Tensor], config: VQGANConfig) -> VQGAN:
