@@ -174,7 +174,7 @@ def main() -> int:
     run.state = run.state or {"disc_steps": [round(f * args.steps) for f in fractions], "revived": 0}
     disc_steps = run.state["disc_steps"]
     run.mark = disc_steps[0] if uses_disc(args) else None
-    vqgan.quantizer.counts = torch.as_tensor(run.state.get("counts", 0.0), device=run.device)
+    vqgan.quantizer.counts = run.state.get("counts", torch.zeros(args.codebook_size)).to(run.device)
     run.start(
         {"model": vqgan, "discriminator": disc, "opt_g": opt_g, "opt_d": opt_d},
         lambda: {"config": asdict(vqgan.config), "model": vqgan.state_dict()},
@@ -212,7 +212,7 @@ def main() -> int:
             usage, perplexity = codebook_stats(vqgan.quantizer.counts)
             run.write(lr=args.lr * lr_fraction(args, step), adv_fraction=adv_fraction or 0.0, usage=usage)
             run.write(perplexity=perplexity, revived=run.state["revived"])
-            vqgan.quantizer.counts = 0.0
+            vqgan.quantizer.counts = torch.zeros_like(vqgan.quantizer.counts)
             run.state["revived"] = 0
         run.state["counts"] = vqgan.quantizer.counts
         if run.validates:
