@@ -54,7 +54,7 @@ PRESETS = {
 RESUME_NEEDS = {"discriminator": schema.TENSORS, "opt_g": schema.optimizer_state, "opt_d": schema.optimizer_state}
 RESUME_NEEDS["state"] = schema.record(
     {"disc_steps": schema.several(schema.STEP, 3), "revived": schema.STEP},
-    {"counts": schema.either(schema.number(0, 0), schema.tensor)},
+    {"counts": schema.tensor},
 )
 
 COLUMNS = (
@@ -175,8 +175,8 @@ def main() -> int:
     run.state = run.state or {"disc_steps": [round(f * args.steps) for f in fractions], "revived": 0}
     disc_steps = run.state["disc_steps"]
     run.mark = disc_steps[0] if uses_disc(args) else None
-    vqgan.quantizer.counts = torch.as_tensor(run.state.get("counts", 0.0), device=run.device)
-    if vqgan.quantizer.counts.shape not in ((), (args.codebook_size,)):
+    vqgan.quantizer.counts = run.state.get("counts", torch.zeros(args.codebook_size)).to(run.device)
+    if vqgan.quantizer.counts.shape != (args.codebook_size,):
         raise UserError(f"{run.out / 'last.pt'}: state.counts is not of {args.codebook_size} codes")
     run.start(
         {"model": vqgan, "discriminator": disc, "opt_g": opt_g, "opt_d": opt_d},
@@ -215,7 +215,7 @@ def main() -> int:
             usage, perplexity = codebook_stats(vqgan.quantizer.counts)
             run.write(lr=args.lr * lr_fraction(args, step), adv_fraction=adv_fraction or 0.0, usage=usage)
             run.write(perplexity=perplexity, revived=run.state["revived"])
-            vqgan.quantizer.counts = 0.0
+            vqgan.quantizer.counts = torch.zeros_like(vqgan.quantizer.counts)
             run.state["revived"] = 0
         run.state["counts"] = vqgan.quantizer.counts
         if run.validates:
