@@ -4,8 +4,7 @@ import math
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from helpers import NoFloat64
 
 from minvqgan import sampler
 from minvqgan.gpt import GPT, GPTConfig
@@ -83,13 +82,6 @@ def test_forbidden_codes_are_never_chosen_and_the_ends_of_u_are_safe():
         assert code in (1, 3)
     for temperature in (0, 1e-320, 1e-30, 1e-6):
         assert choose(1e4 * logits, torch.tensor([0.99]), Sampling(temperature)).item() == 1
-
-
-class NoFloat64(TorchDispatchMode):
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        assert not any(isinstance(t, torch.Tensor) and t.dtype == torch.float64 for t in tree_leaves(out)), func
-        return out
 
 
 def test_nothing_is_float64_while_sampling():
