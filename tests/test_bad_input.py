@@ -282,7 +282,7 @@ def test_checkpoints_that_do_not_fit(house, tmp_path, flag):
 @pytest.mark.parametrize(
     "words, answer",
     [
-        ([*READERS["train_vqgan"], "--perceptual", "vgg16"], "--perceptual none"),
+        ([*READERS["train_vqgan"], "--perceptual", "vgg16"], "--perceptual small"),
         ("sample.py --gpt class/best.pt --reject 0.5 --classifier resnet18".split(), "resnet18"),
     ],
     ids=["train_vqgan", "sample"],
