@@ -6,7 +6,7 @@ arXiv:2012.09841).
     python evaluate.py --gpt runs/gpt/best.pt --features runs/classifier.pt      without InceptionV3's weights
 
 FID and Inception Score need InceptionV3's weights, which are downloaded once. Where that cannot be, a classifier of
-`python -m minvqgan.harness.metrics` takes its place, and the distances then bear its name.
+`python -m minvqgan.harness.classifier` takes its place, and the distances then bear its name.
 """
 
 import json
@@ -18,6 +18,7 @@ import torch
 from tqdm import tqdm
 
 from minvqgan.harness import checkpoint, data, distances, flags, metrics, official, pictures, runtime, tokens
+from minvqgan.harness.classifier import load_classifier, match_classes
 from minvqgan.harness.runtime import UserError
 from minvqgan.quantizer import codebook_stats
 from minvqgan.two_stage import TwoStage
@@ -222,8 +223,8 @@ def evaluate_gpt(args, model: TwoStage, train_set, val_set, device: torch.device
     images, classes = new_images(args, model, val_set, to_c, sampling, device)
     fake = pictures.to_rgb(images, kind)
     if judge and model.condition.kind == "class":
-        classifier = metrics.load_classifier(judge).to(device)
-        number_of = torch.tensor(metrics.match_classes(classifier.classes, model.config.classes))
+        classifier = load_classifier(judge).to(device)
+        number_of = torch.tensor(match_classes(classifier.classes, model.config.classes))
         guesses = torch.cat([classifier(part.to(device)).argmax(1).cpu() for part in fake.split(args.batch_size)])
         table.mean("class_accuracy", (guesses == number_of[classes]).double())
     if features is not None:

@@ -20,7 +20,8 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from minvqgan import sampler
-from minvqgan.harness import data, flags, metrics, official, pictures, runtime
+from minvqgan.harness import data, flags, official, pictures, runtime
+from minvqgan.harness.classifier import load_classifier, match_classes
 from minvqgan.harness.runtime import UserError
 from minvqgan.two_stage import TwoStage
 
@@ -40,15 +41,15 @@ def parse_flags():
     g.add_argument("-n", type=flags.positive, default=16, help="images, of each class or for each given image")
     g.add_argument("--classes", help="names or numbers, separated by commas (all)")
     g.add_argument("--complete", metavar="IMAGE", help="an image whose first rows are kept and the rest imagined")
-    g.add_argument("--keep", type=flags.share, default=0.5, help="share of the rows that --complete keeps")
+    g.add_argument("--keep", type=flags.fraction, default=0.5, help="share of the rows that --complete keeps")
     g.add_argument("--cond-image", metavar="IMAGE", help="what a spatially conditioned model starts from")
     g.add_argument("--size", type=size, metavar="HxW", help="in pixels; beyond the training size a window slides")
 
     flags.add_sampling_flags(p)
     g = p.add_argument_group("how")
-    g.add_argument("--reject", type=flags.share, metavar="RATE", help="keep the best share, as a classifier judges")
+    g.add_argument("--reject", type=flags.fraction, metavar="RATE", help="keep the best share, as a classifier judges")
     g.add_argument(
-        "--classifier", metavar="FILE", help="for --reject: of minvqgan.harness.metrics, or a torchvision name"
+        "--classifier", metavar="FILE", help="for --reject: of minvqgan.harness.classifier, or a torchvision name"
     )
     g.add_argument("--seed", type=flags.natural, default=0, help="image i takes seed + i, in any batch")
     g.add_argument("--batch-size", type=flags.positive, default=64, help="images at a time")
@@ -192,8 +193,8 @@ def main() -> int:
             raise UserError("--reject needs a class-conditional model and --classifier")
         if not 0 < args.reject <= 1:
             raise UserError(f"--reject {args.reject} is not a rate in (0, 1]")
-        classifier = metrics.load_classifier(args.classifier).to(device)
-        number_of = metrics.match_classes(classifier.classes, model.config.classes)
+        classifier = load_classifier(args.classifier).to(device)
+        number_of = match_classes(classifier.classes, model.config.classes)
         per_row = math.ceil(args.n / args.reject)
 
     h, w = start.height // model.vqgan.config.f, start.width // model.vqgan.config.f

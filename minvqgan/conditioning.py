@@ -2,7 +2,7 @@
 
     none     one start token                                        p(s)
     class    one token, the class's number                          p(s | class)
-    coords   one token a latent: where in the full picture it lies  p(s | place), for crops and sliding windows
+    coords   one token a latent: where in the full image it lies    p(s | place), for crops and sliding windows
     spatial  one token a latent: the codes of a second image, seen  p(s | label map, depth, edges, ...)
              through a VQGAN of its own
 
@@ -20,8 +20,11 @@ from .vqgan import VQGAN
 
 
 class NoCondition(nn.Module):
-    """A start token: the first code needs something to follow. The official code takes code 0 for it, so that "nothing
-    yet" and "code 0" look alike; here it has a number of its own."""
+    """A start token: the first code needs something to follow.
+
+    DEPARTURE: the official code takes code 0 for it, so that "nothing yet" and "code 0" look alike, and counts all
+    condition tokens from 0 as well. Here they have numbers of their own, behind the image codes.
+    """
 
     kind, is_map, num_tokens = "none", False, 1
 
@@ -46,10 +49,10 @@ class ClassCondition(nn.Module):
 
 
 class CoordinateCondition(nn.Module):
-    """c: (B, 1, H, W) in [0, 1], each pixel's place in the full picture, see `coordinates` -> (B, H / f, W / f).
+    """c: (B, 1, H, W) in [0, 1], each pixel's place in the full image, see `coordinates` -> (B, H / f, W / f).
 
     A crop alone does not say whether it shows sky or road; its coordinates do. The place is the pixel's rank in reading
-    order as a share of all, rounded to `levels` steps, as in the official `CoordStage`.
+    order as a fraction of all, rounded to `levels` steps, as in the official `CoordStage`.
     """
 
     kind, is_map = "coords", True
@@ -65,8 +68,8 @@ class CoordinateCondition(nn.Module):
 
 
 def coordinates(height: int, width: int) -> Tensor:
-    """The coordinates of a full picture, (1, height, width) in [0, 1): reading order over the number of pixels. A crop
-    of the picture takes the same crop of them."""
+    """The coordinates of a full image, (1, height, width) in [0, 1): reading order over the number of pixels. A crop
+    of the image takes the same crop of them."""
     return (torch.arange(height * width, dtype=torch.float32) / (height * width)).view(1, height, width)
 
 
@@ -81,7 +84,7 @@ class SpatialCondition(nn.Module):
         self.num_tokens = vqgan.config.codebook_size
 
     def train(self, mode: bool = True) -> "SpatialCondition":
-        """The second first stage is as frozen as the first."""
+        """The first-stage model of c is as frozen as that of x."""
         return super().train(False)
 
     def forward(self, c: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ lowest resolution up; norm, SiLU, convolution. Each level has one residual block
 code.
 """
 
-from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -15,47 +15,40 @@ from torch.utils.checkpoint import checkpoint_sequential
 
 from .layers import ResBlock, SelfAttention2d, Upsample, group_norm
 
+if TYPE_CHECKING:
+    from .vqgan import VQGANConfig
+
 
 class Decoder(nn.Module):
-    """G. Arguments as in `Encoder`; `out_channels` is C.
+    """G.
 
     The output is not squashed by a tanh: for images it lies near [-1, 1] because the targets do, for label maps it is
     one logit a label.
     """
 
-    def __init__(
-        self,
-        out_channels: int,
-        ch: int,
-        ch_mult: Sequence[int],
-        num_res_blocks: int,
-        attn_resolutions: Sequence[int],
-        image_size: int,
-        z_channels: int,
-        norm_groups: int,
-        dropout: float,
-    ):
+    def __init__(self, config: "VQGANConfig"):
         super().__init__()
-        channels, resolution = ch * ch_mult[-1], image_size // 2 ** (len(ch_mult) - 1)
+        c, groups = config, config.norm_groups
+        channels, resolution = c.ch * c.ch_mult[-1], c.image_size // c.f
         layers: list[nn.Module] = [
-            nn.Conv2d(z_channels, channels, 3, padding=1),
-            ResBlock(channels, channels, norm_groups, dropout),
-            SelfAttention2d(channels, norm_groups),
-            ResBlock(channels, channels, norm_groups, dropout),
+            nn.Conv2d(c.z_channels, channels, 3, padding=1),
+            ResBlock(channels, channels, groups, c.dropout),
+            SelfAttention2d(channels, groups),
+            ResBlock(channels, channels, groups, c.dropout),
         ]
-        for level in reversed(range(len(ch_mult))):
-            for _ in range(num_res_blocks + 1):
-                layers.append(ResBlock(channels, ch * ch_mult[level], norm_groups, dropout))
-                channels = ch * ch_mult[level]
-                if resolution in attn_resolutions:
-                    layers.append(SelfAttention2d(channels, norm_groups))
+        for level in reversed(range(len(c.ch_mult))):
+            for _ in range(c.num_res_blocks + 1):
+                layers.append(ResBlock(channels, c.ch * c.ch_mult[level], groups, c.dropout))
+                channels = c.ch * c.ch_mult[level]
+                if resolution in c.attn_resolutions:
+                    layers.append(SelfAttention2d(channels, groups))
             if level > 0:
                 layers.append(Upsample(channels))
                 resolution *= 2
-        layers.append(group_norm(channels, norm_groups))
+        layers.append(group_norm(channels, groups))
         self.layers = nn.Sequential(*layers)
         # G_L, the last layer: the adaptive weight of Eq. 7 is measured on its weights, so it keeps a name of its own.
-        self.conv_out = nn.Conv2d(channels, out_channels, 3, padding=1)
+        self.conv_out = nn.Conv2d(channels, c.in_channels, 3, padding=1)
         # Keep only the maps between layers and compute what lies inside again in the backward pass: a third more time,
         # a fraction of the memory, of which the high resolutions at G's end take most.
         self.checkpoint_grad = False

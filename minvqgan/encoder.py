@@ -6,57 +6,44 @@ Paper, Tab. 7, read from top to bottom: a convolution; m + 1 levels of residual 
 two levels; residual block, attention, residual block at the lowest resolution; norm, SiLU, convolution.
 """
 
-from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
 from .layers import Downsample, ResBlock, SelfAttention2d, group_norm
 
+if TYPE_CHECKING:
+    from .vqgan import VQGANConfig
+
 
 class Encoder(nn.Module):
-    """E. The arguments carry the names of the official configuration.
+    """E. What each field of the config means stands at the field.
 
-    in_channels: channels C of the image (1 gray, 3 RGB, the number of labels for one-hot label maps)
-    ch, ch_mult: level i has ch * ch_mult[i] channels
-    num_res_blocks: residual blocks a level
-    attn_resolutions: levels whose maps have these side lengths *at image_size* get attention after each block;
-        the lowest resolution always has one
-    image_size: side of the training images, in pixels; only used to find the levels that attn_resolutions means
-    z_channels: channels of the latent map
-    norm_groups: groups of every GroupNorm (32 in the official models; see `layers.group_norm`)
+    `attn_resolutions` are sides of maps *at image_size*: the levels of those sides get attention after each block. The
+    lowest resolution always has one.
     """
 
-    def __init__(
-        self,
-        in_channels: int,
-        ch: int,
-        ch_mult: Sequence[int],
-        num_res_blocks: int,
-        attn_resolutions: Sequence[int],
-        image_size: int,
-        z_channels: int,
-        norm_groups: int,
-        dropout: float,
-    ):
+    def __init__(self, config: "VQGANConfig"):
         super().__init__()
-        layers: list[nn.Module] = [nn.Conv2d(in_channels, ch, 3, padding=1)]
-        channels, resolution = ch, image_size
-        for level, mult in enumerate(ch_mult):
-            for _ in range(num_res_blocks):
-                layers.append(ResBlock(channels, ch * mult, norm_groups, dropout))
-                channels = ch * mult
-                if resolution in attn_resolutions:
-                    layers.append(SelfAttention2d(channels, norm_groups))
-            if level < len(ch_mult) - 1:  # m halvings between m + 1 levels
+        c, groups = config, config.norm_groups
+        channels, resolution = c.ch, c.image_size
+        layers: list[nn.Module] = [nn.Conv2d(c.in_channels, channels, 3, padding=1)]
+        for level, mult in enumerate(c.ch_mult):
+            for _ in range(c.num_res_blocks):
+                layers.append(ResBlock(channels, c.ch * mult, groups, c.dropout))
+                channels = c.ch * mult
+                if resolution in c.attn_resolutions:
+                    layers.append(SelfAttention2d(channels, groups))
+            if level < len(c.ch_mult) - 1:  # m halvings between m + 1 levels
                 layers.append(Downsample(channels))
                 resolution //= 2
         layers += [
-            ResBlock(channels, channels, norm_groups, dropout),
-            SelfAttention2d(channels, norm_groups),
-            ResBlock(channels, channels, norm_groups, dropout),
-            group_norm(channels, norm_groups),
+            ResBlock(channels, channels, groups, c.dropout),
+            SelfAttention2d(channels, groups),
+            ResBlock(channels, channels, groups, c.dropout),
+            group_norm(channels, groups),
             nn.SiLU(),
-            nn.Conv2d(channels, z_channels, 3, padding=1),
+            nn.Conv2d(channels, c.z_channels, 3, padding=1),
         ]
         self.layers = nn.Sequential(*layers)
 

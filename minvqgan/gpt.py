@@ -1,4 +1,4 @@
-"""The transformer of stage two (Sec. 3.2): an image as a sentence of codes, s = s_1 ... s_T, read one after another.
+"""The transformer of stage two (Sec. 3.2): an image as a sequence of codes, s = s_1 ... s_T, read one after another.
 
     p(s | c) = prod_i p(s_i | s_<i, c)                                                                 (Eq. 10)
 
@@ -15,22 +15,24 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .options import option
+
 
 @dataclass
 class GPTConfig:
     num_codes: int  # K: the head's outputs
     num_cond: int  # condition tokens, numbered K to K + num_cond - 1
     block_size: int  # longest sequence [c | s]
-    n_layer: int = 4
-    n_head: int = 4
-    n_embd: int = 128
-    dropout: float = 0.0
+    n_layer: int = option(4, "blocks", least=1, most=1000)
+    n_head: int = option(4, "attention heads a block", least=1)
+    n_embd: int = option(128, "width", least=1)
+    dropout: float = option(0.0, "fraction of activations dropped; 0.1 and more on small datasets", least=0, most=1)
 
 
 class KVCache:
     """Keys and values of the tokens read so far, for up to `length` tokens of `batch` sequences.
 
-    Without it each new token would recompute those of all before it: T forward passes of growing length for one picture
+    Without it each new token would recompute those of all before it: T forward passes of growing length for one image
     instead of T of length one. The memory is taken once; growing it by `cat` would copy everything at every token. For
     sampling, without gradients.
     """

@@ -13,9 +13,10 @@ from torch import Tensor, nn
 def group_norm(channels: int, norm_groups: int) -> nn.GroupNorm:
     """GroupNorm of Wu & He 2018 (arXiv:1803.08494) with the eps = 1e-6 of the official code.
 
-    GroupNorm and not BatchNorm, because batches of 256-pixel images are small. It subtracts the mean of each *group*:
-    with one or two channels a group nothing can carry a flat colour through the layer, and small models wash out
-    (18 dB at 2 channels a group against 27 dB at 16, on 32-pixel images). Keep at least 16 channels a group.
+    It takes GroupNorm and not BatchNorm, because batches of 256-pixel images are small. It subtracts the mean of each
+    *group*: with one or two channels a group nothing can carry a flat colour through the layer, and small models wash
+    out (18 dB at 2 channels a group against 27 dB at 16, on 32-pixel images). Keep at least 16 channels a group.
+    DEPARTURE: the official models have 32 groups throughout; our small presets have fewer, for this reason.
 
     Raises ValueError where `norm_groups` does not divide `channels`.
     """
@@ -47,8 +48,8 @@ class ResBlock(nn.Module):
 class SelfAttention2d(nn.Module):
     """x + proj(softmax(q k^T / sqrt(C)) v) over all N = H*W positions, one head: (B, C, H, W) -> (B, C, H, W).
 
-    The convolutions see a neighbourhood; this lets every position see the whole picture. It costs N^2, which is why it
-    stands at the lowest resolution only (Sec. 3.3: "a single attention block" there gathers context from everywhere).
+    The convolutions see a neighbourhood; this lets every position see the whole image. It costs N^2, which is why it
+    stands at the lowest resolution only, once, to gather context from everywhere (Sec. 3.1).
     """
 
     def __init__(self, channels: int, norm_groups: int):

@@ -1,6 +1,6 @@
-"""In which order the n x n codes of an image are read as a sentence (Sec. 4.4 and Fig. 47 of the paper's appendix).
+"""In which order the n x n codes of an image are read as a sequence (the paper's appendix, Fig. 47).
 
-An order is a permutation: sentence[:, t] = raster[:, order[t]], where raster is the map row by row. Row-major is the
+An order is a permutation: sequence[:, t] = raster[:, order[t]], where raster is the map row by row. Row-major is the
 paper's choice after comparing all of them, and the only one that completion and the sliding window can use.
 """
 
@@ -14,7 +14,7 @@ def row(n: int) -> Tensor:
 
 
 def alternate(n: int) -> Tensor:
-    """Row by row, every other one from right to left: neighbours in the sentence are neighbours in the image."""
+    """Row by row, every other one from right to left: neighbours in the sequence are neighbours in the image."""
     raster = row(n).view(n, n)
     raster[1::2] = raster[1::2].flip(1)
     return raster.flatten()

@@ -3,7 +3,8 @@
     z_q = q(z),   q(z)_ij = argmin over e_k in Z of |z_ij - e_k|                                        (Eq. 2)
     L_VQ = |sg[z] - z_q|^2 + beta |sg[z_q] - z|^2,   sg = stop-gradient (`detach`)                      (Eq. 4)
 
-The first term moves the codes to the latents, the second (the *commitment*) moves the latents to their codes. The
+The first term moves the codes to the latents, the second (the *commitment*) moves the latents to their codes. Eq. 4 has
+|x - x_hat|^2 beside them (`objective.py`) and, in the paper's third version, no beta (`codebook_loss` tells why). The
 argmin has no gradient; the decoder's gradient at z_q is handed to z as it is ("straight-through", Eq. 3).
 
 Letters: B batch, D dims of a code, h x w latent map, N = B*h*w vectors, K codes.
@@ -61,12 +62,21 @@ def rotation_trick(z: Tensor, z_q: Tensor) -> Tensor:
 def codebook_stats(counts: Tensor) -> tuple[float, float]:
     """How often each code was chosen, counts (K,) -> (usage, perplexity).
 
-    usage: share of the codes chosen at all, in [0, 1]. perplexity: exp(entropy), in [1, K]: the number of equally
+    usage: fraction of the codes chosen at all, in [0, 1]. perplexity: exp(entropy), in [1, K]: the number of equally
     frequent codes that would carry as much. K codes of which 20 do the work have usage 1 and perplexity 20.
     """
-    p = counts.double() / counts.sum().clamp_min(1)
+    counts = counts.cpu().double()  # float64 not on the device: Apple's GPUs have none
+    p = counts / counts.sum().clamp_min(1)
     entropy = -(p * p.clamp_min(1e-30).log()).sum()
     return (counts > 0).double().mean().item(), entropy.exp().item()
+
+
+def count_codes(indices: Tensor, codebook_size: int) -> Tensor:
+    """How often each code was chosen, over all processes: indices of any shape -> (K,) float32."""
+    counts = torch.bincount(indices.flatten(), minlength=codebook_size).float()
+    if dist.is_initialized():  # every process must come to the same verdict about a code
+        dist.all_reduce(counts)
+    return counts
 
 
 class VectorQuantizer(nn.Module):
@@ -93,11 +103,13 @@ class VectorQuantizer(nn.Module):
         self.codebook_size, self.beta, self.legacy = codebook_size, beta, legacy
         self.l2_norm, self.rotation = l2_norm, rotation
         self.codebook = nn.Embedding(codebook_size, code_dim)
-        # The paper's start: small and uniform. Untouched, a few codes near the latents win every comparison and the
-        # rest never move, because the loss pulls only on codes that were chosen. `revive_dead_codes` is the cure.
+        # The official code's start: small and uniform. Untouched, a few codes near the latents win every comparison and
+        # the rest never move, because the loss pulls only on codes that were chosen. `revive_dead_codes` is the cure.
         nn.init.uniform_(self.codebook.weight, -1 / codebook_size, 1 / codebook_size)
-        # Running share of the latents that chose each code; 0 before the first batch, so that all codes begin as dead.
+        # Running fraction of the latents that chose each code; 0 before the first batch: all codes begin as dead.
         self.register_buffer("recent_use", torch.zeros(codebook_size))
+        # How often each code was chosen in training, over all processes, since somebody set it to 0: for the log.
+        self.register_buffer("counts", torch.zeros(codebook_size), persistent=False)
 
     def codes(self) -> Tensor:
         """The K codes as they are compared: (K, D)."""
@@ -108,9 +120,16 @@ class VectorQuantizer(nn.Module):
         return F.embedding(indices, self.codes()).permute(0, 3, 1, 2)
 
     def codebook_loss(self, z: Tensor, z_q: Tensor) -> Tensor:
-        """Eq. 4, the mean over all numbers of z and z_q (any equal shape) -> scalar.
+        """L_VQ of Eq. 4, the mean over all numbers of z and z_q (any equal shape) -> scalar.
 
-        Both terms have the same value and differ only in who moves, so a swapped beta shows in no loss curve.
+        Both terms have the same value and differ only in who moves, so a misplaced beta shows in no loss curve. That
+        happened; beta has a story of three parts:
+          1. VQ-VAE, and the first versions of the paper, weigh the *commitment* (the latents' move) by beta = 0.25.
+          2. The official code multiplied the other term (`legacy=True`; its published models were trained so): the
+             commitment then has weight 1.
+          3. The third version of the paper has no beta any more: all models were in effect trained with a commitment
+             of weight 1, says its changelog. That is beta = 1 here.
+        DEPARTURE: the default is VQ-VAE's 0.25 on the commitment.
         """
         codes_to_latents = (z_q - z.detach()).square().mean()
         latents_to_codes = (z_q.detach() - z).square().mean()
@@ -143,18 +162,18 @@ class VectorQuantizer(nn.Module):
 
     @torch.no_grad()
     def _track_use(self, indices: Tensor) -> None:
-        counts = torch.bincount(indices.flatten(), minlength=self.codebook_size).float()  # (K,)
-        if dist.is_initialized():  # every process must come to the same verdict about a code
-            dist.all_reduce(counts)
+        counts = count_codes(indices, self.codebook_size)
+        self.counts += counts
         self.recent_use.lerp_((counts / counts.sum()).to(self.recent_use), 0.02)
 
     @torch.no_grad()
     def revive_dead_codes(self, z: Tensor, threshold: float = 0.05) -> int:
         """Move codes that are hardly chosen onto latents of the current batch; returns how many.
 
-        z: (B, D, h, w), `Quantized.z`. A code is dead when its recent share of the latents is below `threshold` / K,
-        a twentieth of an equal share. Before the first step all are: the same call initialises the codebook from data.
-        (Cf. the random restarts of Jukebox, Dhariwal et al. 2020, arXiv:2005.00341.)
+        z: (B, D, h, w), `Quantized.z`. A code is dead when its recent fraction of the latents is below `threshold` / K,
+        a twentieth of its equal part. Before the first step all are: the same call initialises the codebook from data.
+        DEPARTURE: neither the paper nor its code does this, and there many codes stay unused for good. (Cf. the random
+        restarts of Jukebox, Dhariwal et al. 2020, arXiv:2005.00341.)
         """
         dead = (self.recent_use < threshold / self.codebook_size).nonzero().squeeze(1)
         candidates = z.permute(0, 2, 3, 1).flatten(0, 2)  # (N, D)
@@ -184,6 +203,7 @@ class GumbelQuantizer(nn.Module):
         self.codebook_size, self.kl_weight, self.temperature = codebook_size, kl_weight, 1.0
         self.proj = nn.Conv2d(in_channels, codebook_size, 1)
         self.codebook = nn.Embedding(codebook_size, code_dim)
+        self.register_buffer("counts", torch.zeros(codebook_size), persistent=False)  # as in VectorQuantizer
 
     def embed(self, indices: Tensor) -> Tensor:
         """Codes of given indices: (B, h, w) int64 -> (B, D, h, w)."""
@@ -200,4 +220,6 @@ class GumbelQuantizer(nn.Module):
             return Quantized(self.embed(indices), indices, loss, z.detach())
         one_hot = F.gumbel_softmax(logits, tau=self.temperature, hard=True, dim=1)  # (B, K, h, w)
         z_q = torch.einsum("bkhw,kd->bdhw", one_hot, self.codebook.weight)
-        return Quantized(z_q, one_hot.argmax(1), loss, z.detach())
+        indices = one_hot.argmax(1)
+        self.counts += count_codes(indices, self.codebook_size)
+        return Quantized(z_q, indices, loss, z.detach())

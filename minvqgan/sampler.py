@@ -46,26 +46,33 @@ class Sampling:
 
 def filter_logits(logits: Tensor, top_k: int | None, top_p: float | None) -> Tensor:
     """logits (B, K) -> (B, K) with -inf at the codes that may not be chosen. top-p: the smallest set of likeliest codes
-    whose probabilities reach top_p (Holtzman et al. 2019, arXiv:1904.09751); the likeliest one always stays."""
-    if top_k is not None and top_k < logits.shape[1]:
-        order = logits.argsort(dim=1, descending=True, stable=True)  # not a threshold: equal logits would all stay
-        logits = logits.scatter(1, order[:, top_k:], float("-inf"))
-    if top_p is not None and top_p < 1:
-        sorted_logits, order = logits.sort(dim=1, descending=True, stable=True)
-        p = sorted_logits.softmax(1)
-        before = p.cumsum(1) - p  # probability of all likelier codes
-        logits = logits.scatter(1, order, sorted_logits.masked_fill(before >= top_p, float("-inf")))
-    return logits
+    whose probabilities reach top_p (Holtzman et al. 2019, arXiv:1904.09751), of those that top-k leaves; the likeliest
+    one always stays. Of equal logits the first ones stay."""
+    K = logits.shape[1]
+    k, top_p = min(top_k or K, K), 1 if top_p is None else top_p
+    if k == K and top_p == 1:
+        return logits
+    likeliest = logits.topk(k).values  # (B, k), falling; much faster than sorting all K where k is small
+    left = torch.full_like(likeliest[:, :1], k, dtype=torch.long)  # (B, 1), how many codes stay
+    if top_p < 1:
+        p = likeliest.softmax(1)
+        left = (p.cumsum(1) - p < top_p).sum(1, keepdim=True)  # while all likelier codes do not reach top_p
+    last = likeliest.gather(1, left - 1)  # (B, 1), the lowest logit that stays
+    above, equal = logits > last, logits == last
+    first = equal.cumsum(1) <= left - above.sum(1, keepdim=True)  # a threshold alone would let all equal ones stay
+    return torch.where(above | equal & first, logits, float("-inf"))
 
 
 def choose(logits: Tensor, u: Tensor, sampling: Sampling) -> Tensor:
-    """logits (B, K), u (B,) uniform in [0, 1) -> codes (B,)."""
-    if sampling.temperature == 0:
+    """logits (B, K) float32, u (B,) uniform in [0, 1) -> codes (B,). Without float64, which MPS does not have."""
+    if sampling.temperature < 1e-30:  # what float32 cannot divide by
         return logits.argmax(1)
-    logits = filter_logits(logits.double() / sampling.temperature, sampling.top_k, sampling.top_p)
-    cumulative = logits.softmax(1).cumsum(1)  # (B, K)
-    # Scaled by the sum, which rounding leaves a hair below 1: u above it would fall off the end.
-    return torch.searchsorted(cumulative, (u.double() * cumulative[:, -1])[:, None], right=True)[:, 0]
+    logits = (logits - logits.amax(1, keepdim=True)) / sampling.temperature  # at most 0: no overflow
+    p = filter_logits(logits, sampling.top_k, sampling.top_p).softmax(1)
+    # A GPU adds in any order, so its sums can rise by a rounding error at a code of p = 0: those are never passed. And
+    # u is scaled by the last sum, which rounding leaves a hair below 1: u above it would fall off the end.
+    cumulative = p.cumsum(1) * (p > 0)  # (B, K)
+    return (cumulative > u[:, None] * cumulative.amax(1, keepdim=True)).byte().argmax(1)  # the first one passed
 
 
 def uniforms(seeds: Sequence[int], count: int) -> Tensor:

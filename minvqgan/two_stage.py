@@ -1,6 +1,6 @@
 """Both stages as one model of images: p(x | c) through p(s | r), s = codes of x, r = tokens of c (Sec. 3.2).
 
-    x -> s    the frozen first stage, q(E(x)), read in an order          c -> r    the condition's tokens
+    x -> s    the frozen first-stage model, q(E(x)), read in an order    c -> r    the condition's tokens
     loss      -log p(s | r), the mean over s alone: [r | s] is read, r is given and not learned          (Eq. 9, 10)
     sample    r, then one code after another, then G
 
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from . import sampler
 from .conditioning import Condition, NoCondition, coordinates
 from .gpt import GPT
+from .options import option
 from .orders import ORDERS
 from .sampler import Sampling
 from .vqgan import VQGAN
@@ -28,7 +29,7 @@ from .vqgan import VQGAN
 @dataclass
 class TwoStageConfig:
     n: int  # side of the latent map that the transformer was trained on
-    order: str = "row"
+    order: str = option("row", "in which the codes are read", choices=tuple(ORDERS))
     guided: bool = False  # trained with dropped conditions: one more condition token stands for "no condition"
     shared_range: bool = False  # condition tokens share the image codes' numbers, as in official checkpoints
     classes: tuple[str, ...] = ()  # names, by number
@@ -40,7 +41,7 @@ def condition_length(condition: Condition, n: int) -> int:
 
 
 class TwoStage(nn.Module):
-    """vqgan: the frozen first stage. condition: see `conditioning`. gpt: its num_codes is the first stage's K."""
+    """vqgan: the frozen first-stage model. condition: see `conditioning`. gpt: its num_codes is the codebook's K."""
 
     def __init__(self, vqgan: VQGAN, condition: Condition, gpt: GPT, config: TwoStageConfig):
         super().__init__()
@@ -49,7 +50,7 @@ class TwoStage(nn.Module):
         self.offset = 0 if config.shared_range else gpt.config.num_codes
         length = condition_length(condition, config.n) + config.n**2 - 1  # the last code is predicted and never read
         if config.n < 1 or length > gpt.config.block_size:
-            raise ValueError(f"a sentence of {length} tokens does not fit the transformer's {gpt.config.block_size}")
+            raise ValueError(f"a sequence of {length} tokens does not fit the transformer's {gpt.config.block_size}")
         self.register_buffer("order", ORDERS[config.order](config.n), persistent=False)
         need = self.offset + condition.num_tokens + config.guided
         have = gpt.config.num_codes + gpt.config.num_cond
@@ -80,10 +81,25 @@ class TwoStage(nn.Module):
         """c as its condition takes it -> r: (B, h, w) for maps, (B, 1) for the others."""
         return self.condition(c) + self.offset
 
-    def forward(self, s: Tensor, r: Tensor, s_in: Tensor | None = None) -> Tensor:
-        """-log p(s | r) in nats, (B, T). s (B, T), r (B, R) or (B, n, n). s_in: what is read in s' place (pkeep)."""
-        r = r.flatten(1)
-        s_in = s if s_in is None else s_in
+    def forward(self, s: Tensor, r: Tensor, pkeep: float = 1.0, drop_cond: float = 0.0) -> Tensor:
+        """-log p(s | r) in nats, (B, T); its mean is the loss of stage two (Eq. 9, 10). s (B, T); r (B, R) or a map.
+
+        pkeep: fraction of the codes that are read as they are; the others are read as random ones, as the model will
+            read its own mistakes when it samples.
+        drop_cond: fraction of the sequences read without c, so that the same model also learns p(s), which guidance
+            leads away from. DEPARTURE: the paper has no guidance (Ho & Salimans 2022, arXiv:2207.12598).
+
+        Raises ValueError to drop c in a model without a token for that.
+        """
+        r, s_in = r.flatten(1), s
+        if pkeep < 1:
+            wrong = torch.rand(s.shape, device=s.device) >= pkeep
+            s_in = torch.where(wrong, torch.randint_like(s, self.vqgan.config.codebook_size), s)
+        if drop_cond > 0:
+            if self.null is None:
+                raise ValueError("this model has no token for a dropped condition")
+            dropped = torch.rand(len(r), 1, device=r.device) < drop_cond
+            r = torch.where(dropped, self.null, r)
         logits = self.gpt(torch.cat([r, s_in[:, :-1]], 1))  # (B, R + T - 1, K); the last code is predicted, never read
         logits = logits[:, r.shape[1] - 1 :]  # what follows r is s_1: from here on the T predictions of s
         return F.cross_entropy(logits.transpose(1, 2).float(), s, reduction="none")
@@ -148,12 +164,12 @@ class TwoStage(nn.Module):
         seeds = range(seed, seed + len(c))
         return self.vqgan.decode_indices(self.sample_indices(c, seeds, **how))
 
-    def complete(self, x: Tensor, share: float, c: Tensor | None = None, seed: int = 0, **how) -> Tensor:
-        """x (B, C, H, W) with the first `share` of its rows of codes kept and the rest imagined anew."""
+    def complete(self, x: Tensor, fraction: float, c: Tensor | None = None, seed: int = 0, **how) -> Tensor:
+        """x (B, C, H, W) with the first `fraction` of its rows of codes kept and the rest imagined anew."""
         given = self.vqgan.encode_indices(x)  # (B, h, w)
         h, w = given.shape[1:]
         c = self.default_condition(len(x), (h, w)) if c is None else c
-        how |= {"size": (h, w), "given": given, "keep": round(share * h) * w}
+        how |= {"size": (h, w), "given": given, "keep": round(fraction * h) * w}
         return self.vqgan.decode_indices(self.sample_indices(c, range(seed, seed + len(x)), **how))
 
     def default_condition(self, count: int, size: tuple[int, int] | None = None) -> Tensor:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from .decoder import Decoder
 from .encoder import Encoder
+from .options import option
 from .quantizer import GumbelQuantizer, Quantized, VectorQuantizer
 
 
@@ -24,23 +25,23 @@ class VQGANConfig:
     """What a VQGAN is built from; saved in its checkpoint. The names are those of the official configuration, with
     `image_size` for `resolution`, `codebook_size` for `n_embed` and `code_dim` for `embed_dim`."""
 
-    image_size: int = 32  # side of the training images in pixels; other sizes divisible by f work too
-    in_channels: int = 3  # of the image, and of the reconstruction
-    ch: int = 16
-    ch_mult: tuple[int, ...] = (1, 2, 4)
-    num_res_blocks: int = 1
-    attn_resolutions: tuple[int, ...] = ()
-    z_channels: int = 64
-    norm_groups: int = 1
-    dropout: float = 0.0
-    codebook_size: int = 256  # K
-    code_dim: int = 16  # D
-    beta: float = 0.25
-    legacy: bool = False
-    l2_norm: bool = False
-    rotation: bool = False
-    gumbel: bool = False
+    in_channels: int = 3  # C, of the image and of the reconstruction
     input_kind: str = "rgb"  # what the images are: see harness/data.py
+    image_size: int = option(32, "side of the training images in pixels; others that f divides work too", least=1)
+    ch: int = option(16, "channels at full resolution", least=1)
+    ch_mult: tuple[int, ...] = option((1, 2, 4), "channel factor of each level; f = 2^(levels - 1)", least=1)
+    num_res_blocks: int = option(1, "residual blocks a level", least=1, most=100)
+    attn_resolutions: tuple[int, ...] = option((), "sides of further maps with attention", least=1)
+    norm_groups: int = option(1, "groups of each GroupNorm; 16 channels a group or more", least=1)
+    dropout: float = option(0.0, "in the residual blocks", least=0, most=1)
+    z_channels: int = option(64, "channels of the latent map", least=1)
+    codebook_size: int = option(256, "number of codes K", least=1)
+    code_dim: int = option(16, "dimensions of a code", least=1)
+    beta: float = option(0.25, "weight of the commitment term", least=0)
+    legacy: bool = option(False, "beta on the codebook term, as in the official code for long")
+    l2_norm: bool = option(False, "compare latents and codes by direction")
+    rotation: bool = option(False, "rotation trick instead of straight-through")
+    gumbel: bool = option(False, "Gumbel-softmax quantizer instead of nearest neighbours")
 
     @property
     def f(self) -> int:
@@ -56,24 +57,14 @@ class VQGAN(nn.Module):
         self.config = c = config
         if not 1 <= len(c.ch_mult) <= 12 or not 0 < c.num_res_blocks <= 100:
             raise ValueError(f"{len(c.ch_mult)} levels of {c.num_res_blocks} residual blocks make no VQGAN")
-        shared = {
-            "ch": c.ch,
-            "ch_mult": c.ch_mult,
-            "num_res_blocks": c.num_res_blocks,
-            "attn_resolutions": c.attn_resolutions,
-            "image_size": c.image_size,
-            "z_channels": c.z_channels,
-            "norm_groups": c.norm_groups,
-            "dropout": c.dropout,
-        }
-        self.encoder = Encoder(c.in_channels, **shared)
+        self.encoder = Encoder(c)
         self.to_code = nn.Conv2d(c.z_channels, c.code_dim, 1)
         if c.gumbel:
             self.quantizer = GumbelQuantizer(c.codebook_size, c.code_dim, in_channels=c.code_dim)
         else:
             self.quantizer = VectorQuantizer(c.codebook_size, c.code_dim, c.beta, c.legacy, c.l2_norm, c.rotation)
         self.from_code = nn.Conv2d(c.code_dim, c.z_channels, 1)
-        self.decoder = Decoder(c.in_channels, **shared)
+        self.decoder = Decoder(c)
 
     def latents(self, x: Tensor) -> Tensor:
         """z before quantization: (B, C, H, W) -> (B, D, h, w). Raises ValueError for an image that does not fit."""

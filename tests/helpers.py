@@ -14,6 +14,8 @@ import pytest
 import torch
 import yaml
 from PIL import Image
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from minvqgan.harness import checkpoint
 
@@ -45,9 +47,18 @@ def official_files(fx: dict, folder: Path) -> tuple[Path, Path]:
 
 
 def relative_error(ours: torch.Tensor, truth: torch.Tensor) -> float:
-    """Largest difference, as a share of the largest true number. Shapes must agree: broadcasting hides errors."""
+    """Largest difference, as a fraction of the largest true number. Shapes must agree: broadcasting hides errors."""
     assert ours.shape == truth.shape, f"{tuple(ours.shape)} is not {tuple(truth.shape)}"
     return ((ours.double() - truth.double()).abs().max() / truth.double().abs().max()).item()
+
+
+class NoFloat64(TorchDispatchMode):
+    """Within it no operation may give float64, which Apple's GPUs do not have. Operations are those of any device."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        assert not any(isinstance(t, torch.Tensor) and t.dtype == torch.float64 for t in tree_leaves(out)), func
+        return out
 
 
 def run_script(*words, cwd: Path, timeout: float = 120, limit: str = "") -> subprocess.CompletedProcess:
@@ -62,15 +73,23 @@ def run_script(*words, cwd: Path, timeout: float = 120, limit: str = "") -> subp
     return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=timeout)
 
 
-def torchrun(processes: int, *words, cwd: Path) -> subprocess.CompletedProcess:
-    """The script over several processes, by gloo, at a port that is free just now."""
+def start_torchrun(processes: int, *words, cwd: Path) -> subprocess.Popen:
+    """The script over several processes, by gloo, at a port that is free just now, in a process group of its own."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     launch = ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", f"--master_port={port}"]
     command = [sys.executable, *launch, str(ROOT / str(words[0])), *map(str, words[1:])]
     env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=300)
+    how = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "start_new_session": True}
+    return subprocess.Popen(command, cwd=cwd, env=env, **how)
+
+
+def torchrun(processes: int, *words, cwd: Path) -> subprocess.CompletedProcess:
+    """`start_torchrun` to its end."""
+    process = start_torchrun(processes, *words, cwd=cwd)
+    out, err = process.communicate(timeout=300)
+    return subprocess.CompletedProcess(words, process.returncode, out, err)
 
 
 def same_bits(a, b) -> bool:
@@ -117,7 +136,7 @@ def assert_one_line_error(done: subprocess.CompletedProcess, *words: str) -> Non
 
 
 def make_photos(folder: Path, n: int = 8, size: tuple[int, int] = (40, 36)) -> list[Path]:
-    """n smooth random RGB pictures of (width, height) as PNG."""
+    """n smooth random RGB images of (width, height) as PNG."""
     folder.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(0)
     paths = []

@@ -14,7 +14,8 @@ import torch
 from helpers import assert_one_line_error, make_photos, run_inside, run_script
 from PIL import Image
 
-from minvqgan.harness import checkpoint, data, metrics
+from minvqgan.harness import checkpoint, data
+from minvqgan.harness.classifier import Classifier, save_classifier
 
 STAGE_ONE = (
     "train_vqgan.py --image-size 16 --ch 8 --ch-mult 1 2 --z-channels 8 --code-dim 4 --codebook-size 16 --batch-size 4 "
@@ -65,8 +66,7 @@ def house(tmp_path_factory):
     make_pairs(folder / "pairs", top=2)
     names = data.open_data("shapes", 16)[0].classes
     torch.manual_seed(0)
-    judge = metrics.Classifier(names)
-    checkpoint.save(folder / "judge.pt", "classifier", classes=list(names), model=judge.state_dict(), accuracy=0.0)
+    save_classifier(folder / "judge.pt", Classifier(names))
     for words in (
         [*STAGE_ONE, "--out", "rgb"],
         [*STAGE_ONE, "--data", "pairs", "--input", "labels", "--num-labels", "3", "--out", "labels"],

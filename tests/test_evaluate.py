@@ -17,6 +17,7 @@ from torchmetrics.image.fid import FrechetInceptionDistance
 from torchmetrics.image.inception import InceptionScore
 
 from minvqgan.harness import checkpoint, data, distances, metrics
+from minvqgan.harness.classifier import Classifier, load_classifier, save_classifier
 
 STAGE_ONE = (
     "train_vqgan.py --image-size 16 --ch 8 --ch-mult 1 2 --z-channels 8 --code-dim 4 --codebook-size 16 --batch-size 4 "
@@ -162,8 +163,7 @@ def models(tmp_path_factory):
     assert run_inside(*STAGE_ONE[:-2], *flags, cwd=folder).returncode == 0
     names = data.open_data("shapes", 16)[0].classes
     torch.manual_seed(0)
-    judge = metrics.Classifier(names)
-    checkpoint.save(folder / "judge.pt", "classifier", classes=list(names), model=judge.state_dict(), accuracy=0.0)
+    save_classifier(folder / "judge.pt", Classifier(names))
     return folder
 
 
@@ -201,7 +201,7 @@ def test_a_transformer(models):
     T, pixels = 64, 256
     assert values["bits_per_pixel"] == pytest.approx(nats.mean().item() * T / math.log(2) / pixels, rel=1e-5)
     # The very samples again: the accuracy and the neighbours from their definitions.
-    judge = metrics.load_classifier(models / "judge.pt")
+    judge = load_classifier(models / "judge.pt")
     with torch.no_grad():
         images = model.sample(batch["class"][:20]).clamp(-1, 1)
         right = (judge(images).argmax(1) == batch["class"][:20]).double().mean().item()

@@ -22,11 +22,12 @@ KILLS = int(os.environ.get("KILLS", 5))
 
 VQGAN = (
     "train_vqgan.py --image-size 16 --ch 8 --ch-mult 1 2 --z-channels 8 --code-dim 4 --codebook-size 32 --batch-size 4 "
-    "--val-images 8 --val-every 20 --log-every 5 --save-every 7 --disc-start 0.1 --disc-channels 8 --steps"
+    "--val-images 8 --val-every 20 --log-every 5 --save-every 7 --disc-start 0.1 --disc-channels 8 --perceptual none "
+    "--no-amp --steps"
 ).split()
 GPT = (
     "train_gpt.py --vqgan first/last.pt --n-layer 1 --n-head 2 --n-embd 16 --batch-size 4 --dropout 0.1 --pkeep 0.9 "
-    "--val-images 8 --val-every 20 --log-every 5 --save-every 7 --steps"
+    "--val-images 8 --val-every 20 --log-every 5 --save-every 7 --no-amp --steps"
 ).split()
 
 # How a run can end: a signal, the script's exit code, and for a full disk a limit of the size of files, in kB.

@@ -4,8 +4,16 @@ import pytest
 import torch
 from helpers import fixture, relative_error
 
-from minvqgan.discriminator import PatchDiscriminator, adaptive_weight, generator_loss, hinge_loss, log_loss
+from minvqgan.discriminator import PatchDiscriminator
 from minvqgan.harness import official
+from minvqgan.objective import (
+    ObjectiveConfig,
+    generator_loss,
+    hinge_loss,
+    last_layer_gradients,
+    log_loss,
+    stage_one_step,
+)
 
 TOLERANCE = 1e-5
 
@@ -56,22 +64,14 @@ def test_discriminator_and_its_losses(fx):
 def test_one_pass_step_gives_the_official_lambda_and_gradients(fx):
     vqgan, disc = build(fx, legacy=False)
     disc.train()
-    x_hat, quantized = vqgan(fx["x"])
-    x_leaf = x_hat.detach().requires_grad_()
-    rec_loss, gen_loss = (fx["x"] - x_leaf).abs().mean(), generator_loss(disc(x_leaf))
-    (rec_grad,) = torch.autograd.grad(rec_loss, x_leaf)
-    (gan_grad,) = torch.autograd.grad(gen_loss, x_leaf)
-    lambda_, rec_norm, gan_norm = adaptive_weight(
-        rec_grad, gan_grad, x_hat, vqgan.decoder.conv_out.weight, delta=1e-4, max_weight=1e4
-    )
-    weight = fx["config"]["disc_weight"] * lambda_
-    torch.autograd.backward([x_hat, quantized.loss], [rec_grad + weight * gan_grad, None])
+    x, config = fx["x"], ObjectiveConfig(disc_weight=fx["config"]["disc_weight"], max_lambda=1e4, delta=1e-4)
+    terms, _ = stage_one_step(vqgan, disc, None, x, config)
 
-    assert relative_error(rec_loss, fx["l1"]) < TOLERANCE
-    assert relative_error(rec_norm, fx["grad_norm_rec"]) < TOLERANCE
-    assert relative_error(gan_norm, fx["grad_norm_gan"]) < TOLERANCE
+    weight = config.disc_weight * terms["lambda"]
+    assert relative_error(terms["l1"], fx["l1"]) < TOLERANCE
     assert relative_error(weight, fx["adaptive_weight"]) < TOLERANCE
-    assert relative_error(rec_loss + weight * gen_loss + quantized.loss, fx["total_loss"]) < TOLERANCE
+    total = terms["rec_loss"] + weight * terms["gen_loss"] + terms["codebook_loss"]
+    assert relative_error(total, fx["total_loss"]) < TOLERANCE
     ours = {
         "encoder.conv_in.weight": vqgan.encoder.layers[0].weight,
         "decoder.conv_out.weight": vqgan.decoder.conv_out.weight,
@@ -81,6 +81,18 @@ def test_one_pass_step_gives_the_official_lambda_and_gradients(fx):
     assert ours.keys() == fx["grads"].keys()
     for name, parameter in ours.items():
         assert relative_error(parameter.grad, fx["grads"][name]) < TOLERANCE, name
+
+
+def test_norms_of_lambda_are_the_official_ones(fx):
+    """|grad_{G_L} L_rec| and |grad_{G_L} L_GAN|, from the gradients at x_hat."""
+    vqgan, disc = build(fx, legacy=False)
+    disc.train()
+    x_hat, _ = vqgan(fx["x"])
+    leaf = x_hat.detach().requires_grad_()
+    losses = ((fx["x"] - leaf).abs().mean(), generator_loss(disc(leaf)))
+    rec, gan = last_layer_gradients(vqgan, x_hat, *(torch.autograd.grad(loss, leaf)[0] for loss in losses))
+    assert relative_error(rec.norm(), fx["grad_norm_rec"]) < TOLERANCE
+    assert relative_error(gan.norm(), fx["grad_norm_gan"]) < TOLERANCE
 
 
 def test_gumbel_quantizer():

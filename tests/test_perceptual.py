@@ -3,12 +3,14 @@
 import lpips
 import pytest
 import torch
+import torch.nn.functional as F
 import torchvision
 from torch import nn
 
-from minvqgan.harness import checkpoint, metrics
+from minvqgan.harness import metrics
+from minvqgan.harness.classifier import Classifier, load_classifier, save_classifier
 from minvqgan.harness.runtime import UserError
-from minvqgan.perceptual import LPIPS, VGG16Features
+from minvqgan.perceptual import LPIPS, SmallFeatures, VGG16Features, blur_pool
 
 # The package calls torchvision by its old names.
 pytestmark = pytest.mark.filterwarnings("ignore:.*pretrained", "ignore:Arguments other than")
@@ -91,7 +93,7 @@ def test_vgg_file_of_the_cache_is_read_strictly(monkeypatch, tmp_path):
     """The real loading code, on a file made here in the place where torchvision looks."""
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     monkeypatch.setattr(torch.hub, "download_url_to_file", lambda *a, **k: (_ for _ in ()).throw(OSError("no network")))
-    with pytest.raises(UserError, match=r"download https://.*vgg16.*\.pth to .*or train with --perceptual none"):
+    with pytest.raises(UserError, match=r"download https://.*vgg16.*\.pth to .*or train with --perceptual small"):
         metrics.vgg16_lpips()
     torch.manual_seed(0)
     vgg = torchvision.models.vgg16(weights=None)
@@ -110,22 +112,59 @@ def test_vgg_file_of_the_cache_is_read_strictly(monkeypatch, tmp_path):
         metrics.vgg16_lpips()
 
 
-def test_a_classifier_of_ours_serves_as_feature_network(tmp_path):
+@pytest.mark.parametrize("network", ["residual", "small"])
+def test_a_classifier_of_ours_serves_as_feature_network(tmp_path, network):
     torch.manual_seed(0)
-    classifier = metrics.Classifier(("cat", "dog")).eval()
-    checkpoint.save(tmp_path / "c.pt", "classifier", classes=["cat", "dog"], model=classifier.state_dict())
+    save_classifier(tmp_path / "c.pt", Classifier(("cat", "dog"), network))
+    classifier = load_classifier(tmp_path / "c.pt")
     distance = metrics.load_perceptual(str(tmp_path / "c.pt"), image_size=32)
     x, y = torch.rand(2, 2, 3, 32, 32)
     truth = 0
     with torch.no_grad():
-        maps = [classifier.feature_maps(picture) for picture in (x, y)]
+        maps = [classifier.features(image) for image in (x, y)]
         for a, b in zip(*maps, strict=True):
             a, b = (f / f.norm(dim=1, keepdim=True).clamp_min(1e-10) for f in (a, b))
             truth = truth + (a - b).square().sum(1).mean((1, 2))
         assert torch.allclose(distance(x, y), truth, rtol=1e-5)
         # Only with the learned weights is it LPIPS, and may be called so.
         assert torch.equal(metrics.image_metrics(x, y, distance)["perceptual"], distance(x, y))
-        learned = LPIPS(distance.features, [torch.ones(c) for c in (64, 64, 128, 256, 512)])
+        learned = LPIPS(distance.features, [torch.ones(c) for c in (32, 64, 128)])
         assert torch.allclose(metrics.image_metrics(x, y, learned)["lpips"], truth, rtol=1e-5)
-        logits = classifier.net.fc(maps[0][-1].mean((2, 3)))
+        logits = classifier.head(maps[0][-1].mean((2, 3)))
         assert torch.allclose(classifier(x), logits, atol=1e-5)
+
+
+def test_the_small_network_comes_with_the_package():
+    """It serves sides of 32, 64 and 256, gray images, and is told apart from LPIPS by its name."""
+    path = metrics.SMALL
+    assert path.stat().st_size < 2**20 and (path.parent / "README.md").exists()
+    distance = metrics.load_perceptual("small", 32)
+    rng = torch.Generator().manual_seed(0)
+    for shape in ((2, 3, 32, 32), (2, 1, 64, 64), (1, 3, 256, 256)):
+        x = F.interpolate(torch.rand(*shape[:2], 8, 8, generator=rng) * 2 - 1, shape[2:], mode="bicubic")
+        noisy = x + 0.1 * torch.randn(shape, generator=rng)
+        with torch.no_grad():
+            assert torch.equal(distance(x, x), torch.zeros(len(x)))
+            assert (distance(x, noisy) > 0.01).all() and (distance(x, noisy) < distance(x, noisy.flip(2))).all()
+    assert "perceptual" in metrics.image_metrics(x, noisy, distance)
+
+
+def test_folding_batch_norm_changes_no_feature():
+    torch.manual_seed(0)
+    features = SmallFeatures()
+    features(torch.randn(8, 3, 16, 16))  # running statistics other than 0 and 1
+    for norm in (m for m in features.modules() if isinstance(m, torch.nn.BatchNorm2d)):
+        torch.nn.init.uniform_(norm.weight, 0.5, 2), torch.nn.init.uniform_(norm.bias, -1, 1)
+    x = torch.randn(2, 3, 16, 16)
+    with torch.no_grad():
+        truth = features.eval()(x)
+        for ours, map_ in zip(features.fold_batch_norm()(x), truth, strict=True):
+            assert torch.allclose(ours, map_, atol=1e-5)
+
+
+def test_blur_pooling_is_a_convolution_with_1_2_1():
+    x = torch.randn(2, 3, 8, 8)
+    line = torch.tensor([1.0, 2.0, 1.0]) / 4
+    kernel = torch.outer(line, line).expand(3, 1, 3, 3)
+    truth = F.conv2d(F.pad(x, (1, 1, 1, 1), mode="replicate"), kernel, stride=2, groups=3)
+    assert torch.allclose(blur_pool(x), truth, atol=1e-6)

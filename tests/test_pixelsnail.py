@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from minvqgan.pixelsnail import MaskedConv2d, PixelSNAIL, causal_kernel
+from minvqgan.course.pixelsnail import MaskedConv2d, PixelSNAIL, causal_kernel
 from minvqgan.sampler import Sampling, uniforms
 
 K, N = 11, 5

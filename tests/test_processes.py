@@ -1,12 +1,15 @@
 """Several processes are one program: the gradients of one, one codebook, one log, one checkpoint."""
 
 import csv
+import os
+import signal
+import time
 
 import numpy as np
 import pytest
 import torch
 import torch.multiprocessing as mp
-from helpers import relative_error, run_inside, run_script, torchrun
+from helpers import assert_same_run, relative_error, run_inside, run_script, start_torchrun, torchrun
 from PIL import Image
 
 from minvqgan.harness import checkpoint
@@ -14,11 +17,12 @@ from minvqgan.quantizer import VectorQuantizer
 
 TINY = (
     "train_vqgan.py --image-size 16 --ch 8 --ch-mult 1 2 --z-channels 8 --code-dim 4 --codebook-size 32 --batch-size 8 "
-    "--val-images 8 --val-every 6 --log-every 2 --save-every 3 --disc-channels 8 --disc-start 0.3"
+    "--val-images 8 --val-every 6 --log-every 2 --save-every 3 --disc-channels 8 --disc-start 0.3 "
+    "--perceptual none --no-amp"
 ).split()
 GPT = (
     "train_gpt.py --vqgan one/last.pt --n-layer 1 --n-head 2 --n-embd 16 --batch-size 8 --drop-cond 0 --val-images 8 "
-    "--val-every 6 --log-every 2 --save-every 3"
+    "--val-every 6 --log-every 2 --save-every 3 --no-amp"
 ).split()
 
 
@@ -71,6 +75,27 @@ def test_one_log_one_checkpoint_and_resume_with_another_number(folder):
     with open(folder / "run" / "metrics.csv") as file:
         assert [int(row["step"]) for row in csv.DictReader(file)] == list(range(2, 21, 2))
     assert checkpoint.read(folder / "run" / "last.pt")["step"] == 20
+
+
+def test_processes_draw_different_numbers_and_resume_with_their_own(folder):
+    """Dropped conditions, pkeep, dropout: equal on all ranks they would be drawn once for the whole batch. Killed and
+    resumed, each rank continues its own."""
+    words = [*GPT, "--steps", "9", "--drop-cond", "0.3", "--pkeep", "0.8", "--dropout", "0.1"]
+    if not (folder / "one").exists():
+        assert run_script(*TINY, "--steps", "1", "--out", "one", cwd=folder).returncode == 0
+    assert torchrun(2, *words, "--out", "random_whole", cwd=folder).returncode == 0
+    states = checkpoint.read(folder / "random_whole" / "last.pt")["random"]
+    assert len(states) == 2 and not torch.equal(states[0]["cpu"], states[1]["cpu"])
+    last = folder / "random_run" / "last.pt"
+    process = start_torchrun(2, *words, "--out", "random_run", cwd=folder)
+    while not last.exists():
+        time.sleep(0.02)
+        assert process.poll() is None, process.stderr.read()
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    if checkpoint.read(last)["step"] < 9:
+        assert torchrun(2, "train_gpt.py", "--out", "random_run", "--resume", cwd=folder).returncode == 0
+    assert_same_run(folder / "random_whole" / "last.pt", last)
 
 
 def _codebook_of(rank: int, folder: str) -> None:

@@ -3,6 +3,7 @@
 Flags are appended, and the last one counts; the words of the README stay as they are. What it says of files holds too.
 """
 
+import dataclasses
 import os
 import re
 import shlex
@@ -18,7 +19,11 @@ from helpers import ROOT, fixture, make_photos, official_files, run_inside, torc
 from PIL import Image
 
 import minvqgan
+from minvqgan.gpt import GPTConfig
 from minvqgan.harness import data
+from minvqgan.objective import ObjectiveConfig
+from minvqgan.two_stage import TwoStageConfig
+from minvqgan.vqgan import VQGANConfig
 
 README = (ROOT / "README.md").read_text()
 
@@ -30,7 +35,7 @@ SMALL = {
     "train_gpt.py": "--n-layer 1 --n-head 2 --n-embd 16 --batch-size 4 --steps 2 --val-images 8 --val-every 2",
     "sample.py": "-n 2",
     "evaluate.py": "-n 4 --images 20 --perceptual none --splits 2",
-    "minvqgan.harness.metrics": "--steps 2 --image-size 16",
+    "minvqgan.harness.classifier": "--steps 2 --image-size 16",
     "minvqgan.harness.official": "",
 }
 # Commands that need more than that: (words of theirs, flags instead of or beside the small ones).
@@ -159,10 +164,11 @@ def test_what_it_points_to_is_there():
     module = None
     for name in names:
         parts = name.split(".")
-        if parts[0].startswith("train_"):
-            continue
-        if (ROOT / "minvqgan" / f"{parts[0]}.py").exists():
-            module, parts = __import__(f"minvqgan.{parts[0]}", fromlist=["_"]), parts[1:]
+        for end in range(len(parts), 0, -1):  # the longest beginning that is a module of ours; else of the last one
+            if (ROOT / "minvqgan" / "/".join(parts[:end])).with_suffix(".py").exists():
+                module = __import__("minvqgan." + ".".join(parts[:end]), fromlist=["_"])
+                parts = parts[end:]
+                break
         where = module
         for part in parts:
             where = getattr(where, part)
@@ -171,9 +177,11 @@ def test_what_it_points_to_is_there():
 def test_every_flag_it_names_exists():
     """Also those of the tables, which no command of the README uses."""
     sources = [ROOT / f"{name}.py" for name in ("train_vqgan", "train_gpt", "sample", "evaluate")]
-    sources += [ROOT / "minvqgan" / "harness" / f"{name}.py" for name in ("flags", "metrics", "official")]
+    sources += [ROOT / "minvqgan" / "harness" / f"{name}.py" for name in ("flags", "classifier", "official")]
     sources.append(ROOT / "tests" / "benchmarks" / "report.py")
     known = {flag for path in sources for flag in re.findall(r'"(--[a-z0-9-]+)"', path.read_text())}
+    for config in (VQGANConfig, ObjectiveConfig, GPTConfig, TwoStageConfig):
+        known |= {"--" + field.name.replace("_", "-") for field in dataclasses.fields(config)}
     known |= {flag.replace("--", "--no-") for flag in ("--amp", "--flip", "--l2-norm")} | {"--nproc_per_node"}
     named = set(re.findall(r"(?<![\w-])--[a-z][\w-]+", README))
     assert len(named) > 40 and named <= known, named - known

@@ -1,16 +1,20 @@
 """Choosing a token, against slow definitions."""
 
+import math
+
 import pytest
 import torch
+from helpers import NoFloat64
 
 from minvqgan import sampler
+from minvqgan.gpt import GPT, GPTConfig
 from minvqgan.sampler import Sampling, choose, filter_logits
 
 
-def slow_top_p(p: list[float], top_p: float) -> set[int]:
+def slow_top_p(p: dict[int, float], top_p: float) -> set[int]:
     """The smallest set of likeliest codes that reaches top_p."""
     kept, total = set(), 0.0
-    for code in sorted(range(len(p)), key=lambda k: -p[k]):
+    for code in sorted(p, key=lambda k: -p[k]):
         kept.add(code)
         total += p[code]
         if total >= top_p:
@@ -18,13 +22,41 @@ def slow_top_p(p: list[float], top_p: float) -> set[int]:
     return kept
 
 
+def slow_choice(logits: list[float], u: float, temperature: float, top_k: int | None, top_p: float | None) -> int:
+    """The code at which the cumulative distribution passes u; of equal logits the first code counts as likelier."""
+    p = {k: math.exp((x - max(logits)) / temperature) for k, x in enumerate(logits)}
+    if top_k is not None:
+        p = {k: p[k] for k in sorted(p, key=lambda k: -p[k])[:top_k]}
+    p = {k: x / sum(p.values()) for k, x in p.items()}
+    kept = sorted(p if top_p is None else slow_top_p(p, top_p))
+    u *= sum(p[k] for k in kept)
+    for k in kept:
+        u -= p[k]
+        if u < 0:
+            return k
+    raise AssertionError("u is above 1")
+
+
+@pytest.mark.parametrize("top_p", [None, 0.01, 0.3, 0.7, 0.95, 1.0])
+@pytest.mark.parametrize("top_k", [None, 1, 3, 7, 11, 12, 50])
+def test_choice_by_the_slow_definition(top_k, top_p):
+    """Logits all different, and of five values, so that many are equal, at the filters' borders too."""
+    torch.manual_seed(0)
+    logits = torch.cat([torch.randn(200, 12) * 2, torch.randint(0, 5, (200, 12)).float()])
+    u = torch.rand(400)
+    for temperature in (1.0, 0.3):
+        codes = choose(logits, u, Sampling(temperature, top_k, top_p)).tolist()
+        rows = zip(logits.tolist(), u.tolist(), strict=True)
+        assert codes == [slow_choice(*row, temperature, top_k, top_p) for row in rows]
+
+
 @pytest.mark.parametrize("top_p", [0.01, 0.3, 0.7, 0.95, 1.0])
 def test_top_p_by_the_slow_definition(top_p):
     torch.manual_seed(0)
-    logits = torch.randn(50, 12, dtype=torch.float64) * 2
+    logits = torch.randn(50, 12) * 2
     kept = filter_logits(logits, None, top_p).isfinite()
-    for row, mask in zip(logits.softmax(1).tolist(), kept, strict=True):
-        assert set(mask.nonzero().flatten().tolist()) == slow_top_p(row, top_p)
+    for row, mask in zip(logits.double().softmax(1).tolist(), kept, strict=True):
+        assert set(mask.nonzero().flatten().tolist()) == slow_top_p(dict(enumerate(row)), top_p)
 
 
 def test_top_k_keeps_exactly_k_even_where_logits_are_equal():
@@ -48,7 +80,19 @@ def test_forbidden_codes_are_never_chosen_and_the_ends_of_u_are_safe():
     for u in (0.0, 1 - 1e-7, 1 - 2**-24):
         code = choose(logits, torch.tensor([u]), Sampling(top_k=2)).item()
         assert code in (1, 3)
-    assert choose(logits, torch.tensor([0.99]), Sampling(temperature=0)).item() == 1
+    for temperature in (0, 1e-320, 1e-30, 1e-6):
+        assert choose(1e4 * logits, torch.tensor([0.99]), Sampling(temperature)).item() == 1
+
+
+def test_nothing_is_float64_while_sampling():
+    """MPS does not have it. Every operation is watched, on the CPU, for it is the same on every device."""
+    gpt = GPT(GPTConfig(num_codes=8, num_cond=1, block_size=9, n_layer=1, n_head=1, n_embd=4)).eval()
+    r, s, u = torch.full((2, 1), 8), torch.zeros(2, 4, 4, dtype=torch.long), torch.rand(2, 4, 4)
+    for how in (Sampling(), Sampling(0.7, top_k=3, top_p=0.9, guidance=2.0), Sampling(temperature=0)):
+        with NoFloat64():
+            sampler.slide(gpt, r, s, u, 3, how, null=8)
+    with NoFloat64(), pytest.raises(AssertionError):
+        torch.zeros(1).double()
 
 
 @pytest.mark.parametrize("size, n", [((5, 7), 4), ((9, 9), 3), ((4, 12), 4), ((12, 4), 4), ((8, 8), 8)])

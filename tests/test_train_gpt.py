@@ -14,15 +14,16 @@ from helpers import ROOT, assert_one_line_error, assert_same_run, make_photos, r
 from PIL import Image
 
 import minvqgan
-from minvqgan.harness import checkpoint, data, metrics, tokens
+from minvqgan.harness import checkpoint, data, tokens
+from minvqgan.harness.classifier import Classifier, load_classifier, save_classifier
 
 STAGE_ONE = (
     "train_vqgan.py --image-size 16 --ch 8 --ch-mult 1 2 --z-channels 8 --code-dim 4 --codebook-size 16 --batch-size 4 "
-    "--steps 4 --val-images 8 --val-every 4 --disc-channels 8"
+    "--steps 4 --val-images 8 --val-every 4 --disc-channels 8 --perceptual none --no-amp"
 ).split()
 STAGE_TWO = (
     "train_gpt.py --n-layer 1 --n-head 2 --n-embd 16 --batch-size 4 --steps 8 --val-images 8 --val-every 4 "
-    "--log-every 2 --save-every 3"
+    "--log-every 2 --save-every 3 --no-amp"
 ).split()
 
 
@@ -63,7 +64,9 @@ def stage_two(stage_one):
 
 def test_a_run_leaves_what_it_promises(stage_two):
     run = stage_two / "gpt_class"
-    assert {p.name for p in run.iterdir()} == {"last.pt", "best.pt", "config.json", "metrics.csv", "loss.png", "images"}
+    assert {p.name for p in run.iterdir()} == {
+        *"last.pt best.pt codes.pt config.json metrics.csv loss.png images".split()
+    }
     assert "step_0000008_samples.png" in {p.name for p in (run / "images").iterdir()}
     assert "step_0000008_completions.png" in {p.name for p in (run / "images").iterdir()}
     with open(run / "metrics.csv") as file:
@@ -98,9 +101,37 @@ def test_table_of_tokens_is_what_encoding_on_the_fly_gives(stage_two, tmp_path):
         x = train[i, None]["image"][None]
         assert torch.equal(s[i, 0].long(), model.image_tokens(x)[0])
         assert torch.equal(s[i, 1].long(), model.image_tokens(x.flip(-1))[0])
-    stream = tokens.batches(model, train, to_c, 5, 0, 0, 0, 0, 1, torch.device("cpu"))
+    stream = tokens.rows_of(s, r, data.Stream(5, seed=0), 5, torch.device("cpu"))
     first, second = next(stream)[0], next(stream)[0]
     assert {tuple(t.tolist()) for t in torch.cat([first, second])} == {tuple(t.tolist()) for t in s.flatten(0, 1)}
+
+
+def test_codes_are_computed_once(stage_two, monkeypatch):
+    """A resumed run finds them in its folder. Another model, or a file that was changed, makes them anew."""
+    resume = ["train_gpt.py", "--out", "gpt_class", "--resume", "--steps", "9"]
+    done = run_inside(*resume, cwd=stage_two)
+    assert done.returncode == 0 and "computing the codes" not in done.stdout, done.stderr
+    model = minvqgan.load(stage_two / "gpt_none" / "last.pt")
+    make_photos(stage_two / "few", n=3, size=(16, 16))
+    train, _ = data.open_data(str(stage_two / "few"), 16)
+    before = tokens._identity(model, train)
+    assert tokens._identity(model, train) == before
+    os.utime(next(iter(train.files[0].values())), (1, 1))
+    touched = tokens._identity(model, train)
+    with torch.no_grad():
+        model.vqgan.to_code.bias += 1
+    assert len({before, touched, tokens._identity(model, train)}) == 3
+
+
+def test_mirrored_images_keep_the_coordinates_of_their_place(tmp_path):
+    """Codes that are computed once against what a random draw of the dataset gives for the same image."""
+    make_photos(tmp_path, n=2, size=(16, 16))
+    train, _ = data.open_data(str(tmp_path), 16, sources=("image", "coords"))
+    batch = {k: torch.as_tensor(v)[None] for k, v in train[0, None].items()}
+    draws = [train[0, i] for i in range(10)]
+    mirrored = next(d for d in draws if not torch.equal(d["image"], batch["image"][0]))
+    ours = tokens.mirrored(batch)
+    assert torch.equal(ours["image"][0], mirrored["image"]) and torch.equal(ours["coords"][0], mirrored["coords"])
 
 
 def test_coordinates_follow_crop_and_flip(tmp_path):
@@ -173,10 +204,10 @@ def size_of(path):
 
 
 def test_sample_writes_grids_files_and_animations(stage_two):
-    cell = 64 + 2  # 16 pixels, enlarged four times, and a frame
+    cell = 64 + 2  # 16 pixels, enlarged four times, and a frame of 2
     done = sample(stage_two, "class", "-n", "3", "--classes", "star,0", "--steps-gif", "steps.gif", "--guidance", "2")
     assert done.returncode == 0, done.stderr
-    assert size_of(stage_two / "samples.png") == (3 * cell, 2 * cell)
+    assert size_of(stage_two / "samples.png") == (3 * cell + 2, 2 * cell + 2)
     assert Image.open(stage_two / "steps.gif").n_frames > 10
     assert "codes/s" in done.stdout
     done = sample(stage_two, "class", "-n", "2", "--classes", "ring", "--out", "files")
@@ -199,10 +230,10 @@ def test_sample_is_the_same_for_any_batch_size(stage_two):
 
 def test_sample_larger_than_the_model_has_seen(stage_two):
     for out, flags, expected in (
-        ("none", ["-n", "1", "--size", "24x40"], (40 * 1 + 2, 24 + 2)),
-        ("coords", ["-n", "1", "--size", "20x32"], (32 * 2 + 2, 20 * 2 + 2)),
-        ("spatial", ["-n", "1", "--cond-image", "pairs/labels/photo_00.png"], (24 * 2 + 2, 2 * (20 * 2 + 2))),
-        ("sketch", ["-n", "1", "--cond-image", "pairs/images/photo_00.png"], (24 * 2 + 2, 2 * (20 * 2 + 2))),
+        ("none", ["-n", "1", "--size", "24x40"], (40, 24)),
+        ("coords", ["-n", "1", "--size", "20x32"], (32 * 2, 20 * 2)),
+        ("spatial", ["-n", "1", "--cond-image", "pairs/labels/photo_00.png"], (24 * 2 + 4, 2 * (20 * 2 + 2) + 2)),
+        ("sketch", ["-n", "1", "--cond-image", "pairs/images/photo_00.png"], (24 * 2 + 4, 2 * (20 * 2 + 2) + 2)),
     ):
         done = sample(stage_two, out, "--out", f"large_{out}.png", *flags)
         assert done.returncode == 0, done.stderr
@@ -226,9 +257,8 @@ def test_completion_keeps_the_upper_rows(stage_two):
 def test_rejection_keeps_the_images_that_the_classifier_likes(stage_two):
     torch.manual_seed(0)
     names = data.open_data("shapes", 16)[0].classes
-    classifier = metrics.Classifier(names).eval()
-    state = classifier.state_dict()
-    checkpoint.save(stage_two / "classifier.pt", "classifier", classes=list(names), model=state)
+    save_classifier(stage_two / "classifier.pt", Classifier(names))
+    classifier = load_classifier(stage_two / "classifier.pt")
     done = sample(
         *(stage_two, "class", "-n", "2", "--classes", "star", "--reject", "0.25", "--classifier", "classifier.pt"),
         *("--out", "kept"),
@@ -249,7 +279,7 @@ def test_sample_mistakes(stage_two):
         ("class", ["--size", "large"], ["not a size like 256x512"]),
         ("class", ["--cond-image", "x.png"], ["conditioned on class"]),
         ("class", ["--reject", "0.5"], ["--classifier"]),
-        ("class", ["--top-p", "2"], ["--top-p: 2.0 is not a share"]),
+        ("class", ["--top-p", "2"], ["--top-p: 2.0 is more than 1"]),
         ("class", ["--steps-gif", "steps.mp4"], ["must end in .gif"]),
         ("none", ["--classes", "1"], ["conditioned on none"]),
         ("none", ["--guidance", "2"], ["dropped conditions"]),

@@ -1,10 +1,11 @@
 """train_vqgan.py as a user runs it: what it leaves behind, resuming, interruption, and one line for each mistake."""
 
-import ast
 import csv
+import dataclasses
 import json
 import os
 import re
+import runpy
 import signal
 import subprocess
 import sys
@@ -16,13 +17,17 @@ from helpers import ROOT, assert_one_line_error, assert_same_run, run_inside, ru
 from PIL import Image
 
 import minvqgan
-from minvqgan.harness import checkpoint
+from minvqgan.gpt import GPTConfig
+from minvqgan.harness import checkpoint, flags
+from minvqgan.objective import ObjectiveConfig
+from minvqgan.two_stage import TwoStageConfig
+from minvqgan.vqgan import VQGANConfig
 
 # A model of a few thousand parameters, D in after a third of twelve steps.
 TINY = (
     "train_vqgan.py --image-size 16 --ch 8 --ch-mult 1 2 --norm-groups 1 --z-channels 8 --code-dim 4 "
     "--codebook-size 32 --batch-size 4 --steps 12 --val-images 8 --val-every 6 --log-every 2 --save-every 3 "
-    "--disc-start 0.3 --disc-channels 8"
+    "--disc-start 0.3 --disc-channels 8 --perceptual none --no-amp"
 ).split()
 
 
@@ -62,18 +67,18 @@ def test_a_run_leaves_what_it_promises(whole):
 
     assert "held out l1" in done.stderr or "held out l1" in done.stdout
     last = done.stdout.strip().splitlines()
-    assert "psnr" in last[-3] and "run/images" in last[-2]
+    assert "done in" in last[-2] and "run/images" in last[-2]
     assert last[-1] == "next: python train_gpt.py --vqgan run/last.pt"
 
 
 def test_the_grid_shows_originals_reconstructions_and_codes(whole):
-    picture = Image.open(whole[0] / "run" / "images" / "step_0000012.png")
+    image = Image.open(whole[0] / "run" / "images" / "step_0000012.png")
     scale = 64 // 16
-    assert picture.size == (8 * (16 * scale + 2), 3 * (16 * scale + 2))
+    assert image.size == (8 * (16 * scale + 2) + 2, 3 * (16 * scale + 2) + 2)
     from minvqgan.harness.data import open_data
 
     _, val = open_data("shapes", 16)
-    pixels = np.asarray(picture)[::scale, ::scale][:16, :16]
+    pixels = np.asarray(image)[2::scale, 2::scale][:16, :16]
     truth = ((val[0, None]["image"] + 1) * 127.5).round().permute(1, 2, 0).numpy()
     assert np.array_equal(pixels, truth)
 
@@ -131,26 +136,28 @@ def test_resume_mistakes(whole, tmp_path):
     assert (tmp_path / "broken" / "last.pt").read_bytes() == before[:5000]
     (tmp_path / "broken" / "last.pt").write_bytes((run / "best.pt").read_bytes())
     done = run_inside("train_vqgan.py", "--out", "broken", "--resume", "--steps", "20", cwd=tmp_path)
-    assert_one_line_error(done, "has no discriminator")
+    assert_one_line_error(done, "has no seconds", "training cannot")
     assert_one_line_error(run_script("train_vqgan.py", "--resume", cwd=tmp_path), "no checkpoint at runs/vqgan/last.pt")
 
 
 def test_flags_that_cannot_work(tmp_path):
-    for flags, words in (
+    for mistake, words in (
         (["--image-sise", "32"], ["unknown flag --image-sise", "did you mean --image-size"]),
         (["--batch-size", "4", "--accumulate", "3"], ["cannot be split"]),
         (["--norm-groups", "3"], ["--norm-groups 3 does not divide"]),
-        (["--image-size", "8"], ["--disc-layers 2 needs pictures of 16 pixels"]),
+        (["--image-size", "8"], ["--disc-layers 2 needs images of 16 pixels"]),
         (["--device", "cuda:7"], ["--device cuda:7 cannot be used here"]),
         (["--input", "labels"], ["needs --num-labels"]),
         (["--disc-start", "2"], ["--disc-start"]),
         (["--disc-lr", "0"], ["--disc-lr: 0.0 is not a number above 0"]),
+        (["--num-res-blocks", "0"], ["--num-res-blocks: 0 is not a whole number from 1 on"]),
+        (["--dropout", "1.5"], ["--dropout: 1.5 is more than 1"]),
         (["--lr", "nan"], ["--lr: nan is not a number above 0"]),
-        (["--beta", "inf"], ["--beta: inf is not a number from 0 on"]),
-        (["--seed", "-1"], ["--seed: -1 is below 0"]),
+        (["--beta", "inf"], ["--beta: inf is not finite"]),
+        (["--seed", "-1"], ["--seed: -1 is not a whole number from 0 on"]),
         (["--perceptual", "nowhere.pt"], ["no checkpoint at nowhere.pt"]),
     ):
-        assert_one_line_error(train(tmp_path, *flags, run=run_inside), *words)
+        assert_one_line_error(train(tmp_path, *mistake, run=run_inside), *words)
         assert not (tmp_path / "run").exists(), "nothing may be written before the flags are known to work"
 
 
@@ -193,18 +200,63 @@ def test_variants_run(tmp_path, flags):
 
 @pytest.mark.parametrize("script", ["train_vqgan.py", "train_gpt.py"])
 def test_every_flag_is_read_and_explained(script):
-    """A flag that nothing reads is worse than none: it is set and believed."""
-    source = (ROOT / script).read_text()
-    shared = (ROOT / "minvqgan" / "harness" / "flags.py").read_text()
-    found = {}
-    for text in (source, shared):
-        for call in ast.walk(ast.parse(text)):
-            if isinstance(call, ast.Call) and getattr(call.func, "attr", "") == "add_argument":
-                found.setdefault(call.args[0].value, {k.arg for k in call.keywords})
-    assert len(found) > 30
-    by_name = source[source.index("MODEL_FLAGS") : source.index("RESUME_NEEDS")] if "MODEL_FLAGS" in source else ""
-    for flag, keywords in found.items():
-        field = flag.removeprefix("--").replace("-", "_")
-        used = f"args.{field}" in source + shared or re.search(rf"\b{field}\b", by_name)
-        assert used or field in ("preset", "resume"), f"{flag} is read nowhere"  # these two are read in flags.parse
-        assert "help" in keywords, f"{flag} has no help"
+    """A flag that nothing reads is worse than none: it is set and believed. Those of the dataclasses are read as their
+    fields, the others as `args.NAME` in the script or in what any run needs."""
+    words = runpy.run_path(str(ROOT / script))
+    configs = (VQGANConfig, ObjectiveConfig, GPTConfig, TwoStageConfig)
+    fields = {field.name for config in configs for field in dataclasses.fields(config)}
+    core = "".join(path.read_text() for path in (ROOT / "minvqgan").glob("*.py"))
+    harness = ROOT / "minvqgan" / "harness"
+    read = "".join(path.read_text() for path in (ROOT / script, harness / "run.py", harness / "tokens.py"))
+    parsers = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(flags, "parse", lambda p, *_: parsers.append(p))
+        words["parse_flags"]()
+    actions = [action for action in parsers[0]._actions if action.dest != "help"]
+    assert len(actions) > 30
+    for action in actions:
+        name = action.dest
+        in_core = name in fields and re.search(rf"[.]{name}\b", core)
+        by_name = name in ("preset", "resume")  # these two are read in flags.parse
+        assert in_core or by_name or re.search(rf"args[.]{name}\b", read), f"--{name} is read nowhere"
+        assert action.help and len(action.help) > 2, f"--{name} has no help"
+
+
+@pytest.mark.parametrize("script", ["train_vqgan.py", "train_gpt.py"])
+def test_presets_are_complete(script):
+    """Each names the same flags: nothing is inherited in silence. Learning rates may be given an image instead."""
+    presets = runpy.run_path(str(ROOT / script))["PRESETS"]
+    named = [set(re.findall(r"--(?:no-)?([a-z-]+)", text)) for text in presets.values()]
+    rates = {"lr", "disc-lr", "base-lr"}
+    assert len(named) == 3 and all(names - rates == named[0] - rates and names & rates for names in named)
+
+
+def test_the_paper_preset_scales_its_learning_rate_with_the_batch(tmp_path):
+    """4.5e-6 for each image of the whole batch, as in the official configuration."""
+    small = "--preset paper --perceptual none --steps 2 --batch-size 6 --accumulate 3 --disc-layers 2".split()
+    done = train(tmp_path, *small, run=run_inside)
+    assert done.returncode == 0, done.stderr
+    assert [float(r["lr"]) for r in rows(tmp_path / "run")] == [pytest.approx(6 * 4.5e-6)]
+
+
+def test_tensorboard_has_the_numbers_of_metrics_csv(tmp_path):
+    """Written by torch, read back by TensorBoard's own reader."""
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    assert train(tmp_path, "--tensorboard", run=run_inside).returncode == 0
+    board = accumulator.EventAccumulator(str(tmp_path / "run" / "tensorboard")).Reload()
+    assert [event.step for event in board.Images("images")] == [6, 12]
+    for name in ("rec_loss", "disc_loss", "val_psnr", "usage"):
+        written = [(int(r["step"]), float(r[name])) for r in rows(tmp_path / "run") if r[name]]
+        seen = [(event.step, event.value) for event in board.Scalars(name)]
+        assert seen == [(step, pytest.approx(value, rel=1e-4)) for step, value in written] and seen
+
+
+def test_rows_are_means_over_their_interval(whole, tmp_path):
+    """A row every 2 steps against the mean of the rows of a run that writes one each step."""
+    assert train(tmp_path, "--log-every", "1").returncode == 0
+    single = {int(r["step"]): r for r in rows(tmp_path / "run")}
+    for row in rows(whole[0] / "run"):
+        step = int(row["step"])
+        for name in ("rec_loss", "codebook_loss"):
+            mean = (float(single[step - 1][name]) + float(single[step][name])) / 2
+            assert float(row[name]) == pytest.approx(mean, rel=1e-4)

@@ -7,16 +7,16 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ..discriminator import adaptive_weight, generator_loss, hinge_loss
 from ..gpt import GPT, parameter_groups
 from ..harness import data
+from ..objective import ObjectiveConfig, adversarial_ramp, stage_one_step
 from ..perceptual import LPIPS
 from ..quantizer import codebook_stats
 from ..vqgan import VQGAN
 
 
 def shapes(size: int = 32, crops_of: int | None = None, sources: tuple[str, ...] = ("image",)):
-    """(training set, held-out set) of the built-in pictures; crops_of: cut `size` pixels out of larger ones."""
+    """(training set, held-out set) of the built-in images; crops_of: cut `size` pixels out of larger ones."""
     return data.open_data("shapes", size, crops_of, sources, len(data.shapes.LABELS))
 
 
@@ -26,7 +26,7 @@ def batches(dataset, size: int, seed: int = 0) -> Iterator[dict]:
 
 
 def held_out(dataset, count: int) -> dict:
-    """One batch of held-out pictures, the same every time."""
+    """One batch of held-out images, the same every time."""
     return next(data.held_out_batches(dataset, count, count))
 
 
@@ -36,27 +36,26 @@ def fit_vqgan(
     steps: int,
     batch_size: int = 32,
     lr: float = 1e-3,
-    reconstruction: Callable[[Tensor, Tensor], Tensor] | None = None,
+    objective: ObjectiveConfig | None = None,
     perceptual: LPIPS | None = None,
     discriminator: torch.nn.Module | None = None,
+    disc_lr: float = 1e-4,
     disc_start: int = 0,
     disc_ramp: int = 1,
-    disc_weight: float = 0.2,
     revive_every: int = 20,
     seed: int = 0,
     each: Callable[[int, dict], None] | None = None,
 ) -> dict[str, list[float]]:
-    """Train a first stage in place; returns what was measured at every step.
+    """Train a first-stage model in place; returns what was measured at every step.
 
-    reconstruction: of (x, x_hat), L1 by default. discriminator: joins at step disc_start, its gradient comes in over
-    disc_ramp steps. revive_every: 0 for a codebook that begins and stays as the paper has it. each: called after every
-    step with (step, measurements).
+    discriminator: joins at step disc_start, its gradient comes in over disc_ramp steps. revive_every: 0 for a codebook
+    that begins and stays as the paper has it. each: called after every step with (step, measurements).
     """
     torch.manual_seed(seed)
     kind, channels = model.config.input_kind, model.config.in_channels
-    opt = torch.optim.Adam(model.parameters(), lr, betas=(0.5, 0.9))
-    opt_d = None if discriminator is None else torch.optim.Adam(discriminator.parameters(), lr, betas=(0.5, 0.9))
-    reconstruction = reconstruction or (lambda x, x_hat: (x - x_hat).abs().mean())
+    opt_g = torch.optim.Adam(model.parameters(), lr, betas=(0.5, 0.9))
+    opt_d = None if discriminator is None else torch.optim.Adam(discriminator.parameters(), disc_lr, betas=(0.5, 0.9))
+    objective = objective or ObjectiveConfig()
     stream, history = batches(dataset, batch_size, seed), {}
     model.train()
     for step in tqdm(range(1, steps + 1), leave=False, disable=None):
@@ -65,34 +64,18 @@ def fit_vqgan(
             with torch.no_grad():
                 model.quantizer.revive_dead_codes(model.eval().encode(x).z)
             model.train()
-        x_hat, quantized = model(x)
-        x_leaf = x_hat.detach().requires_grad_()
-        rec_loss = reconstruction(x, x_leaf)
-        if perceptual is not None:
-            rec_loss = rec_loss + perceptual(x, x_leaf).mean()
-        (grad,) = torch.autograd.grad(rec_loss, x_leaf)
-        measured = {"rec_loss": rec_loss.item(), "codebook_loss": quantized.loss.item()}
         disc_on = discriminator is not None and step > disc_start
+        adv_fraction = adversarial_ramp(step, disc_start, 0, disc_ramp) if disc_on else None
+        terms, quantized = stage_one_step(model, discriminator, perceptual, x, objective, adv_fraction)
+        opt_g.step()
+        opt_g.zero_grad()
         if disc_on:
-            logits_real, logits_fake = discriminator(x), discriminator(x_leaf)
-            (gan_grad,) = torch.autograd.grad(generator_loss(logits_fake), x_leaf, retain_graph=True)
-            lambda_, _, _ = adaptive_weight(grad, gan_grad, x_hat, model.decoder.conv_out.weight)
-            share = min(1.0, (step - disc_start) / max(1, disc_ramp))
-            grad = grad + share * disc_weight * lambda_ * gan_grad
-            measured["lambda"] = lambda_.item()
-        torch.autograd.backward([x_hat, quantized.loss], [grad, None])
-        if disc_on:
-            disc_loss = hinge_loss(logits_real, logits_fake)
-            disc_loss.backward()
             opt_d.step()
             opt_d.zero_grad()
-            measured["disc_loss"] = disc_loss.item()
-        opt.step()
-        opt.zero_grad()
         if revive_every and step % revive_every == 0:
             model.quantizer.revive_dead_codes(quantized.z)
-        K = model.config.codebook_size
-        counts = torch.bincount(quantized.indices.flatten(), minlength=K)
+        counts = torch.bincount(quantized.indices.flatten(), minlength=model.config.codebook_size)
+        measured = {name: value.item() for name, value in terms.items()}
         measured["usage"], measured["perplexity"] = codebook_stats(counts)
         for name, value in measured.items():
             history.setdefault(name, []).append(value)
@@ -114,7 +97,7 @@ def fit_tokens(
 ) -> list[float]:
     """Train a model of codes in place by AdamW, lr falling in a half cosine; returns the loss of every step.
 
-    parts: tensors with a row a picture (codes, conditions). loss: of the rows that were drawn from each.
+    parts: tensors with a row a image (codes, conditions). loss: of the rows that were drawn from each.
     """
     torch.manual_seed(seed)
     groups = parameter_groups(model, 0.01) if isinstance(model, GPT) else model.parameters()
@@ -139,7 +122,7 @@ def fit_tokens(
 
 @torch.no_grad()
 def codes_of(vqgan: VQGAN, dataset, count: int) -> tuple[Tensor, Tensor]:
-    """Codes (N, h, w) and classes (N,) of the first `count` pictures of a set."""
+    """Codes (N, h, w) and classes (N,) of the first `count` images of a dataset."""
     found = data.held_out_batches(dataset, 100, count)
     pairs = [(vqgan.encode_indices(b["image"]), b["class"]) for b in itertools.islice(found, count // 100 + 1)]
     codes, classes = zip(*pairs, strict=True)

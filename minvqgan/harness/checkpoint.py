@@ -42,6 +42,11 @@ def save(path: str | Path, kind: str, **content) -> None:
         part.unlink(missing_ok=True)
 
 
+# What last.pt holds of any run, with types: see `run.Run`.
+RUN_NEEDS = {"step": int, "seconds": float, "best": float, "best_step": int, "state": dict, "sums": dict}
+RUN_NEEDS |= {"flags": dict, "random": list}
+
+
 def _not_finite(content, name: str = "") -> str | None:
     """The name of the first tensor in nested dicts and lists that holds NaN or infinity."""
     if isinstance(content, torch.Tensor):

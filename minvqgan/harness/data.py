@@ -161,6 +161,11 @@ class FolderPictures(Dataset):
     def __len__(self) -> int:
         return len(self.files)
 
+    def identity(self) -> str:
+        """What the images depend on, for codes that are kept: files, with size and time of each, and their cut."""
+        stats = [(str(p), p.stat().st_size, p.stat().st_mtime_ns) for f in self.files for p in f.values()]
+        return f"{stats} {self.image_size} {self.resize} {self.flip} {self.coords}"
+
     def _read(self, index: int, source: str) -> Image.Image:
         if (index, source) in self.kept:
             return self.kept[index, source]
@@ -230,6 +235,10 @@ class ShapesPictures(Dataset):
         self.kept: dict[int, dict] = {}
         self.keep = CACHE_BYTES // (resize**2 * 4 * (3 * ("image" in sources) + 2))
 
+    def identity(self) -> str:
+        """As in FolderPictures."""
+        return f"shapes {self.indices} {self.image_size} {self.sources}"
+
     def __len__(self) -> int:
         return len(self.indices)
 
@@ -260,6 +269,10 @@ class TorchvisionPictures(FolderPictures):
         files = [{"image": i} for i in range(len(wrapped))]
         super().__init__(files, None, classes, image_size, resize, None, seed, flip, coords)
         self.wrapped = wrapped
+
+    def identity(self) -> str:
+        """As in FolderPictures."""
+        return f"{type(self.wrapped).__name__} {len(self)} {self.image_size} {self.resize} {self.flip} {self.coords}"
 
     def _read(self, index: int, source: str) -> Image.Image:
         image, _ = self.wrapped[index]

@@ -1,9 +1,11 @@
 """The scripts' flags: presets as defaults, the ones that both training scripts share, and resuming with a run's own."""
 
 import argparse
+import dataclasses
 import difflib
 import math
 import sys
+import typing
 from pathlib import Path
 
 from ..sampler import Sampling
@@ -33,73 +35,99 @@ class Parser(argparse.ArgumentParser):
         raise SystemExit(2)
 
 
-# Types of flags: what is out of range is refused where it is read. NaN is neither below nor above anything, so the
-# comparisons ask for what is right and not for what is wrong.
+class Number:
+    """Type of a flag: an int or float within bounds. What is out of range is refused where it is read.
+
+    NaN is neither below nor above anything, so the comparisons ask for what is right and not for what is wrong.
+    """
+
+    def __init__(self, type_: type, least: float | None = None, most: float | None = None, above: float | None = None):
+        self.type, self.least, self.most, self.above = type_, least, most, above
+        self.__name__ = "whole number" if type_ is int else "number"  # argparse's word for text that is none
+
+    def __call__(self, text: str):
+        value = self.type(text)
+        if self.least is not None and not value >= self.least:
+            raise argparse.ArgumentTypeError(f"{value} is not a {self.__name__} from {self.least} on")
+        if self.most is not None and not value <= self.most:
+            raise argparse.ArgumentTypeError(f"{value} is more than {self.most}")
+        if self.above is not None and not value > self.above:
+            raise argparse.ArgumentTypeError(f"{value} is not a {self.__name__} above {self.above}")
+        if not abs(value) < math.inf:
+            raise argparse.ArgumentTypeError(f"{value} is not finite")
+        return value
 
 
-def positive(text: str) -> int:
-    """1, 2, 3, ..."""
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} is not a positive number")
-    return value
+positive, natural = Number(int, 1), Number(int, 0)
+fraction, weight, rate = Number(float, 0, 1), Number(float, 0), Number(float, above=0)
 
 
-def natural(text: str) -> int:
-    """0, 1, 2, ..."""
-    value = int(text)
-    if value < 0:
-        raise argparse.ArgumentTypeError(f"{value} is below 0")
-    return value
+def add_fields(group, config_class: type) -> None:
+    """A flag for each field of a config dataclass that was made by `options.option`."""
+    types = typing.get_type_hints(config_class)
+    for field in dataclasses.fields(config_class):
+        if not field.metadata:
+            continue
+        how = {"default": field.default, "help": field.metadata["help"]}
+        item = types[field.name]
+        if typing.get_origin(item) is tuple:
+            item = typing.get_args(item)[0]
+            how["nargs"] = "+" if field.default else "*"
+        if item is bool:
+            how["action"] = argparse.BooleanOptionalAction
+        elif item is str:
+            how["choices"] = field.metadata["choices"]
+        else:
+            how["type"] = Number(item, field.metadata["least"], field.metadata["most"])
+        group.add_argument("--" + field.name.replace("_", "-"), **how)
 
 
-def share(text: str) -> float:
-    """0 to 1."""
-    value = float(text)
-    if not 0 <= value <= 1:
-        raise argparse.ArgumentTypeError(f"{value} is not a share between 0 and 1")
-    return value
-
-
-def weight(text: str) -> float:
-    """0 or more."""
-    value = float(text)
-    if not 0 <= value < math.inf:
-        raise argparse.ArgumentTypeError(f"{value} is not a number from 0 on")
-    return value
-
-
-def rate(text: str) -> float:
-    """More than 0."""
-    value = float(text)
-    if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"{value} is not a number above 0")
-    return value
+def config(config_class: type, args, **others):
+    """The dataclass, filled from the flags that `add_fields` made of it and from `others`."""
+    values = {f.name: getattr(args, f.name) for f in dataclasses.fields(config_class) if f.metadata}
+    return config_class(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}, **others)
 
 
 def check_image_size(size: int, f: int) -> None:
-    """Raises UserError for pictures of sides that f does not divide, naming the nearest that it does."""
+    """Raises UserError for images of sides that f does not divide, naming the nearest that it does."""
     below = size // f * f
     if size != below:
         nearest = f"{below} or {below + f}" if below else f"{f}"
         raise UserError(f"--image-size {size} is not divisible by f = {f}; use {nearest}")
 
 
+# What a resumed run may be given anew: where it runs and for how long, what it writes, and the ways out of a loss that
+# is not a number and of too little memory. Everything else would make another model of it.
+MAY_CHANGE = "steps device amp compile checkpoint_grad workers resume val_every val_images save_every log_every".split()
+MAY_CHANGE += "tensorboard out preset lr disc_lr accumulate".split()
+
+
 def add_run_flags(p: Parser, presets: dict, out: str):
     """The flags that both training scripts have, under one name. Returns their group, for more."""
-    g = p.add_argument_group("data and run")
+    g = p.add_argument_group("run")
     g.add_argument("--out", default=out, help="run folder")
     g.add_argument("--preset", default="tiny", choices=presets, help="defaults of all flags")
-    g.add_argument("--resume", action="store_true", help="go on with the run in --out, with its flags")
+    g.add_argument("--resume", action="store_true", help="continue the run in --out, with its flags")
     g.add_argument("--seed", type=natural, default=0, help="of the weights, the data order and the crops")
     g.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
-    g.add_argument("--amp", action=argparse.BooleanOptionalAction, help="bfloat16 mixed precision (on CUDA yes)")
+    g.add_argument("--amp", action=argparse.BooleanOptionalAction, help="bfloat16 mixed precision (where it is faster)")
     g.add_argument("--compile", action="store_true", help="torch.compile: slower to start, faster to run")
-    g.add_argument("--workers", type=natural, help="processes that read pictures (0 on a CPU, 8 for a GPU)")
+    g.add_argument("--workers", type=natural, help="processes that read images (0 on a CPU, 8 for a GPU)")
     g.add_argument("--log-every", type=positive, help="steps between rows of metrics.csv")
     g.add_argument("--val-every", type=positive, help="steps between held-out metrics and grids")
-    g.add_argument("--val-images", type=positive, default=500, help="held-out pictures used, at most")
+    g.add_argument("--val-images", type=positive, default=500, help="held-out images used, at most")
     g.add_argument("--save-every", type=positive, help="steps between checkpoints")
+    g.add_argument("--tensorboard", action="store_true", help="the same numbers and grids for TensorBoard")
+    g = p.add_argument_group("training")
+    g.add_argument("--steps", type=positive, help="optimizer steps in all")
+    g.add_argument("--batch-size", type=positive, help="images a step, over all processes")
+    g.add_argument(
+        "--accumulate",
+        type=positive,
+        default=1,
+        help="micro-batches that a batch is computed in, for small memory; lambda and D's BatchNorm are those of each",
+    )
+    g.add_argument("--warmup", type=fraction, help="fraction of the steps over which lr rises")
     return g
 
 
@@ -108,7 +136,7 @@ def add_sampling_flags(p: Parser) -> None:
     g = p.add_argument_group("sampling")
     g.add_argument("--temperature", type=weight, default=1.0, help="below 1 sharpens; 0 takes the likeliest code")
     g.add_argument("--top-k", type=positive, help="only the k likeliest codes")
-    g.add_argument("--top-p", type=share, help="only the likeliest codes that together have this probability")
+    g.add_argument("--top-p", type=fraction, help="only the likeliest codes that together have this probability")
     g.add_argument("--guidance", type=weight, default=1.0, help="above 1 exaggerates the condition")
 
 
@@ -120,25 +148,26 @@ def sampling(args) -> Sampling:
         raise UserError(str(error)) from None
 
 
-def parse(p: Parser, presets: dict, kind: str, resume_needs: dict, may_change: list[str]):
-    """(flags, checkpoint to go on from or None). Defaults come from the preset, on --resume from the run's own flags.
+def parse(p: Parser, presets: dict, kind: str, resume_needs: dict):
+    """(flags, checkpoint to resume from or None). Defaults come from the preset, on --resume from the run's own flags.
 
-    A preset says what differs from the first one. resume_needs: see `checkpoint.read`. may_change: flags that a resumed
-    run may be given anew. Raises UserError.
+    presets: lines of flags by name.
+    resume_needs: see `checkpoint.read`; what `Run` needs is known. Raises UserError.
     """
     first = Parser(add_help=False)  # which defaults hold must be known before the rest is read
-    first.add_argument("--preset")
+    first.add_argument("--preset", default=p.get_default("preset"))
     first.add_argument("--out", default=p.get_default("out"))
     first.add_argument("--resume", action="store_true")
     early, _ = first.parse_known_args()
-    p.set_defaults(**next(iter(presets.values())) | presets.get(early.preset, {}))
+    if early.preset in presets:  # else argparse says what there is, further down
+        p.set_defaults(**vars(p.parse_args(presets[early.preset].split())))
     if not early.resume:
         return p.parse_args(), None
-    saved = checkpoint.read(Path(early.out) / "last.pt", kind, needs=resume_needs)
+    saved = checkpoint.read(Path(early.out) / "last.pt", kind, needs=checkpoint.RUN_NEEDS | resume_needs)
     p.set_defaults(**saved["flags"])
     args = p.parse_args()
     for name, value in saved["flags"].items():
-        if name not in may_change and getattr(args, name, None) != value:
+        if name not in MAY_CHANGE and getattr(args, name, None) != value:
             flag = "--" + name.replace("_", "-")
             raise UserError(f"{flag} was {value} in {args.out}; a resumed run keeps it, so choose another --out")
     return args, saved

@@ -2,11 +2,11 @@
 
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
+from torchvision.utils import make_grid
 
 from ..vqgan import VQGAN
 
@@ -33,7 +33,7 @@ def to_rgb(x: Tensor, kind: str) -> Tensor:
 
 
 def code_map(model: VQGAN, indices: Tensor, scale: int) -> Tensor:
-    """The indices as a picture, (B, h, w) -> (B, 3, h * scale, w * scale) in [-1, 1].
+    """A picture of the code map, (B, h, w) -> (B, 3, h * scale, w * scale) in [-1, 1].
 
     A code's colour is its place along the codebook's three principal axes, each ranked, so that like codes look alike
     and all colours are used.
@@ -48,26 +48,20 @@ def code_map(model: VQGAN, indices: Tensor, scale: int) -> Tensor:
 
 
 def to_image(x: Tensor) -> Image.Image:
-    """One picture (3, H, W) in [-1, 1], pixel for pixel."""
+    """One image (3, H, W) in [-1, 1], pixel for pixel."""
     return Image.fromarray(to_pixels(x).permute(1, 2, 0).cpu().numpy())
 
 
 def grid(rows: list[Tensor]) -> Image.Image:
-    """Rows of pictures, each (n, 3, H, W) in [-1, 1], as one; small ones are enlarged by whole factors."""
-    scale = max(1, 64 // rows[0].shape[-1])
-    pixels = [to_pixels(row).cpu().numpy() for row in rows]
-    strips = []
-    for row in pixels:
-        enlarged = row.repeat(scale, 2).repeat(scale, 3)
-        framed = np.pad(enlarged, ((0, 0), (0, 0), (0, 2), (0, 2)), constant_values=255)
-        strips.append(np.concatenate(list(framed), axis=2))
-    width = max(strip.shape[2] for strip in strips)
-    strips = [np.pad(s, ((0, 0), (0, 0), (0, width - s.shape[2])), constant_values=255) for s in strips]
-    return Image.fromarray(np.concatenate(strips, axis=1).transpose(1, 2, 0))
+    """Rows of images, each (n, 3, H, W) in [-1, 1], as one; small ones are enlarged by whole factors."""
+    longest = max(map(len, rows))
+    cells = torch.cat([F.pad(row, (0, 0, 0, 0, 0, 0, 0, longest - len(row)), value=1.0) for row in rows])
+    cells = F.interpolate(cells.float().cpu(), scale_factor=max(1, 64 // cells.shape[-1]), mode="nearest")
+    return to_image(make_grid(cells, nrow=longest, pad_value=1.0))
 
 
 def save_grid(path: Path, rows: list[Tensor]) -> None:
-    """Write rows of pictures, each (n, 3, H, W) in [-1, 1], as one PNG."""
+    """Write rows of images, each (n, 3, H, W) in [-1, 1], as one PNG."""
     grid(rows).save(path)
 
 

@@ -1,11 +1,12 @@
-"""Pictures as tokens, for training the transformer: computed once where they stay the same, on the fly where they do
-not.
+"""Images as tokens, for training the transformer: computed once where they stay the same, else on the fly.
 
-The first stage is frozen. A picture that is always shown whole (or mirrored) always has the same codes, and encoding it
-again in every epoch would cost more than the transformer's own step.
+The first-stage model is frozen. An image that is always shown whole (or mirrored) always has the same codes, and
+encoding it again in every epoch would cost more than the transformer's own step.
 """
 
+import hashlib
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -15,11 +16,13 @@ from tqdm import tqdm
 from ..conditioning import Condition
 from ..two_stage import TwoStage
 from ..vqgan import VQGAN
-from .data import SOURCE_OF, Stream, held_out_batches, to_input, train_loader
+from . import checkpoint, runtime
+from .data import SOURCE_OF, Stream, held_out_batches, to_input
+from .run import Run
 
 
 def sources_of(vqgan: VQGAN, condition: Condition | None) -> tuple[tuple[str, ...], int | None]:
-    """(what a dataset must yield for this first stage and condition, number of labels): see `data.open_data`."""
+    """(what a dataset must yield for this first-stage model and condition, number of labels): see `data.open_data`."""
     configs = [vqgan.config]
     if condition is not None and condition.kind == "spatial":
         configs.append(condition.vqgan.config)
@@ -41,24 +44,27 @@ def condition_input(model: TwoStage) -> Callable[[dict], Tensor]:
 
 @torch.no_grad()
 def encode(model: TwoStage, batch: dict, to_c, device: torch.device) -> tuple[Tensor, Tensor]:
-    """A batch of pictures -> s (B, T), r (B, R), both int64 on the device."""
+    """A batch of images -> s (B, T), r (B, R), both int64 on the device."""
     batch = {k: v.to(device, non_blocking=True) for k, v in batch.items()}
     x = to_input(batch, model.vqgan.config.input_kind, model.vqgan.config.in_channels)
     return model.image_tokens(x), model.condition_tokens(to_c(batch)).flatten(1)
 
 
 def mirrored(batch: dict) -> dict:
-    """The batch with all its pictures mirrored."""
-    return {k: v.flip(-1) if v.ndim > 1 else v for k, v in batch.items()}
+    """The batch with all its images mirrored. Coordinates say where a pixel lies in the image that is shown, so they
+    stay as they are, as for a random crop of a mirrored image."""
+    return {k: v.flip(-1) if v.ndim > 1 and k != "coords" else v for k, v in batch.items()}
 
 
-def table(model: TwoStage, dataset, to_c, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Codes of all pictures of a set without random crops: s (N, V, T), r (N, V, R), int32, on the CPU. V = 2 views, as
-    it is and mirrored, where the set is to be flipped, else 1."""
+def table(
+    model: TwoStage, dataset, to_c, device: torch.device, workers: int = 0, rank: int = 0, world: int = 1
+) -> tuple[Tensor, Tensor]:
+    """Codes of the images rank, rank + world, ... of a dataset without random crops: s (N, V, T), r (N, V, R), int32,
+    on the CPU. V = 2 views, as it is and mirrored, where the dataset is to be flipped, else 1."""
     rows: list[tuple[Tensor, Tensor]] = []
-    keys = [(i, None) for i in range(len(dataset))]
-    loader = DataLoader(dataset, 100, sampler=keys, generator=torch.Generator().manual_seed(0))
-    for batch in tqdm(loader, desc="codes", leave=False, dynamic_ncols=True):
+    keys = [(i, None) for i in range(rank, len(dataset), world)]
+    loader = DataLoader(dataset, 100, sampler=keys, num_workers=workers, generator=torch.Generator().manual_seed(0))
+    for batch in tqdm(loader, desc="codes", leave=False, dynamic_ncols=True, disable=rank > 0):
         views = [batch, mirrored(batch)] if dataset.flip else [batch]
         encoded = [encode(model, view, to_c, device) for view in views]
         rows.append(tuple(torch.stack(parts, 1).int().cpu() for parts in zip(*encoded, strict=True)))
@@ -66,34 +72,59 @@ def table(model: TwoStage, dataset, to_c, device: torch.device) -> tuple[Tensor,
     return torch.cat(s), torch.cat(r)
 
 
-def batches(
-    model: TwoStage,
-    dataset,
-    to_c,
-    batch_size: int,
-    seed: int,
-    start: int,
-    workers: int,
-    rank: int,
-    world: int,
-    device: torch.device,
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Endless (s (B, T), r (B, R)) for one process; `start`: pictures that all processes together have seen before."""
-    if not dataset.fixed:
-        for batch in train_loader(dataset, batch_size, seed, start, workers, rank, world, device.type == "cuda"):
-            yield encode(model, batch, to_c, device)
-    s, r = table(model, dataset, to_c, device)
-    stream = iter(Stream(len(dataset), seed, start, rank, world))
+def kept_table(run: Run, model: TwoStage, dataset, to_c) -> tuple[Tensor, Tensor]:
+    """`table` of the whole dataset, computed by all processes together and kept in the run folder: a resumed run finds
+    it there, if models and files are still the same."""
+    path, identity = run.out / "codes.pt", _identity(model, dataset)
+    if not _holds(path, identity):
+        run.announce(f"computing the codes of {len(dataset)} images, once")
+        parts = table(model, dataset, to_c, run.device, run.workers, run.rank, run.world)
+        whole = [runtime.gathered(part, run.rank, run.world) for part in parts]
+        if run.rank == 0:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            checkpoint.save(path, "codes", identity=identity, s=whole[0], r=whole[1])
+        runtime.wait()
+    saved = checkpoint.read(path, "codes", needs={"s": Tensor, "r": Tensor})
+    return saved["s"], saved["r"]
+
+
+def _holds(path: Path, identity: str) -> bool:
+    try:
+        return path.exists() and checkpoint.read(path, "codes").get("identity") == identity
+    except runtime.UserError:  # broken, or something else of that name: made anew
+        return False
+
+
+def _identity(model: TwoStage, dataset) -> str:
+    """A digest of what the codes depend on: the weights that make them, and the dataset."""
+    digest = hashlib.sha256(dataset.identity().encode())
+    weights = {**model.vqgan.state_dict(prefix="x."), **model.condition.state_dict(prefix="c.")}
+    for name, tensor in weights.items():
+        digest.update(name.encode() + tensor.cpu().contiguous().numpy().tobytes())
+    digest.update(f"{model.config} {model.condition.kind} {model.condition.num_tokens}".encode())
+    return digest.hexdigest()
+
+
+def batches(run: Run, model: TwoStage, dataset, to_c) -> Iterator[tuple[Tensor, Tensor]]:
+    """Endless (s (B, T), r (B, R)) for this process, from where the run stands."""
+    if dataset.fixed:
+        seen = run.step * run.args.batch_size
+        stream = Stream(len(dataset), run.args.seed, seen, run.rank, run.world)
+        return rows_of(*kept_table(run, model, dataset, to_c), stream, run.micro_batch, run.device)
+    return (encode(model, batch, to_c, run.device) for batch in run.batches(dataset))
+
+
+def rows_of(s: Tensor, r: Tensor, stream: Stream, batch_size: int, device: torch.device):
+    """Endless batches of a table's rows: each image as it is in one epoch, mirrored in the next."""
+    keys = iter(stream)
     while True:
-        index, position = torch.tensor([next(stream) for _ in range(batch_size)]).T
-        view = (index + position // len(dataset)) % s.shape[
-            1
-        ]  # each picture as it is in one epoch, mirrored in the next
+        index, position = torch.tensor([next(keys) for _ in range(batch_size)]).T
+        view = (index + position // len(s)) % s.shape[1]
         yield s[index, view].long().to(device), r[index, view].long().to(device)
 
 
 def held_out(model: TwoStage, dataset, to_c, limit: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Codes of `limit` held-out pictures, centre-cropped: s (N, T), r (N, R)."""
+    """Codes of `limit` held-out images, centre-cropped: s (N, T), r (N, R)."""
     encoded = [encode(model, batch, to_c, device) for batch in held_out_batches(dataset, 100, limit)]
     s, r = zip(*encoded, strict=True)
     return torch.cat(s), torch.cat(r)
@@ -101,9 +132,9 @@ def held_out(model: TwoStage, dataset, to_c, limit: int, device: torch.device) -
 
 @torch.no_grad()
 def mean_nats(model: TwoStage, tokens: tuple[Tensor, Tensor], batch_size: int) -> float:
-    """-log p(s | r) in nats a token, the mean over all given pictures. Leaves the model in the mode it was in."""
+    """-log p(s | r) in nats a token, the mean over all given images. Leaves the model in the mode it was in."""
     training = model.gpt.training
     model.eval()
-    total = sum(model(s, r).double().sum().item() for s, r in zip(*(t.split(batch_size) for t in tokens), strict=True))
+    total = sum(model(s, r).sum().item() for s, r in zip(*(t.split(batch_size) for t in tokens), strict=True))
     model.train(training)
     return total / tokens[0].numel()

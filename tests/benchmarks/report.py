@@ -22,9 +22,10 @@ import torchvision
 from torch.utils.flop_counter import FlopCounterMode
 
 from minvqgan import VQGAN, Sampling, VQGANConfig
-from minvqgan.discriminator import PatchDiscriminator, adaptive_weight, generator_loss, hinge_loss
+from minvqgan.discriminator import PatchDiscriminator
 from minvqgan.gpt import GPT, GPTConfig, parameter_groups
 from minvqgan.harness import runtime
+from minvqgan.objective import adaptive_weight, generator_loss, hinge_loss
 from minvqgan.perceptual import LPIPS, VGG16Features
 from minvqgan.quantizer import VectorQuantizer
 from minvqgan.sampler import continue_tokens

@@ -3,7 +3,7 @@ with (Sec. 4.1, Tab. 1).
 
     p(s | c) = prod_i p(s_i | s_<i, c)     the same factors as Eq. 10, from masked convolutions and one causal attention
 
-A masked convolution looks only at positions that come before in reading order, so all h x w distributions of a picture
+A masked convolution looks only at positions that come before in reading order, so all h x w distributions of an image
 come from one pass, and drawing one takes h * w passes. Convolutions see near neighbours cheaply; attention brings what
 lies further off.
 
@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .sampler import Sampling, choose
+from ..sampler import Sampling, choose
 
 
 def causal_kernel(k: int, sees_itself: bool) -> Tensor:
@@ -74,7 +74,7 @@ class CausalAttention(nn.Module):
 class PixelSNAIL(nn.Module):
     """forward: indices (B, h, w) int64 in [0, K), classes (B,) -> logits (B, K, h, w), each of its own position.
 
-    codebook_size K; num_classes: 1 for pictures without classes; n: side of the maps. Raises ValueError for maps of
+    codebook_size K; num_classes: 1 for images without classes; n: side of the maps. Raises ValueError for maps of
     another size.
     """
 

@@ -1,0 +1,208 @@
+"""The objective of stage one (Sec. 3.1, Eq. 4 to 7), from x_hat to the gradients of G and D.
+
+    L_rec  = |x - x_hat| + perceptual(x, x_hat)             in place of the squared error of Eq. 4
+    L_D    = mean max(0, 1 - D(x)) + mean max(0, 1 + D(x_hat)), halved                                  (Eq. 5)
+    L_G    = L_rec + L_VQ + lambda L_GAN,   L_GAN = -mean D(x_hat)                                      (Eq. 4, 6)
+    lambda = |grad_{G_L} L_rec| / (|grad_{G_L} L_GAN| + delta),   G_L = the decoder's last layer        (Eq. 7)
+
+`textbook_step` is these four lines as they are read. `stage_one_step` gives the same gradients in one pass; training
+calls this one. Both leave gradients behind and move nothing: the optimizers are the caller's.
+
+Letters: B batch, C channels, H x W pixels, h' x w' patches of D.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .options import option
+from .quantizer import Quantized
+
+
+@dataclass
+class ObjectiveConfig:
+    """The weights and the choice of losses. `loss`: vqgan is all of the above; vqvae the squared error and L_VQ alone
+    (van den Oord et al. 2017); labels, for one-hot label maps and their logits, the cross-entropy and L_VQ alone."""
+
+    loss: str = option(
+        "vqgan", "vqvae: squared error alone; labels: cross-entropy", choices=("vqgan", "vqvae", "labels")
+    )
+    perceptual_weight: float = option(1.0, "of the perceptual loss beside L1", least=0)
+    disc_loss: str = option("hinge", "the paper writes log, its code trains with hinge", choices=("hinge", "log"))
+    disc_weight: float = option(0.2, "of L_GAN, times lambda", least=0)
+    max_lambda: float = option(0.03, "cap of the adaptive weight lambda", least=0)
+    delta: float = 1e-6  # of Eq. 7. DEPARTURE: as in the paper; the official code has 1e-4
+
+
+def reconstruction_loss(
+    x: Tensor, x_hat: Tensor, config: ObjectiveConfig, perceptual: nn.Module | None = None
+) -> dict[str, Tensor]:
+    """L_rec of x, x_hat (B, C, H, W) as {"rec_loss": scalar} with its parts beside it.
+
+    DEPARTURE: the paper replaces the squared error of Eq. 4 by the perceptual loss alone. Its code adds L1, and so do
+    we: LPIPS does not see a small shift of colour, L1 does.
+    """
+    if config.loss == "labels":
+        # DEPARTURE: the official code takes a binary cross-entropy for each label; a pixel has one label.
+        return {"rec_loss": F.cross_entropy(x_hat, x.argmax(1))}
+    if config.loss == "vqvae":
+        return {"rec_loss": (x - x_hat).square().mean()}
+    l1 = (x - x_hat).abs().mean()
+    if perceptual is None:
+        return {"rec_loss": l1, "l1": l1}
+    distance = perceptual(x, x_hat).mean()
+    return {"rec_loss": l1 + config.perceptual_weight * distance, "l1": l1, "perceptual": distance}
+
+
+def hinge_loss(logits_real: Tensor, logits_fake: Tensor) -> Tensor:
+    """L_D, hinge (Lim & Ye 2017, arXiv:1705.02894). 1.0 means that D cannot tell: it answers 0 to everything.
+
+    Logits beyond +-1 on the right side cost nothing more, so a D that is sure stops moving instead of running away.
+    DEPARTURE: the paper's Eq. 5 is the log loss; the official code trains with this one, and so do we.
+    """
+    return 0.5 * (F.relu(1 - logits_real).mean() + F.relu(1 + logits_fake).mean())
+
+
+def log_loss(logits_real: Tensor, logits_fake: Tensor) -> Tensor:
+    """L_D of Eq. 5, -log D(x) - log(1 - D(x_hat)) with D = sigmoid(logit), halved. log 2 means that D cannot tell."""
+    return 0.5 * (F.softplus(-logits_real).mean() + F.softplus(logits_fake).mean())
+
+
+DISC_LOSS = {"hinge": hinge_loss, "log": log_loss}
+
+
+def generator_loss(logits_fake: Tensor, disc_loss: str = "hinge") -> Tensor:
+    """L_GAN: G wants the logits of its images high. hinge: -mean logit. log: -log D(x_hat).
+
+    DEPARTURE: Eq. 5 read literally has log(1 - D(x_hat)), whose gradient vanishes where D is sure of itself, which is
+    where G has most to learn. -log D has the same optimum (Goodfellow et al. 2014, Sec. 3). The official code keeps the
+    hinge's -mean for both.
+    """
+    return -logits_fake.mean() if disc_loss == "hinge" else F.softplus(-logits_fake).mean()
+
+
+def adversarial_ramp(step: int, start: int, warmup: int, ramp: int) -> float:
+    """Fraction in [0, 1] of the adversarial gradient that reaches G at `step`.
+
+    D begins to learn at `start`; for `warmup` steps it learns alone, then its gradient comes in over `ramp` steps. (In
+    the paper lambda is 0 for at least the first epoch: that is `start`.)
+    DEPARTURE: the official code lets an untrained D push with full weight from its first step, and reconstructions
+    break there: that gradient has a length (lambda gives it one) but no meaning yet. warmup = ramp = 0 is the official
+    way.
+    """
+    return min(1.0, max(0.0, (step - start - warmup) / max(1, ramp)))
+
+
+def adaptive_weight(rec_grad: Tensor, gan_grad: Tensor, max_lambda: float = 1e4, delta: float = 1e-6) -> Tensor:
+    """lambda of Eq. 7, a detached scalar, from the gradients of L_rec and L_GAN with respect to G_L's weights.
+
+    DEPARTURE: the cap max_lambda. lambda makes up for a small gradient of D, also where it is small because D has
+    nothing to say any more. Then G is pushed by noise at full strength, outruns whatever D learns next, and D
+    collapses. The 1e4 of the official code never bites; a cap near the lambda of a D that still learns does.
+    """
+    return (rec_grad.norm() / (gan_grad.norm() + delta)).clamp(max=max_lambda).detach()
+
+
+def textbook_step(
+    vqgan: nn.Module,
+    disc: nn.Module,
+    perceptual: nn.Module | None,
+    x: Tensor,
+    config: ObjectiveConfig,
+    adv_fraction: float = 1.0,
+) -> Tensor:
+    """Eq. 4 to 7 as the paper is read; leaves the gradients of one step in vqgan and disc, returns lambda.
+
+    x (B, C, H, W). adv_fraction: see `adversarial_ramp`.
+    """
+    x_hat, quantized = vqgan(x)
+    rec_loss = reconstruction_loss(x, x_hat, config, perceptual)["rec_loss"]
+    gen_loss = generator_loss(disc(x_hat), config.disc_loss)
+
+    last_layer = vqgan.decoder.conv_out.weight
+    (rec_grad,) = torch.autograd.grad(rec_loss, last_layer, retain_graph=True)
+    (gan_grad,) = torch.autograd.grad(gen_loss, last_layer, retain_graph=True)
+    lambda_ = adaptive_weight(rec_grad, gan_grad, config.max_lambda, config.delta)  # Eq. 7
+
+    (rec_loss + quantized.loss + adv_fraction * config.disc_weight * lambda_ * gen_loss).backward()  # Eq. 6, over G
+
+    disc.zero_grad()  # G's loss went through D and left gradients there: D must not learn to call fakes real
+    DISC_LOSS[config.disc_loss](disc(x), disc(x_hat.detach())).backward()  # Eq. 5, over D; detached: not over G
+    return lambda_
+
+
+def stage_one_step(
+    vqgan: nn.Module,
+    disc: nn.Module | None,
+    perceptual: nn.Module | None,
+    x: Tensor,
+    config: ObjectiveConfig,
+    adv_fraction: float | None = 1.0,
+    amp: bool = False,
+    scale: float = 1.0,
+) -> tuple[dict[str, Tensor], Quantized]:
+    """`textbook_step` with every network passed once; adds the gradients of one micro-batch to vqgan's and disc's.
+
+    x: (B, C, H, W). adv_fraction: see `adversarial_ramp`; None while D does not learn yet. amp: networks in bfloat16.
+    scale: of all gradients, 1/n for n micro-batches.
+    -> (measurements {name: scalar}, Quantized).
+
+    Why one pass is enough. L_rec and L_GAN depend on the network through x_hat alone, and a backward pass is linear in
+    the gradient that it is fed with:
+
+        d(L_rec + lambda L_GAN)/d theta = (d x_hat/d theta)^T (dL_rec/dx_hat + lambda dL_GAN/dx_hat)
+
+    So each loss goes back to x_hat once. Pushed on through the last layer alone, the two gradients give the norms for
+    lambda. Then their weighted sum goes back through the whole network once. The textbook's way runs the perceptual
+    network and D backward twice for the same numbers, and D forward three times instead of two.
+
+    DEPARTURE: the official code reconstructs anew before D's step, with G's weights just updated. Here D learns from
+    the reconstructions that G learned from, one step older.
+    DEPARTURE: with several micro-batches lambda and D's batch statistics are those of each one, as in the official
+    code, and not of the whole batch.
+    """
+    autocast = torch.autocast(x.device.type, torch.bfloat16, enabled=amp)
+    with autocast:
+        x_hat, quantized = vqgan(x)
+    x_hat = x_hat.to(x.dtype)  # losses are taken in float32
+    x_leaf = x_hat.detach().requires_grad_()  # gradients of the losses end here
+
+    with autocast:
+        terms = reconstruction_loss(x, x_leaf, config, perceptual) | {"codebook_loss": quantized.loss}
+    (grad,) = torch.autograd.grad(terms["rec_loss"], x_leaf)
+    if adv_fraction is not None:
+        with autocast:
+            logits_real, logits_fake = disc(x).to(x.dtype), disc(x_leaf).to(x.dtype)  # each (B, 1, h', w')
+    if adv_fraction:
+        terms["gen_loss"] = generator_loss(logits_fake, config.disc_loss)
+        # Only x_leaf's gradient is asked for, so G's loss leaves none in D.
+        (gan_grad,) = torch.autograd.grad(terms["gen_loss"], x_leaf, retain_graph=True)
+        at_last_layer = last_layer_gradients(vqgan, x_hat, grad, gan_grad)
+        terms["lambda"] = adaptive_weight(*at_last_layer, config.max_lambda, config.delta)  # Eq. 7
+        grad = grad + adv_fraction * config.disc_weight * terms["lambda"] * gan_grad  # Eq. 6
+    weight = x_hat.new_tensor(scale)
+    torch.autograd.backward([x_hat, quantized.loss], [weight * grad, weight])  # Eq. 4 and 6, over E, G and Z
+
+    if adv_fraction is not None:
+        # D made these logits of x_leaf, which is x_hat.detach(): nothing of this loss reaches G.
+        terms["disc_loss"] = DISC_LOSS[config.disc_loss](logits_real, logits_fake)
+        (weight * terms["disc_loss"]).backward()  # Eq. 5, over D
+        terms |= {"logits_real": logits_real.mean(), "logits_fake": logits_fake.mean()}
+    return {name: value.detach() for name, value in terms.items()}, quantized
+
+
+def last_layer_gradients(vqgan: nn.Module, x_hat: Tensor, *grads: Tensor) -> list[Tensor]:
+    """For gradients of losses at x_hat (B, C, H, W): those with respect to G_L's weights, of the batch over all
+    processes."""
+    last_layer = getattr(
+        vqgan, "module", vqgan
+    ).decoder.conv_out.weight  # torchrun's wrapper holds the model as .module
+    found = [torch.autograd.grad(x_hat, last_layer, g, retain_graph=True)[0] for g in grads]
+    if dist.is_initialized():  # the norm of the whole batch's gradient, not of this process's micro-batch alone
+        for g in found:
+            dist.all_reduce(g)
+            g /= dist.get_world_size()
+    return found

@@ -1,0 +1,199 @@
+"""The objective of stage one against autograd by the definition: the losses, lambda, the step; and D."""
+
+import math
+
+import pytest
+import torch
+from helpers import NoFloat64
+
+from minvqgan import VQGAN, VQGANConfig
+from minvqgan.discriminator import PatchDiscriminator
+from minvqgan.harness import metrics
+from minvqgan.objective import (
+    ObjectiveConfig,
+    adaptive_weight,
+    adversarial_ramp,
+    generator_loss,
+    hinge_loss,
+    log_loss,
+    reconstruction_loss,
+    stage_one_step,
+    textbook_step,
+)
+from minvqgan.perceptual import LPIPS
+
+
+class TwoLayers(torch.nn.Module):
+    """A feature network for a perceptual loss without downloads."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = torch.nn.Conv2d(3, 6, 3), torch.nn.Conv2d(6, 8, 3, stride=2)
+
+    def forward(self, x):
+        h = self.a(x).relu()
+        return [h, self.b(h).relu()]
+
+
+@pytest.fixture
+def parts():
+    torch.manual_seed(0)
+    config = VQGANConfig(image_size=16, ch=8, ch_mult=(1, 2), z_channels=8, code_dim=4, codebook_size=16)
+    vqgan = VQGAN(config).double()
+    disc = PatchDiscriminator(3, channels=8, num_layers=2).double()
+    return vqgan, disc, LPIPS(TwoLayers()).double(), torch.rand(3, 3, 16, 16, dtype=torch.float64) * 2 - 1
+
+
+def gradients(*modules):
+    return [{name: p.grad.clone() for name, p in module.named_parameters()} for module in modules]
+
+
+def assert_equal_gradients(ours, truth):
+    """To rounding in float64, relative to the largest number of each parameter."""
+    assert ours.keys() == truth.keys()
+    for name, grad in ours.items():
+        assert (grad - truth[name]).abs().max() <= 1e-6 * truth[name].abs().max() + 1e-12, name
+
+
+@pytest.mark.parametrize("perceptual_weight", [0.0, 1.5])
+@pytest.mark.parametrize("disc_loss", ["hinge", "log"])
+@pytest.mark.parametrize("adv_fraction", [0.0, 0.4, 1.0])
+@pytest.mark.parametrize("max_lambda", [0.01, 1e4])
+def test_one_pass_equals_the_textbook_step(parts, perceptual_weight, disc_loss, adv_fraction, max_lambda):
+    """The step that training takes against plain `.backward()` on the losses, in G and in D."""
+    vqgan, disc, perceptual, x = parts
+    config = ObjectiveConfig("vqgan", perceptual_weight, disc_loss, 0.8, max_lambda)
+    lambda_ = textbook_step(vqgan, disc, perceptual, x, config, adv_fraction)
+    textbook = gradients(vqgan, disc)
+    vqgan.zero_grad()
+    disc.zero_grad()
+
+    terms, _ = stage_one_step(vqgan, disc, perceptual, x, config, adv_fraction)
+    for ours, truth in zip(gradients(vqgan, disc), textbook, strict=True):
+        assert_equal_gradients(ours, truth)
+    if adv_fraction:
+        assert terms["lambda"] == pytest.approx(lambda_.item(), rel=1e-6)
+        assert (lambda_ == 0.01) == (max_lambda == 0.01), "the cap of the test must bite, and 1e4 must not"
+
+
+def test_without_d_only_the_reconstruction_trains(parts):
+    vqgan, disc, perceptual, x = parts
+    terms, quantized = stage_one_step(vqgan, None, perceptual, x, ObjectiveConfig(), adv_fraction=None)
+    (ours,) = gradients(vqgan)
+    vqgan.zero_grad()
+    x_hat, again = vqgan(x)
+    ((x - x_hat).abs().mean() + perceptual(x, x_hat).mean() + again.loss).backward()
+    assert_equal_gradients(ours, gradients(vqgan)[0])
+    assert terms.keys() == {"rec_loss", "l1", "perceptual", "codebook_loss"}
+    assert torch.equal(quantized.indices, again.indices)
+    stage_one_step(vqgan, disc, perceptual, x, ObjectiveConfig(), adv_fraction=0.0)
+    assert all(p.grad is not None for p in disc.parameters()), "D learns alone while its gradient does not reach G"
+
+
+def test_two_micro_batches_of_equal_weight_are_one_batch_without_d(parts):
+    vqgan, _, perceptual, x = parts
+    x = torch.cat([x, -x])
+    config = ObjectiveConfig()
+    stage_one_step(vqgan, None, perceptual, x, config, None)
+    (whole,) = gradients(vqgan)
+    vqgan.zero_grad()
+    for micro_batch in x.chunk(2):
+        stage_one_step(vqgan, None, perceptual, micro_batch, config, None, scale=0.5)
+    assert_equal_gradients(gradients(vqgan)[0], whole)
+
+
+def test_gs_loss_leaves_nothing_in_d_and_ds_loss_nothing_in_g(parts):
+    """D's gradients are those of its own loss on detached images; G's do not change when D's loss does."""
+    vqgan, disc, _, x = parts
+    stage_one_step(vqgan, disc, None, x, ObjectiveConfig(disc_weight=0.8))
+    of_d = gradients(disc)[0]
+    disc.zero_grad()
+    x_hat = vqgan(x)[0].detach()
+    hinge_loss(disc(x), disc(x_hat)).backward()
+    assert_equal_gradients(of_d, gradients(disc)[0])
+    vqgan.zero_grad()
+    stage_one_step(vqgan, disc, None, x, ObjectiveConfig(disc_weight=0.0))
+    of_g = gradients(vqgan)[0]
+    vqgan.zero_grad()
+    stage_one_step(vqgan, None, None, x, ObjectiveConfig(), adv_fraction=None)
+    assert_equal_gradients(of_g, gradients(vqgan)[0])
+
+
+def test_label_maps_and_vqvae(parts):
+    """Cross-entropy of a one-hot map and its logits, and the squared error, by the definition."""
+    x = parts[-1]
+    one_hot = torch.nn.functional.one_hot(torch.arange(9).view(1, 3, 3) % 3, 3).permute(0, 3, 1, 2).double()
+    logits = torch.randn(1, 3, 3, 3, dtype=torch.float64)
+    by_hand = -(logits.log_softmax(1) * one_hot).sum(1).mean()
+    config = ObjectiveConfig(loss="labels")
+    assert reconstruction_loss(one_hot, logits, config)["rec_loss"] == pytest.approx(by_hand.item())
+    config = ObjectiveConfig(loss="vqvae")
+    assert reconstruction_loss(x, 0 * x, config)["rec_loss"] == pytest.approx((x**2).mean().item())
+
+
+def test_lambda_by_hand():
+    rec, gan = torch.tensor([3.0, 4.0], requires_grad=True), torch.tensor([0.0, 2e-3])
+    lambda_ = adaptive_weight(rec, gan)
+    assert not lambda_.requires_grad and lambda_ == pytest.approx(5 / (2e-3 + 1e-6))
+    assert adaptive_weight(rec, gan, max_lambda=5.0) == 5
+    assert adaptive_weight(rec, 0 * gan) == 1e4  # delta: no division by zero
+
+
+def test_losses_by_hand():
+    real, fake = torch.tensor([2.0, 0.5, -1.0]), torch.tensor([-3.0, 0.0, 0.5])
+    assert hinge_loss(real, fake) == pytest.approx(0.5 * ((0 + 0.5 + 2) / 3 + (0 + 1 + 1.5) / 3))
+    d = lambda logit: 1 / (1 + math.exp(-logit))  # noqa: E731
+    truth = -sum(math.log(d(r)) for r in (2.0, 0.5, -1.0)) / 3 - sum(math.log(1 - d(f)) for f in (-3.0, 0.0, 0.5)) / 3
+    assert log_loss(real, fake) == pytest.approx(truth / 2)
+    assert generator_loss(fake) == pytest.approx(2.5 / 3)
+    assert generator_loss(fake, "log") == pytest.approx(-sum(math.log(d(f)) for f in (-3.0, 0.0, 0.5)) / 3)
+
+
+def test_d_can_tell_apart_what_differs_in_texture():
+    torch.manual_seed(0)
+    disc = PatchDiscriminator(3, channels=8, num_layers=2)
+    opt = torch.optim.Adam(disc.parameters(), 2e-3, betas=(0.5, 0.9))
+    for _ in range(60):
+        sharp = torch.randn(8, 3, 16, 16).sign() * 0.5
+        blurred = torch.nn.functional.avg_pool2d(sharp, 3, 1, 1)
+        loss = hinge_loss(disc(sharp), disc(blurred))
+        opt.zero_grad()
+        loss.backward()
+        opt.step()
+    assert loss < 0.2
+
+
+def test_patch_size_is_what_the_docstring_says():
+    """The pixels that one logit depends on, counted by its gradient."""
+    for num_layers, patch in ((2, 34), (3, 70)):
+        disc = PatchDiscriminator(1, channels=4, num_layers=num_layers).eval()
+        x = torch.randn(1, 1, 128, 128, requires_grad=True)
+        logits = disc(x)
+        logits[0, 0, logits.shape[2] // 2, logits.shape[3] // 2].backward()
+        rows = x.grad[0, 0].abs().sum(1).nonzero()
+        assert rows.max() - rows.min() + 1 == patch
+
+
+def test_smallest_image_of_d():
+    for num_layers in (2, 3):
+        size = 2 ** (num_layers + 2)
+        assert PatchDiscriminator(3, 4, num_layers)(torch.randn(2, 3, size, size)).numel() > 0
+
+
+def test_ramp():
+    fractions = [adversarial_ramp(step, start=100, warmup=50, ramp=10) for step in (0, 100, 150, 151, 155, 160, 1000)]
+    assert fractions == [0, 0, 0, 0.1, 0.5, 1, 1]
+    assert adversarial_ramp(1, 0, 0, 0) == 1
+
+
+def test_nothing_is_float64_in_training_and_validation():
+    """Every operation on the device, of a step and of the held-out numbers, is watched."""
+    torch.manual_seed(0)
+    config = VQGANConfig(image_size=16, ch=8, ch_mult=(1, 2), z_channels=8, code_dim=4, codebook_size=16)
+    vqgan, disc, perceptual = VQGAN(config).train(), PatchDiscriminator(3, 8, 2), LPIPS(TwoLayers())
+    x = torch.rand(3, 3, 16, 16) * 2 - 1
+    with NoFloat64():
+        _, quantized = stage_one_step(vqgan, disc, perceptual, x, ObjectiveConfig())
+        vqgan.quantizer.revive_dead_codes(quantized.z)
+        metrics.image_metrics(x, x, perceptual)
+        metrics.label_metrics(x.gt(0).float(), x)
