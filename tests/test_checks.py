@@ -236,7 +236,7 @@ MUTATIONS = {
         ("(i - top) * n + j - left", "(i - top) * n + j", "its window has"),
         ("(i - top) * n + j - left", "i * w + j", "its window has"),
         ("max(i - n // 2, 0)", "max(i - n + 1, 0)", "its window has"),
-        ("codes[top : top + n, left : left + n].flatten()", "codes[top : top + n, left : left + n].T.flatten()", "plain"),
+        ("codes[top : top + n, left : left + n].flatten()", "codes[top:top+n, left:left+n].T.flatten()", "plain"),
         ("codes[top : top + n, left : left + n]", "codes[:n, :n]", "the right ones"),
         ("u[i, j]", "u[j % h, i % w]", "plain sampling"),
         ("> u[i, j]).byte().argmax()", "> u[i, j]).sum()", "plain sampling"),
