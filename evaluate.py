@@ -57,7 +57,7 @@ def parse_flags():
 def open_sets(args, model: VQGAN | TwoStage, vqgan: VQGAN):
     """(training set, held-out set): the data and the split that the model was trained with, unless flags say other."""
     path = args.vqgan or args.gpt
-    trained_with = {} if args.official_config else checkpoint.read(path).get("flags", {})
+    trained_with = {} if args.official_config else checkpoint.trained_with(path)
     args.data = args.data or trained_with.get("data")
     if not args.data:
         raise UserError(f"{path} does not say what it was trained on; give --data")
@@ -139,7 +139,7 @@ def compare_sets(table: Table, args, name: str, real: torch.Tensor, fake: torch.
 
 
 @torch.no_grad()
-def evaluate_vqgan(args, model: VQGAN, val_set, device: torch.device, table: Table) -> None:
+def evaluate_reconstructions(args, model: VQGAN, val_set, device: torch.device, table: Table) -> None:
     kind, K = model.config.input_kind, model.config.codebook_size
     labels = kind == "labels"
     perceptual = features = None
@@ -153,11 +153,9 @@ def evaluate_vqgan(args, model: VQGAN, val_set, device: torch.device, table: Tab
     if features is not None:
         check_numbers(number)
     batches = data.held_out_batches(val_set, args.batch_size, number)
-    for batch in tqdm(batches, total=math.ceil(number / args.batch_size), desc="reconstructions", leave=False):
-        x = data.to_input({k: v.to(device) for k, v in batch.items()}, kind, model.config.in_channels)
-        x_hat, quantized = model(x)
-        counts += torch.bincount(quantized.indices.flatten().cpu(), minlength=K)
-        row = metrics.label_metrics(x, x_hat) if labels else metrics.image_metrics(x, x_hat, perceptual)
+    bar = tqdm(batches, total=math.ceil(number / args.batch_size), desc="reconstructions", leave=False)
+    for x, x_hat, indices, row in metrics.reconstructions(model, bar, device, perceptual):
+        counts += torch.bincount(indices.flatten().cpu(), minlength=K)
         if not labels:
             row["ssim"] = metrics.ssim(x, x_hat)
         for name, value in row.items():
@@ -220,6 +218,9 @@ def evaluate_gpt(args, model: TwoStage, train_set, val_set, device: torch.device
         return
     if features is not None:
         check_numbers(args.n, len(nats))
+    if runtime.pick_amp(args.amp, device, model.gpt.config.n_embd):
+        print("new images in bfloat16")
+        model.gpt.bfloat16()
     images, classes = new_images(args, model, val_set, to_c, sampling, device)
     fake = pictures.to_rgb(images, kind)
     if judge and model.condition.kind == "class":
@@ -270,7 +271,7 @@ def main() -> int:
     if args.gpt:
         evaluate_gpt(args, model.to(device), train_set, val_set, device, table)
     else:
-        evaluate_vqgan(args, vqgan.to(device), val_set, device, table)
+        evaluate_reconstructions(args, vqgan.to(device), val_set, device, table)
     print("\n".join(table.lines()))
     out = Path(args.out) / "metrics.json"
     out.write_text(json.dumps({"flags": vars(args), "metrics": table.rows}, indent=2))

@@ -44,6 +44,7 @@ def parse_flags():
     g.add_argument("--keep", type=flags.fraction, default=0.5, help="share of the rows that --complete keeps")
     g.add_argument("--cond-image", metavar="IMAGE", help="what a spatially conditioned model starts from")
     g.add_argument("--size", type=size, metavar="HxW", help="in pixels; beyond the training size a window slides")
+    g.add_argument("--stride", type=flags.positive, default=1, help="columns by which it moves; 4 is 4 times as fast")
 
     flags.add_sampling_flags(p)
     g = p.add_argument_group("how")
@@ -139,6 +140,8 @@ def prepare(args, model: TwoStage) -> Start:
     if args.steps_gif and Path(args.steps_gif).suffix.lower() != ".gif":
         raise UserError(f"--steps-gif {args.steps_gif}: the name must end in .gif")
     kind, side = model.condition.kind, model.config.n * model.vqgan.config.f
+    if args.stride > model.config.n:
+        raise UserError(f"--stride {args.stride} is more than the window's {model.config.n} columns")
     if args.guidance != 1 and model.null is None:
         raise UserError("--guidance needs a model trained with dropped conditions (train_gpt.py --drop-cond)")
     if args.classes and kind != "class":
@@ -187,6 +190,11 @@ def main() -> int:
         raise UserError(f"{args.gpt} holds a VQGAN, not a transformer; train one: train_gpt.py --vqgan {args.gpt}")
     sampling = flags.sampling(args)
     start = prepare(args, model.to(device))
+    amp = runtime.pick_amp(args.amp, device, model.gpt.config.n_embd)
+    if amp:
+        model.gpt.bfloat16()
+    if rank == 0:
+        print(f"{args.gpt} on {device} in {'bfloat16' if amp else 'float32'}")
     classifier, number_of, per_row = None, [], args.n
     if args.reject is not None:
         if start.classes == [None] or not args.classifier:
@@ -207,7 +215,8 @@ def main() -> int:
         for seeds in (mine[i : i + args.batch_size] for i in range(0, len(mine), args.batch_size)):
             c = conditions(model, start, number, len(seeds), device)
             copies = None if given is None else given.expand(len(seeds), -1, -1)
-            indices = model.sample_indices(c, seeds, (h, w), sampling, copies, start.keep, on_token=bar.update)
+            how = {"stride": args.stride, "on_token": bar.update}
+            indices = model.sample_indices(c, seeds, (h, w), sampling, copies, start.keep, **how)
             images += [model.vqgan.decode_indices(part).clamp(-1, 1) for part in indices.split(16)]
         images = torch.cat(images)
         if classifier is not None:

@@ -16,7 +16,7 @@ import torch
 
 from minvqgan.conditioning import ClassCondition, CoordinateCondition, NoCondition, SpatialCondition
 from minvqgan.gpt import GPT, GPTConfig, parameter_groups
-from minvqgan.harness import checkpoint, data, flags, official, pictures, runtime, tokens
+from minvqgan.harness import checkpoint, data, flags, official, pictures, runtime, schema, tokens
 from minvqgan.harness.run import Run
 from minvqgan.harness.runtime import UserError
 from minvqgan.two_stage import TwoStage, TwoStageConfig, condition_length
@@ -40,7 +40,7 @@ PRESETS = {
 }
 
 # What a checkpoint must hold beside the model for training to resume from it.
-RESUME_NEEDS = {"opt": dict}
+RESUME_NEEDS = {"opt": schema.optimizer_state}
 
 COLUMNS = "step seconds lr loss val_nats val_bits_per_pixel".split()
 PANELS = [["loss", "val_nats"], ["val_bits_per_pixel"]]
@@ -93,7 +93,7 @@ def open_first_stage(args) -> VQGAN:
         vqgan, trained_with = (model.vqgan if isinstance(model, TwoStage) else model), {}
     else:
         vqgan = checkpoint.load_vqgan(args.vqgan)
-        trained_with = checkpoint.read(args.vqgan, "vqgan").get("flags", {})
+        trained_with = checkpoint.trained_with(args.vqgan)
     args.data = args.data or trained_with.get("data", "shapes")
     args.image_size = args.image_size or vqgan.config.image_size
     args.resize = args.resize or trained_with.get("resize")

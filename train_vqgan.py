@@ -13,7 +13,7 @@ from dataclasses import asdict
 import torch
 
 from minvqgan.discriminator import PatchDiscriminator
-from minvqgan.harness import data, flags, metrics, pictures, runtime
+from minvqgan.harness import data, flags, metrics, pictures, runtime, schema
 from minvqgan.harness.run import Run
 from minvqgan.harness.runtime import UserError
 from minvqgan.objective import ObjectiveConfig, adversarial_ramp, stage_one_step
@@ -27,7 +27,7 @@ PRESETS = {
         --image-size 32 --ch 16 --ch-mult 1 2 4 --num-res-blocks 1 --attn-resolutions --norm-groups 1 --dropout 0
         --z-channels 64 --codebook-size 256 --code-dim 16 --beta 0.25 --no-legacy --revive-every 20
         --batch-size 32 --steps 1800 --lr 1e-3 --disc-lr 1e-4 --warmup 0.01 --lr-decay 0.4 --flip
-        --perceptual none --perceptual-weight 1 --disc-loss hinge --disc-weight 0.2 --max-lambda 0.03
+        --perceptual small --perceptual-weight 1 --disc-loss hinge --disc-weight 0.2 --max-lambda 1
         --disc-start 0.4 --disc-warmup 0.1 --disc-ramp 0.1 --disc-channels 32 --disc-layers 2
         --log-every 20 --val-every 200 --save-every 200""",
     # 64 px, f = 8: for a folder of your own.
@@ -35,7 +35,7 @@ PRESETS = {
         --image-size 64 --ch 32 --ch-mult 1 2 4 4 --num-res-blocks 1 --attn-resolutions --norm-groups 2 --dropout 0
         --z-channels 128 --codebook-size 1024 --code-dim 16 --beta 0.25 --no-legacy --revive-every 20
         --batch-size 32 --steps 50000 --lr 4e-4 --disc-lr 4e-5 --warmup 0.01 --lr-decay 0.4 --flip
-        --perceptual vgg16 --perceptual-weight 1 --disc-loss hinge --disc-weight 0.2 --max-lambda 0.1
+        --perceptual small --perceptual-weight 1 --disc-loss hinge --disc-weight 0.2 --max-lambda 1
         --disc-start 0.4 --disc-warmup 0.1 --disc-ramp 0.1 --disc-channels 64 --disc-layers 2
         --log-every 50 --val-every 1000 --save-every 1000""",
     # 256 px, f = 16: the official ImageNet model with 1024 codes, by the official recipe: 4.5e-6 for each image of the
@@ -51,7 +51,11 @@ PRESETS = {
 }
 
 # What a checkpoint must hold beside the model for training to resume from it.
-RESUME_NEEDS = {"discriminator": dict, "opt_g": dict, "opt_d": dict}
+RESUME_NEEDS = {"discriminator": schema.TENSORS, "opt_g": schema.optimizer_state, "opt_d": schema.optimizer_state}
+RESUME_NEEDS["state"] = schema.record(
+    {"disc_steps": schema.several(schema.STEP, 3), "revived": schema.STEP},
+    {"counts": schema.tensor},
+)
 
 COLUMNS = (
     "step seconds lr rec_loss l1 perceptual codebook_loss gen_loss disc_loss logits_real logits_fake lambda "
@@ -91,7 +95,7 @@ def parse_flags():
 
     g = p.add_argument_group("objective")
     flags.add_fields(g, ObjectiveConfig)
-    g.add_argument("--perceptual", help="vgg16 (LPIPS), none, or the file of a classifier")
+    g.add_argument("--perceptual", help="small (in the package), vgg16 (LPIPS), none, or a classifier's file")
     g.add_argument("--disc-channels", type=flags.positive, help="channels of D's first layer")
     g.add_argument("--disc-layers", type=flags.positive, help="2: patches of 34 pixels, 3: of 70")
     flags.add_fields(p.add_argument_group("model (names of the official configuration)"), VQGANConfig)
@@ -171,8 +175,9 @@ def main() -> int:
     run.state = run.state or {"disc_steps": [round(f * args.steps) for f in fractions], "revived": 0}
     disc_steps = run.state["disc_steps"]
     run.mark = disc_steps[0] if uses_disc(args) else None
-    vqgan.quantizer.counts += run.state.get("counts", 0)
-    run.state["counts"] = vqgan.quantizer.counts
+    vqgan.quantizer.counts = run.state.get("counts", torch.zeros(args.codebook_size)).to(run.device)
+    if vqgan.quantizer.counts.shape != (args.codebook_size,):
+        raise UserError(f"{run.out / 'last.pt'}: state.counts is not of {args.codebook_size} codes")
     run.start(
         {"model": vqgan, "discriminator": disc, "opt_g": opt_g, "opt_d": opt_d},
         lambda: {"config": asdict(vqgan.config), "model": vqgan.state_dict()},
@@ -210,8 +215,9 @@ def main() -> int:
             usage, perplexity = codebook_stats(vqgan.quantizer.counts)
             run.write(lr=args.lr * lr_fraction(args, step), adv_fraction=adv_fraction or 0.0, usage=usage)
             run.write(perplexity=perplexity, revived=run.state["revived"])
-            vqgan.quantizer.counts.zero_()
+            vqgan.quantizer.counts = torch.zeros_like(vqgan.quantizer.counts)
             run.state["revived"] = 0
+        run.state["counts"] = vqgan.quantizer.counts
         if run.validates:
             validate(run, vqgan, val_set, perceptual)
     if run.rank == 0 and run.last:

@@ -33,7 +33,7 @@ class ObjectiveConfig:
     perceptual_weight: float = option(1.0, "of the perceptual loss beside L1", least=0)
     disc_loss: str = option("hinge", "the paper writes log, its code trains with hinge", choices=("hinge", "log"))
     disc_weight: float = option(0.2, "of L_GAN, times lambda", least=0)
-    max_lambda: float = option(0.03, "cap of the adaptive weight lambda", least=0)
+    max_lambda: float = option(1.0, "cap of the adaptive weight lambda", least=0)
     delta: float = 1e-6  # of Eq. 7. DEPARTURE: as in the paper; the official code has 1e-4
 
 

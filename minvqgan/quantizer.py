@@ -108,8 +108,9 @@ class VectorQuantizer(nn.Module):
         nn.init.uniform_(self.codebook.weight, -1 / codebook_size, 1 / codebook_size)
         # Running fraction of the latents that chose each code; 0 before the first batch: all codes begin as dead.
         self.register_buffer("recent_use", torch.zeros(codebook_size))
-        # How often each code was chosen in training, over all processes, since somebody set it to 0: for the log.
-        self.register_buffer("counts", torch.zeros(codebook_size), persistent=False)
+        # How often each code was chosen in training, over all processes, since somebody set it to 0: for the log. No
+        # buffer, because it is none of the model's.
+        self.counts: Tensor | float = 0.0
 
     def codes(self) -> Tensor:
         """The K codes as they are compared: (K, D)."""
@@ -163,7 +164,7 @@ class VectorQuantizer(nn.Module):
     @torch.no_grad()
     def _track_use(self, indices: Tensor) -> None:
         counts = count_codes(indices, self.codebook_size)
-        self.counts += counts
+        self.counts = self.counts + counts
         self.recent_use.lerp_((counts / counts.sum()).to(self.recent_use), 0.02)
 
     @torch.no_grad()
@@ -203,7 +204,7 @@ class GumbelQuantizer(nn.Module):
         self.codebook_size, self.kl_weight, self.temperature = codebook_size, kl_weight, 1.0
         self.proj = nn.Conv2d(in_channels, codebook_size, 1)
         self.codebook = nn.Embedding(codebook_size, code_dim)
-        self.register_buffer("counts", torch.zeros(codebook_size), persistent=False)  # as in VectorQuantizer
+        self.counts: Tensor | float = 0.0  # as in VectorQuantizer
 
     def embed(self, indices: Tensor) -> Tensor:
         """Codes of given indices: (B, h, w) int64 -> (B, D, h, w)."""
@@ -221,5 +222,5 @@ class GumbelQuantizer(nn.Module):
         one_hot = F.gumbel_softmax(logits, tau=self.temperature, hard=True, dim=1)  # (B, K, h, w)
         z_q = torch.einsum("bkhw,kd->bdhw", one_hot, self.codebook.weight)
         indices = one_hot.argmax(1)
-        self.counts += count_codes(indices, self.codebook_size)
+        self.counts = self.counts + count_codes(indices, self.codebook_size)
         return Quantized(z_q, indices, loss, z.detach())

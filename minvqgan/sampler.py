@@ -6,6 +6,10 @@ Randomness is one uniform number u per token position, drawn in advance: a token
 distribution passes u. So a seed gives the same image whatever else is in the batch, with or without the cache, and in
 whatever order a large image is filled.
 
+`gpt.bfloat16()` converts the weights once, and a token then costs half the memory traffic; logits are filtered in
+float32. Rounding is a part of the seed: an image sampled in bfloat16 is another one than that in float32, but the same
+for every batch size.
+
 Letters: B batch, K codes, R condition tokens, T image tokens, h x w latents, n x n the window.
 """
 
@@ -98,22 +102,22 @@ def continue_tokens(
     use_cache=False recomputes everything for each token: the definition, and the slow way to check the cache.
     """
     guided, T_new = sampling.guidance != 1, u.shape[1]
-    if guided:
-        if null is None:
-            raise ValueError("guidance needs a model that was trained with dropped conditions")
-        r, s = torch.cat([r, null]), torch.cat([s, s])  # both halves are read in one batch
-    tokens, new = torch.cat([r, s], 1), []
+    if guided and null is None:
+        raise ValueError("guidance needs a model that was trained with dropped conditions")
+    rows = [r, null] if guided else [r]  # read in one batch
+    if len(u) == 1 and not guided and gpt.head.weight.dtype == torch.bfloat16:
+        rows = [r, r]  # a CPU rounds the product of a single row differently; two take as long as one
+    tokens, new = torch.cat([torch.cat([row, s], 1) for row in rows]), []
     with torch.inference_mode():  # no_grad, and no bookkeeping of views either: 6 % of the time on a CPU
         length = tokens.shape[1] + T_new
         cache = KVCache(gpt.config, len(tokens), length, gpt.position_embedding) if use_cache else None
         for i in range(T_new):
-            logits = gpt(tokens, cache, last_only=True)[:, 0].float()  # (B, K)
+            logits, *without_c = gpt(tokens, cache, last_only=True)[:, 0].float().chunk(len(rows))  # (B, K)
             if guided:
-                with_c, without_c = logits.chunk(2)
-                logits = without_c + sampling.guidance * (with_c - without_c)
+                logits = without_c[0] + sampling.guidance * (logits - without_c[0])
             code = choose(logits, u[:, i], sampling)  # (B,)
             new.append(code)
-            column = code.repeat(2)[:, None] if guided else code[:, None]
+            column = code.repeat(len(rows))[:, None]
             tokens = column if use_cache else torch.cat([tokens, column], 1)
             if on_token:
                 on_token(len(code))
@@ -121,10 +125,16 @@ def continue_tokens(
     return torch.stack(new, 1) if new else s.new_empty(len(u), 0)
 
 
-def window_start(i: int, size: int, n: int) -> int:
+def window_start(i: int, size: int, n: int, stride: int = 1) -> int:
     """First row (or column) of the window in which position i of `size` is predicted: i sits in its middle, n // 2, or
-    nearer to its border where the image ends (Fig. 3)."""
-    return min(max(i - n // 2, 0), size - n)
+    nearer to its border where the image ends (Fig. 3).
+
+    DEPARTURE: with a stride of N the window stands only at every N-th place, and the N positions around its middle are
+    predicted in it: about 1/N of the work, for up to N / 2 columns less of context on either side. Measured at n = 8 on
+    64 x 64 latents: held-out codes cost 3.117 nats at N = 1, 3.116 at 2, 3.148 at 4, 3.186 at 8. At 4 colours change
+    more often within an object, at 8 seams are seen where windows meet.
+    """
+    return min(max((i - n // 2 + stride // 2) // stride * stride, 0), size - n)
 
 
 @dataclass(frozen=True)
@@ -142,11 +152,11 @@ class Run:
         return (self.row - self.top) * n + self.col - self.left
 
 
-def row_runs(row: int, first: int, h: int, w: int, n: int) -> list[Run]:
+def row_runs(row: int, first: int, h: int, w: int, n: int, stride: int = 1) -> list[Run]:
     """The columns of a row from `first` on, cut into runs."""
     runs: list[Run] = []
     for col in range(first, w):
-        top, left = window_start(row, h, n), window_start(col, w, n)
+        top, left = window_start(row, h, n), window_start(col, w, n, stride)
         if runs and runs[-1].left == left:
             last = runs.pop()
             runs.append(Run(row, last.col, last.length + 1, top, left))
@@ -155,7 +165,7 @@ def row_runs(row: int, first: int, h: int, w: int, n: int) -> list[Run]:
     return runs
 
 
-def schedule(h: int, w: int, n: int, start: int = 0, wave: bool = True) -> Iterator[list[Run]]:
+def schedule(h: int, w: int, n: int, start: int = 0, wave: bool = True, stride: int = 1) -> Iterator[list[Run]]:
     """All runs of an h x w image from raster position `start` on, in batches that may be predicted at once.
 
     A run needs every token of its window that comes before it in reading order: in its own row all to the left, in the
@@ -163,7 +173,7 @@ def schedule(h: int, w: int, n: int, start: int = 0, wave: bool = True) -> Itera
     width, and rows advance together as a slanted wave front. A batch holds runs of equal prefix and length. wave=False:
     one by one, in reading order.
     """
-    waiting = [row_runs(i, max(0, start - i * w), h, w, n) for i in range(h)]
+    waiting = [row_runs(i, max(0, start - i * w), h, w, n, stride) for i in range(h)]
     done = [min(w, max(0, start - i * w)) for i in range(h)]  # columns finished in each row
     while any(waiting):
         ready = []
@@ -191,19 +201,23 @@ def slide(
     start: int = 0,
     null: int | None = None,
     wave: bool = True,
+    stride: int = 1,
     on_token: Callable[[int], None] | None = None,
 ) -> Tensor:
     """Fill an image larger than the n x n latents that the transformer was trained on -> s (B, h, w).
 
     r: a map of condition tokens (B, h, w), cut to each window, or (B, R) tokens that go before every window.
     s (B, h, w): its tokens before raster position `start` are kept. u (B, h, w): uniforms. null: the dropped condition.
-    Raises ValueError when the image is smaller than the window.
+    stride: columns by which the window moves, 1 to n; see `window_start`.
+    Raises ValueError for another stride, and when the image is smaller than the window.
     """
     B, h, w = s.shape
     if h < n or w < n:
         raise ValueError(f"{h} x {w} latents are fewer than the {n} x {n} that the transformer was trained on")
+    if not 1 <= stride <= n:
+        raise ValueError(f"a stride of {stride} is not between 1 and {n}, the side of the window")
     s = s.clone()
-    for runs in schedule(h, w, n, start, wave):
+    for runs in schedule(h, w, n, start, wave, stride):
 
         def cut(m: Tensor, runs=runs) -> Tensor:  # the runs' windows, (B * len(runs), n * n)
             return torch.cat([m[:, a.top : a.top + n, a.left : a.left + n].flatten(1) for a in runs])

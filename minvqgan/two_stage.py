@@ -125,14 +125,15 @@ class TwoStage(nn.Module):
         given: Tensor | None = None,
         keep: int = 0,
         wave: bool = True,
+        stride: int = 1,
         use_cache: bool = True,
         on_token: Callable[[int], None] | None = None,
     ) -> Tensor:
         """New codes (B, h, w) for c, one seed an image; the arguments of `sample` and `complete` in latents.
 
         size: (h, w), by default that of c's map or the training size. given (B, h, w): codes of which the first `keep`
-        in the model's order stay. Raises ValueError for sizes below the training size, or above it in another order
-        than row.
+        in the model's order stay. wave, stride: of `sampler.slide`. Raises ValueError for sizes below the training
+        size, or above it in another order than row.
         """
         n, sampling = self.config.n, sampling or Sampling()
         r = self.condition_tokens(c)
@@ -152,7 +153,7 @@ class TwoStage(nn.Module):
         if self.config.order != "row":
             raise ValueError(f"the order {self.config.order} is bound to {n} x {n} latents; only row order slides")
         s = given if keep else torch.zeros(len(u), h, w, dtype=torch.long, device=r.device)
-        return sampler.slide(self.gpt, r, s, u.view(-1, h, w), n, sampling, keep, null, wave, on_token)
+        return sampler.slide(self.gpt, r, s, u.view(-1, h, w), n, sampling, keep, null, wave, stride, on_token)
 
     def sample(self, c: Tensor | None = None, n: int = 1, seed: int = 0, **how) -> Tensor:
         """New images (B, C, H, W) in [-1, 1], as far as the decoder keeps to it.

@@ -93,8 +93,8 @@ def test_folders_without_pictures(house, tmp_path, script):
     make_photos(tmp_path / "single", n=1)
     for name, answer in (
         ("nowhere", ("nowhere", "no such folder")),
-        ("empty", ("no readable picture in", "empty")),
-        ("texts", ("no readable picture in", "texts")),
+        ("empty", ("no readable image in", "empty")),
+        ("texts", ("no readable image in", "texts")),
         ("texts/one.png", ("is a file", "give the folder")),
         ("single", ("single", "at least two")),
     ):
@@ -282,7 +282,7 @@ def test_checkpoints_that_do_not_fit(house, tmp_path, flag):
 @pytest.mark.parametrize(
     "words, answer",
     [
-        ([*READERS["train_vqgan"], "--perceptual", "vgg16"], "--perceptual none"),
+        ([*READERS["train_vqgan"], "--perceptual", "vgg16"], "--perceptual small"),
         ("sample.py --gpt class/best.pt --reject 0.5 --classifier resnet18".split(), "resnet18"),
     ],
     ids=["train_vqgan", "sample"],

@@ -1,7 +1,10 @@
 """Folders, torchvision sets and shapes: every odd file ends as the right numbers, every mistake as one line."""
 
 import gzip
+import os
 import struct
+import subprocess
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -59,6 +62,59 @@ def test_an_animation_shows_its_first_frame(tmp_path):
     assert pixel(tmp_path / "moving.gif") == RED
 
 
+@pytest.mark.parametrize("value", [0, 200, 255, 256, 65535])
+def test_the_scale_of_deep_images_is_that_of_their_mode(tmp_path, value):
+    """Guessed from the pixels, a constant 255 was white and a constant 256 black."""
+    for mode, dtype in (("I;16", np.uint16), ("I", np.int32)):
+        Image.fromarray(np.full((6, 8), value, dtype)).save(tmp_path / "deep.tif")
+        assert Image.open(tmp_path / "deep.tif").mode == mode
+        assert pixel(tmp_path / "deep.tif") == (round(value / 65535 * 255),) * 3
+        assert np.allclose(np.asarray(read_depth(tmp_path / "deep.tif")), value / 65535 * 2 - 1, atol=1e-6)
+
+
+def test_float_images_that_have_no_scale_are_skipped_and_named(tmp_path, capfd):
+    make_photos(tmp_path, n=6)
+    odd = {"nan": np.nan, "infinite": np.inf, "bright": 200.0, "negative": -1.0}
+    for name, value in odd.items():
+        pixels = np.full((20, 20), 0.5, np.float32)
+        pixels[3, 4] = value
+        Image.fromarray(pixels).save(tmp_path / f"{name}.tif")
+    train, val = open_data(str(tmp_path), image_size=16)
+    for draw in range(50):
+        for dataset in (train, val):
+            assert dataset[draw % len(dataset), draw]["image"].isfinite().all()
+    err = capfd.readouterr().err
+    for name in odd:
+        assert f"{name}.tif: float images must lie in [0, 1]" in err
+    with pytest.raises(UserError, match="one channel of indices, this image is F"):
+        read_labels(tmp_path / "nan.tif")
+
+
+def test_a_strip_is_not_scaled_to_gigabytes(tmp_path, capfd):
+    make_photos(tmp_path, n=3)
+    Image.new("L", (1_000_000, 1)).save(tmp_path / "strip.png")
+    train, val = open_data(str(tmp_path), image_size=256)
+    for dataset in (train, val):
+        assert [dataset[i, None]["image"].shape for i in range(len(dataset))]
+    assert "strip.png: 1000000 x 1 pixels are too long a strip" in capfd.readouterr().err
+
+
+def test_postscript_is_never_read(tmp_path, capfd, monkeypatch):
+    """Pillow asks Ghostscript to draw an EPS file, whatever its name says."""
+
+    def started(*words, **how):
+        raise AssertionError(f"started {words}")
+
+    monkeypatch.setattr(subprocess, "Popen", started)
+    make_photos(tmp_path, n=3)
+    eps = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 40 40\n%%EndComments\n0 0 40 40 rectfill\nshowpage\n"
+    for suffix in (".png", ".jpg"):
+        (tmp_path / f"drawn{suffix}").write_bytes(eps)
+    train, val = open_data(str(tmp_path), 16)
+    assert len(train) + len(val) == 3
+    assert "drawn.png" in capfd.readouterr().err
+
+
 def test_depth_keeps_sixteen_bits(tmp_path):
     values = np.array([[0, 1, 32768, 65535]] * 2, np.uint16)
     Image.fromarray(values).save(tmp_path / "depth.png")
@@ -113,6 +169,50 @@ def test_subfolders_are_classes_and_val_is_respected(tmp_path):
     assert len(val) == 4
 
 
+def test_a_class_is_one_that_can_be_trained_on(tmp_path, capfd):
+    for part, classes in (("train", "ab"), ("val", "abz")):
+        for name in classes:
+            make_photos(tmp_path / part / name, n=2)
+    train, val = open_data(str(tmp_path), 16)
+    assert train.classes == val.classes == ("a", "b") and len(val) == 4
+    assert "classes without training images: z" in capfd.readouterr().err
+    for name in "cdefg":  # without a val/ of its own, a class of one image is not held out
+        make_photos(tmp_path / "one" / name, n=1)
+    make_photos(tmp_path / "one" / "h", n=2)
+    train, val = open_data(str(tmp_path / "one"), 16)
+    assert {train.classes[i] for i in train.class_of} == set("cdefgh") and val.class_of == [5]
+
+
+def test_links_are_followed_and_loops_are_not(tmp_path, capfd):
+    make_photos(tmp_path / "far" / "cats", n=2)
+    make_photos(tmp_path / "data" / "dogs", n=2)
+    data_folder = tmp_path / "data"
+    (data_folder / "cats").symlink_to(tmp_path / "far" / "cats")
+    (data_folder / "alias").symlink_to(data_folder / "dogs")
+    (data_folder / "dogs" / "up").symlink_to(tmp_path)
+    (data_folder / "dogs" / "all").symlink_to("/")
+    (data_folder / "dogs" / "itself").symlink_to("itself")
+    (data_folder / "dogs" / "itself.png").symlink_to("itself.png")
+    (data_folder / "dogs" / "nowhere.png").symlink_to("nothing.png")
+    os.mkfifo(data_folder / "dogs" / "pipe.png")
+    train, val = open_data(str(data_folder), 16)
+    assert train.classes == ("cats", "dogs") and len(train) + len(val) == 4
+    err = capfd.readouterr().err
+    assert err.count("skipped") == 3 and "data/alias" in err and "dogs/up" in err and "dogs/all" in err
+
+
+def test_names_of_files_do_not_command_the_terminal(tmp_path, capfd):
+    good = make_photos(tmp_path, n=6)[0].read_bytes()
+    (tmp_path / "red\x1b[31m\n.png").write_text("not an image")
+    (tmp_path / "half\x1b[2J.png").write_bytes(good[: len(good) // 2])
+    (tmp_path / os.fsdecode(b"latin\xe4.png")).write_bytes(good[: len(good) // 2])
+    train, val = open_data(str(tmp_path), 16)
+    for dataset in (train, val):
+        assert [dataset[i, None] for i in range(len(dataset))]
+    err = capfd.readouterr().err
+    assert "red?[31m?.png" in err and "half?[2J.png" in err and "latin?.png" in err and "\x1b" not in err
+
+
 def test_flip_mirrors_half_of_the_draws(tmp_path):
     ramp = np.tile(np.arange(0, 256, 8, dtype=np.uint8)[None, :, None], (32, 1, 3))
     for i in range(2):
@@ -139,16 +239,19 @@ def test_broken_files_are_skipped_and_named_once(tmp_path, capfd):
 def test_folder_mistakes(tmp_path):
     with pytest.raises(UserError, match="no such folder"):
         open_data(str(tmp_path / "nowhere"), 16)
-    with pytest.raises(UserError, match="no readable picture"):
+    with pytest.raises(UserError, match="no readable image"):
         open_data(str(tmp_path), 16)
     (tmp_path / "only.png").write_text("no")
-    with pytest.raises(UserError, match="no readable picture"):
+    with pytest.raises(UserError, match="no readable image"):
         open_data(str(tmp_path), 16)
     with pytest.raises(UserError, match="is a file"):
         open_data(str(tmp_path / "only.png"), 16)
     make_photos(tmp_path, n=1)
     with pytest.raises(UserError, match="at least two"):
         open_data(str(tmp_path), 16)
+    for name, answer in (("", "--data is empty"), (" ", "--data is empty"), ("~nobody-at-all/x", "no user of that")):
+        with pytest.raises(UserError, match=answer):
+            open_data(name, 16)
 
 
 def make_pairs(folder, n=4, size=(24, 20), top=5):
@@ -263,6 +366,47 @@ def test_stream_depends_on_seed_and_position_alone():
     assert [key for pair in zip(*two, strict=True) for key in pair] == whole[:34]
 
 
+def record(function, calls: list):
+    """The method, which notes what it was asked for."""
+
+    def noting(self, index):
+        calls.append(index)
+        return function(self, index)
+
+    return noting
+
+
+def test_the_cache_is_that_of_all_workers_together(monkeypatch):
+    monkeypatch.setattr(data, "get_worker_info", lambda: SimpleNamespace(dataset=dataset, num_workers=4))
+    monkeypatch.setattr(data.signal, "signal", lambda *a: None)
+    dataset, _ = open_data("shapes", 16)
+    data.begin_worker(0)
+    assert dataset.room == data.CACHE_BYTES // 4
+    dataset.room = 16 * 16 * 3 * 4
+    assert [dataset[i, None] for i in range(3)] and len(dataset.kept) == 1 and dataset.room == 0
+
+
+def test_coordinates_say_where_a_crop_lies(tmp_path):
+    """In the image that is shown: cut from the mirrored image they are those of the mirrored image's place."""
+    make_photos(tmp_path, n=4, size=(30, 20))
+    train, _ = open_data(str(tmp_path), 16, resize=20, sources=("image", "coords"))
+    for draw in range(12):
+        crop = train[draw % 3, draw]
+        first = round(crop["coords"][0, 0, 0].item() * 600)
+        top, left = divmod(first, 30)
+        image = to_tensor_of(train.files[draw % 3]["image"])
+        fits = [
+            torch.equal(crop["image"], shown[:, top : top + 16, left : left + 16]) for shown in (image, image.flip(-1))
+        ]
+        assert any(fits)
+        expected = (torch.arange(16)[:, None] + top) * 30 + torch.arange(16) + left
+        assert torch.equal((crop["coords"][0] * 600).round().long(), expected)
+
+
+def to_tensor_of(path) -> torch.Tensor:
+    return data.to_tensor(read_rgb(path), "image")
+
+
 def test_a_torchvision_set_by_name(tmp_path, monkeypatch):
     """MNIST in its own file format, made here: 4 training and 2 test pictures."""
     monkeypatch.chdir(tmp_path)
@@ -278,10 +422,12 @@ def test_a_torchvision_set_by_name(tmp_path, monkeypatch):
             (raw / f"{part}-{name}-ubyte.gz").write_bytes(gzip.compress(content))
     train, val = open_data("mnist", 28)
     assert (len(train), len(val), len(train.classes)) == (4, 2, 10)
+    reads = []
+    monkeypatch.setattr(type(val.wrapped), "__getitem__", record(type(val.wrapped).__getitem__, reads))
     sample = val[1, None]
-    assert sample["class"] == 4
+    assert sample["class"] == 4 and reads == [1]  # the image and its class come from one read
     assert torch.equal(sample["image"][0], torch.from_numpy(pixels["t10k"][1]) / 127.5 - 1)
-    with pytest.raises(UserError, match="mnist has pictures only"):
+    with pytest.raises(UserError, match="mnist has images only"):
         open_data("mnist", 28, sources=("labels",))
 
 

@@ -209,7 +209,7 @@ def test_a_transformer(models):
     assert values["nearest_training(judge)"] > 0 and values["nearest_training_of_held_out(judge)"] > 0
     assert {"precision(judge)", "recall(judge)", "class_score(judge)"} < values.keys()
     picture = Image.open(models / "eval" / "neighbours.png")
-    assert picture.size == (10 * 66, 2 * 66)
+    assert picture.size == (10 * 66 + 2, 2 * 66 + 2)
     assert "20 new images" in done.stdout
 
 

@@ -24,7 +24,6 @@ from helpers import (
 from PIL import Image
 
 import minvqgan
-from minvqgan.gpt import GPT, GPTConfig
 from minvqgan.harness import checkpoint, official
 from minvqgan.harness.runtime import UserError
 
@@ -44,11 +43,6 @@ def same(a: dict, b: dict) -> bool:
 
 def floats(state: dict) -> dict:
     return {k: t.float() if t.is_floating_point() else t for k, t in state.items()}
-
-
-def without_masks(state: dict) -> dict:
-    """The net2net fixtures leave the causal masks out; gpt.pt has them."""
-    return {k: t for k, t in state.items() if not k.endswith("attn.mask")}
 
 
 def test_a_lightning_file_is_read_without_lightning(tmp_path):
@@ -194,22 +188,17 @@ def test_kinds_of_first_stages(tmp_path):
         official.first_stage_config({"target": "ldm.KLModel", "params": {}})
 
 
-@pytest.mark.parametrize("kind", ["none", "class", "coord", "depth"])
-def test_back_in_the_official_layout(kind, tmp_path):
-    fx = fixture(f"net2net_{kind}")
+def test_back_in_the_official_layout(tmp_path):
+    fx = fixture("net2net_none")
     model = official.load(*official_files(fx, tmp_path))
-    state, _ = official.export_two_stage(model)
-    assert same(without_masks(state), floats(fx["state_dict"]))
-    official.export(model, tmp_path / "back.ckpt", tmp_path / "back.yaml")
+    prefix = "first_stage_model."
+    truth = {k.removeprefix(prefix): t for k, t in fx["state_dict"].items() if k.startswith(prefix)}
+    assert same(official.export_vqgan(model.vqgan)[0], floats(truth))
+    official.export(model.vqgan, tmp_path / "back.ckpt", tmp_path / "back.yaml")
     again = official.load(tmp_path / "back.ckpt", tmp_path / "back.yaml")
-    assert again.config == model.config and again.vqgan.config == model.vqgan.config
-    assert same(again.state_dict(), model.state_dict())
-
-
-def test_gpt_back_in_the_official_layout():
-    fx = fixture("gpt")
-    state, sizes = official.export_gpt(official.load_gpt(fx["state_dict"], fx["config"]))
-    assert same(state, floats(fx["state_dict"])) and sizes == fx["config"]
+    assert again.config == model.vqgan.config and same(again.state_dict(), model.vqgan.state_dict())
+    with pytest.raises(UserError, match="only first-stage models"):
+        official.export(model, tmp_path / "a.ckpt", tmp_path / "a.yaml")
 
 
 def test_orders_of_the_permuters(tmp_path):
@@ -222,16 +211,16 @@ def test_orders_of_the_permuters(tmp_path):
         config.write_text(yaml.safe_dump(content))
         model = official.load(path, config)
         assert model.config.order == ours
-        state, described = official.export_two_stage(model)
-        assert described["params"]["permuter_config"]["target"] == node["target"]
-        assert ("permuter.forward_shuffle_idx" in state) == (ours != "row")
-        torch.save({"state_dict": state}, path)
-        assert torch.equal(official.load(path, config).order, model.order)
-        if ours != "row":
-            state["permuter.forward_shuffle_idx"] = model.order.flip(0)
-            torch.save({"state_dict": state}, path)
-            with pytest.raises(UserError, match="another order"):
-                official.load(path, config)
+        if ours == "row":
+            continue
+        back = {"permuter.backward_shuffle_idx": model.order.argsort()}
+        for forward, fits in ((model.order, True), (model.order.flip(0), False)):
+            torch.save({"state_dict": fx["state_dict"] | back | {"permuter.forward_shuffle_idx": forward}}, path)
+            if fits:
+                assert torch.equal(official.load(path, config).order, model.order)
+            else:
+                with pytest.raises(UserError, match="another order"):
+                    official.load(path, config)
 
 
 def test_convert_on_the_command_line(tmp_path):
@@ -249,9 +238,11 @@ def test_convert_on_the_command_line(tmp_path):
     model = minvqgan.load(tmp_path / "ours.pt")
     s = model.image_tokens(fx["x"])
     assert torch.equal(s, fx["z_indices"]) and relative_error(model.nll(fx["x"], fx["c"]).mean(), fx["loss"]) < 1e-5
-    assert run("--export", "ours.pt", "back.ckpt", "back.yaml").returncode == 0
-    back = torch.load(tmp_path / "back.ckpt", weights_only=True)["state_dict"]
-    assert same(without_masks(back), floats(fx["state_dict"]))
+    checkpoint.save_model(tmp_path / "first.pt", model.vqgan)
+    assert run("--export", "first.pt", "back.ckpt", "back.yaml").returncode == 0
+    back = official.load(tmp_path / "back.ckpt", tmp_path / "back.yaml")
+    assert same(back.state_dict(), model.vqgan.state_dict())
+    assert_one_line_error(run("--export", "ours.pt", "x.ckpt", "x.yaml"), "only first-stage models")
     assert_one_line_error(run("last.ckpt", "project.yaml", "ours.pt"), "ours.pt exists")
     small = minvqgan.VQGAN(minvqgan.VQGANConfig())
     checkpoint.save_model(tmp_path / "small.pt", small)
@@ -279,10 +270,16 @@ def test_memory_of_the_large_class_conditional_model(tmp_path):
     official_files(fx, tmp_path / "small")
     fx["transformer"] = {"vocab_size": 16384, "block_size": 257, "n_layer": 2, "n_head": 24, "n_embd": 1536}
     fx["cond_stage"]["params"]["n_classes"] = 1001
-    sizes = {k: v for k, v in fx["transformer"].items() if k != "vocab_size"}
-    gpt = GPT(GPTConfig(num_codes=16384, num_cond=0, **sizes))
-    kept = {k: t for k, t in fx["state_dict"].items() if not k.startswith("transformer.")}
-    fx["state_dict"] = kept | {f"transformer.{k}": t for k, t in official.export_gpt(gpt)[0].items()}
+    state = {k: t for k, t in fx["state_dict"].items() if not k.startswith("transformer.blocks")}
+    for key, tensor in fx["state_dict"].items():  # the same layers at the large sizes
+        _, _, inner = key.partition("blocks.0.")
+        if key.startswith("transformer.") and (inner or "blocks" not in key):
+            small, large = fixture("net2net_class")["transformer"]["n_embd"], 1536
+            ends = {"pos_emb": (1, 257, large), "tok_emb.weight": (16384, large), "head.weight": (16384, large)}
+            shape = ends.get(key.removeprefix("transformer."), [n // small * large for n in tensor.shape])
+            for layer in range(2) if inner else [0]:
+                state[key.replace("blocks.0.", f"blocks.{layer}.")] = torch.randn(shape) / 50
+    fx["state_dict"] = state
     official_files(fx, tmp_path)
     env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run([sys.executable, "-c", MEASURE], cwd=tmp_path, env=env, capture_output=True, text=True)
@@ -299,7 +296,7 @@ def test_the_scripts_take_official_files(tmp_path):
     gpt = ("sample.py", "--gpt", "last.ckpt", "--official-config", "project.yaml", "-n", "2")
     done = run_inside(*gpt, "--classes", "1,3", "--out", "a.png", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert Image.open(tmp_path / "a.png").size == (2 * 66, 2 * 66)  # 32 pixels doubled, and a white line
+    assert Image.open(tmp_path / "a.png").size == (2 * 66 + 2, 2 * 66 + 2)  # 32 pixels doubled, and lines
     Image.fromarray(np.zeros((40, 50, 3), np.uint8)).save(tmp_path / "photo.png")
     done = run_inside(*gpt, "--classes", "1", "--complete", "photo.png", "--out", "b.png", cwd=tmp_path)
     assert done.returncode == 0 and (tmp_path / "b.png").exists(), done.stderr
@@ -309,7 +306,7 @@ def test_the_scripts_take_official_files(tmp_path):
     official_files(fixture("net2net_coord"), tmp_path / "coord")
     done = run_inside(*gpt, "--size", "36x40", "--out", "c.png", cwd=tmp_path / "coord")
     assert done.returncode == 0, done.stderr
-    assert Image.open(tmp_path / "coord" / "c.png").size == (2 * 42, 38)
+    assert Image.open(tmp_path / "coord" / "c.png").size == (2 * 42 + 2, 40)
 
     words = "train_gpt.py --vqgan last.ckpt --official-config project.yaml --data shapes --n-layer 1 --n-head 2 "
     words += "--n-embd 16 --batch-size 2 --steps 2 --val-images 4 --image-size 16 --data photos --cond none --out gpt"

@@ -95,23 +95,39 @@ def test_nothing_is_float64_while_sampling():
         torch.zeros(1).double()
 
 
+def slow_left(col: int, w: int, n: int, stride: int) -> int:
+    """The window moves on by `stride` columns once the `stride` around its middle are predicted, to the image's end."""
+    left = 0
+    while left < w - n and col - left >= n // 2 - stride // 2 + stride:
+        left = min(left + stride, w - n)
+    return left
+
+
+@pytest.mark.parametrize("stride", [1, 2, 3, 4])
 @pytest.mark.parametrize("size, n", [((5, 7), 4), ((9, 9), 3), ((4, 12), 4), ((12, 4), 4), ((8, 8), 8)])
-def test_schedule_predicts_every_token_once_and_after_all_it_needs(size, n):
+def test_schedule_predicts_every_token_once_and_after_all_it_needs(size, n, stride):
+    if stride > n:
+        return
     h, w = size
     for wave in (True, False):
         done = torch.zeros(h, w, dtype=torch.bool)
-        for batch in sampler.schedule(h, w, n, wave=wave):
+        for batch in sampler.schedule(h, w, n, wave=wave, stride=stride):
             assert len({(run.prefix(n), run.length) for run in batch}) == 1
             for run in batch:
                 assert 0 <= run.top <= h - n and 0 <= run.left <= w - n
                 for col in range(run.col, run.col + run.length):
-                    assert (run.top, run.left) == (sampler.window_start(run.row, h, n), sampler.window_start(col, w, n))
+                    assert (run.top, run.left) == (slow_left(run.row, h, n, 1), slow_left(col, w, n, stride))
                 assert not done[run.row, run.col : run.col + run.length].any()
                 assert done[run.top : run.row, run.left : run.left + n].all()
                 assert done[run.row, run.left : run.col].all()
             for run in batch:
                 done[run.row, run.col : run.col + run.length] = True
         assert done.all()
+
+
+def test_a_stride_of_4_has_about_a_quarter_of_the_runs():
+    runs = {N: sum(map(len, sampler.schedule(64, 64, 16, stride=N))) for N in (1, 4)}
+    assert 3.5 < runs[1] / runs[4] < 4.5
 
 
 def test_the_wave_is_shorter_than_the_reading_order():

@@ -1,18 +1,23 @@
-"""Checkpoints: plain tensors and containers, written whole or not at all, read without executing anything."""
+"""Checkpoints: plain tensors and containers, written whole or not at all, read without executing anything.
+
+What a file holds is checked once, where it is read (`schema.py`): what comes after can rely on it.
+"""
 
 import os
 import pickle
 import warnings
+import zipfile
 from collections import OrderedDict
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
 
-from ..conditioning import ClassCondition, CoordinateCondition, NoCondition, SpatialCondition
+from ..conditioning import ClassCondition, Condition, CoordinateCondition, NoCondition, SpatialCondition
 from ..gpt import GPT, GPTConfig
-from ..two_stage import TwoStage, TwoStageConfig
+from ..two_stage import TwoStage, TwoStageConfig, condition_length
 from ..vqgan import VQGAN, VQGANConfig
+from . import schema
 from .runtime import UserError, first_line
 
 FORMAT = "minvqgan 1"
@@ -42,11 +47,6 @@ def save(path: str | Path, kind: str, **content) -> None:
         part.unlink(missing_ok=True)
 
 
-# What last.pt holds of any run, with types: see `run.Run`.
-RUN_NEEDS = {"step": int, "seconds": float, "best": float, "best_step": int, "state": dict, "sums": dict}
-RUN_NEEDS |= {"flags": dict, "random": list}
-
-
 def _not_finite(content, name: str = "") -> str | None:
     """The name of the first tensor in nested dicts and lists that holds NaN or infinity."""
     if isinstance(content, torch.Tensor):
@@ -63,16 +63,26 @@ def _unpickled(path: Path, mmap: bool = False):
         return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
 
 
-def read(path: str | Path, kind: str | None = None, needs: dict[str, type] | None = None) -> dict:
-    """The content of a checkpoint, on the CPU.
+def _check_not_packed(path: Path) -> None:
+    """torch stores tensors as they are. A file whose entries are compressed is not from torch, and may unpack to a
+    thousand times its size. Raises ValueError."""
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
+                raise ValueError("compressed")
 
-    kind: what it must hold. needs: names that must be there, with their types. Raises UserError, one line, for a file
-    that is missing, broken, of another kind, incomplete, or that holds code.
+
+def read(path: str | Path, kind: str | None = None, needs: dict[str, schema.Check] | None = None) -> dict:
+    """The content of a checkpoint, on the CPU, each field checked by `schema`.
+
+    kind: what it must hold. needs: more that must be there, beside what its kind has. Raises UserError, one line, for a
+    file that is missing, broken, of another kind, incomplete, or that holds code.
     """
     path = Path(path)
     if not path.is_file():
         raise UserError(f"no checkpoint at {path}")
     try:
+        _check_not_packed(path)
         content = _unpickled(path)
     except pickle.UnpicklingError as error:
         if any(word in str(error) for word in ("Unsupported global", "Unsupported operand", "GLOBAL")):
@@ -88,12 +98,29 @@ def read(path: str | Path, kind: str | None = None, needs: dict[str, type] | Non
         if isinstance(content, dict) and "state_dict" in content:
             hint = "; if it is an official one, name its yaml by --official-config"
         raise UserError(f"{path} is not a minvqgan checkpoint{hint}")
-    if kind and content.get("kind") != kind:
-        raise UserError(f"{path} holds a {content.get('kind')}, not a {kind}")
-    for name, type_ in (needs or {}).items():
-        if not isinstance(content.get(name), type_):
-            raise UserError(f"{path} has no {name}; training cannot go on from it")
+    if kind and content["kind"] != kind:
+        raise UserError(f"{path} holds a {content['kind'][:40]}, not a {kind}")
+    if content["kind"] not in schema.KINDS:
+        raise UserError(f"{path} holds a {content['kind'][:40]}, which this version does not know")
+    missing = next((name for name in needs or {} if name not in content), None)
+    if missing:
+        raise UserError(f"{path} has no {missing}; training cannot resume from it")
+    try:
+        schema.record(schema.KINDS[content["kind"]] | (needs or {}))(content, "")
+    except schema.Misfit as error:
+        raise UserError(f"{path}: {error}") from None
     return content
+
+
+def trained_with(path: str | Path) -> dict:
+    """The flags of the training that made a checkpoint, as far as other scripts ask for them: data, image_size, resize
+    and seed, or fewer. Raises UserError."""
+    flags = read(path).get("flags", {})
+    try:
+        schema.record({}, schema.TRAINED_WITH)(flags, "flags")
+    except schema.Misfit as error:
+        raise UserError(f"{path}: {error}") from None
+    return {name: flags[name] for name in schema.TRAINED_WITH if flags.get(name) is not None}
 
 
 # Names that only classes of training frameworks carry, and a few harmless types: what old Lightning files mention.
@@ -129,6 +156,7 @@ def read_foreign(path: str | Path) -> dict[str, torch.Tensor]:
     if not path.is_file():
         raise UserError(f"no checkpoint at {path}")
     try:
+        _check_not_packed(path)
         names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
         strangers = sorted(name for name in names if not _is_known_class(name))
         if not strangers:
@@ -144,12 +172,8 @@ def read_foreign(path: str | Path) -> dict[str, torch.Tensor]:
     return dict(state)
 
 
-def config_from(cls, values: dict, path: str | Path):
-    """A config dataclass from a checkpoint's plain dict. Raises UserError for fields that are unknown or missing."""
-    known = {f.name for f in fields(cls)}
-    if not isinstance(values, dict) or values.keys() != known:
-        odd = sorted(known ^ set(values)) if isinstance(values, dict) else ["config"]
-        raise UserError(f"{path}: the configuration does not fit this version ({', '.join(odd)})")
+def config_from(cls, values: dict):
+    """A config dataclass from a checkpoint's plain dict, which `schema` has passed."""
     return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
 
 
@@ -157,20 +181,46 @@ def fill(module: torch.nn.Module, state: dict, path: str | Path) -> None:
     """load_state_dict, strictly, with a UserError of one line that names the first key that does not fit. A module on
     the meta device gets memory only once everything fits."""
     own = module.state_dict()
-    if not isinstance(state, dict):
-        raise UserError(f"{path}: the weights are not a dict of tensors")
-    for key in sorted(own.keys() | state.keys(), key=str):
+    for key in sorted(own.keys() | state.keys()):
         if key not in state or key not in own:
             raise UserError(
                 f"{path}: {key} is {'missing' if key in own else 'unknown'}; the file is of another configuration"
             )
-        if not isinstance(state[key], torch.Tensor) or own[key].shape != state[key].shape:
+        if own[key].shape != state[key].shape:
             raise UserError(f"{path}: {key} has another shape than the configuration says")
         if own[key].is_floating_point() != state[key].is_floating_point():
             raise UserError(f"{path}: {key} holds {state[key].dtype}, not {own[key].dtype}")
     if any(t.is_meta for t in own.values()):
         module.to_empty(device="cpu")
     module.load_state_dict(state)
+
+
+def fit_optimizer(optimizer: torch.optim.Optimizer, saved: dict) -> dict:
+    """An optimizer's saved state, in tensors that lie in memory as the parameters do, for `load_state_dict`.
+
+    The fused Adam writes through bare pointers: a state of another shape or layout than its parameter's is memory
+    corrupted. Rates and betas stay as the script has set them. Raises ValueError for what does not fit.
+    """
+    own = optimizer.state_dict()
+    if [g["params"] for g in saved["param_groups"]] != [g["params"] for g in own["param_groups"]]:
+        raise ValueError("it is of other parameters")
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    states = {}
+    for i, state in saved["state"].items():
+        if not 0 <= i < len(parameters) or state.keys() != {"step", "exp_avg", "exp_avg_sq"}:
+            raise ValueError(f"the state of parameter {i} is not Adam's")
+        shapes = {"step": torch.Size()} | dict.fromkeys(("exp_avg", "exp_avg_sq"), parameters[i].shape)
+        for name, value in state.items():
+            if (
+                value.shape != shapes[name]
+                or not value.is_floating_point()
+                or (name != "exp_avg" and (value < 0).any())
+            ):
+                raise ValueError(f"{name} of parameter {i} is {tuple(value.shape)}, {value.dtype}")
+        like = torch.empty_like(parameters[i], device="cpu")
+        states[i] = {name: torch.empty_like(like).copy_(state[name]) for name in ("exp_avg", "exp_avg_sq")}
+        states[i]["step"] = state["step"].float()
+    return own | {"state": states}
 
 
 def restore(saved: dict, parts: dict, path: str | Path) -> None:
@@ -180,32 +230,16 @@ def restore(saved: dict, parts: dict, path: str | Path) -> None:
             fill(part, saved[name], path)
             continue
         try:
-            part.load_state_dict(saved[name])
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"{path}: {name} does not fit ({first_line(error)})") from None
-
-
-# What the constructors raise for numbers that make no model.
-BUILD_ERRORS = (
-    ValueError,
-    TypeError,
-    KeyError,
-    ZeroDivisionError,
-    IndexError,
-    RuntimeError,
-    OverflowError,
-    MemoryError,
-)
+            part.load_state_dict(fit_optimizer(part, saved[name]))
+        except ValueError as error:
+            raise UserError(f"{path}: {name} does not fit ({error})") from None
 
 
 def _build_vqgan(content: dict, path: str | Path) -> VQGAN:
-    """A VQGAN from {"config", "model"}, in eval mode. Raises UserError."""
-    try:
-        with torch.device("meta"):  # a file that asks for a gigantic model is found out before it gets the memory
-            model = VQGAN(config_from(VQGANConfig, content.get("config"), path))
-    except BUILD_ERRORS as error:
-        raise UserError(f"{path}: no model can be built from its configuration ({first_line(error)})") from None
-    fill(model, content.get("model"), path)
+    """A VQGAN from {"config", "model"}, in eval mode. Raises UserError for weights of another configuration."""
+    with torch.device("meta"):  # a file that asks for a gigantic model is found out before it gets the memory
+        model = VQGAN(config_from(VQGANConfig, content["config"]))
+    fill(model, content["model"], path)
     return model.eval()
 
 
@@ -232,31 +266,43 @@ def pack_two_stage(model: TwoStage) -> dict:
     }
 
 
+def _build_condition(stored: dict, path: str | Path) -> Condition:
+    if stored["kind"] == "none":
+        return NoCondition()
+    if stored["kind"] == "class":
+        return ClassCondition(stored["num_classes"])
+    if stored["kind"] == "coords":
+        return CoordinateCondition(stored["f"], stored["levels"])
+    return SpatialCondition(_build_vqgan(stored, path))
+
+
 def unpack_two_stage(content: dict, path: str | Path) -> TwoStage:
-    """The model of a checkpoint's content, in eval mode. Raises UserError."""
-    for name in ("vqgan", "condition"):
-        if not isinstance(content.get(name), dict):
-            raise UserError(f"{path} has no {name}")
-    stored = content["condition"]
-    try:
-        kind = stored.get("kind")
-        if kind == "none":
-            condition = NoCondition()
-        elif kind == "class":
-            condition = ClassCondition(stored["num_classes"])
-        elif kind == "coords":
-            condition = CoordinateCondition(stored["f"], stored["levels"])
-        elif kind == "spatial":
-            condition = SpatialCondition(_build_vqgan(stored, path))
-        else:
-            raise UserError(f"{path} has a condition of unknown kind {str(kind)[:40]!r}")
-        with torch.device("meta"):
-            gpt = GPT(config_from(GPTConfig, content.get("gpt_config"), path))
-        fill(gpt, content.get("gpt"), path)
-        config = config_from(TwoStageConfig, content.get("config"), path)
-        return TwoStage(_build_vqgan(content["vqgan"], path), condition, gpt, config).eval()
-    except BUILD_ERRORS as error:
-        raise UserError(f"{path}: no model can be built from its configuration ({first_line(error)})") from None
+    """The model of a checkpoint's content, in eval mode. Raises UserError for parts that do not fit each other."""
+    vqgan, condition = _build_vqgan(content["vqgan"], path), _build_condition(content["condition"], path)
+    with torch.device("meta"):
+        gpt = GPT(config_from(GPTConfig, content["gpt_config"]))
+    fill(gpt, content["gpt"], path)
+    config = config_from(TwoStageConfig, content["config"])
+    wrong = _unlike(vqgan, condition, gpt.config, config)
+    if wrong:
+        raise UserError(f"{path}: its parts are not of one model: {wrong}")
+    return TwoStage(vqgan, condition, gpt, config).eval()
+
+
+def _unlike(vqgan: VQGAN, condition: Condition, gpt: GPTConfig, config: TwoStageConfig) -> str | None:
+    """What does not fit between the parts of a second stage, or None."""
+    length = condition_length(condition, config.n) + config.n**2 - 1
+    if length > gpt.block_size:
+        return f"sequences of {length} tokens, a transformer for {gpt.block_size}"
+    need = (0 if config.shared_range else gpt.num_codes) + condition.num_tokens + config.guided
+    if need > gpt.num_codes + gpt.num_cond or vqgan.config.codebook_size > gpt.num_codes:
+        return f"{need} tokens or {vqgan.config.codebook_size} codes, a transformer for {gpt.num_codes} codes"
+    if condition.kind == "class" and len(config.classes) not in (0, condition.num_tokens):
+        return f"{condition.num_tokens} classes of which {len(config.classes)} have names"
+    f = {"coords": lambda: condition.f, "spatial": lambda: condition.vqgan.config.f}
+    if condition.kind in f and f[condition.kind]() != vqgan.config.f:
+        return f"f = {f[condition.kind]()} of the condition, {vqgan.config.f} of the image"
+    return None
 
 
 def save_model(path: str | Path, model: VQGAN | TwoStage) -> None:
@@ -270,6 +316,8 @@ def save_model(path: str | Path, model: VQGAN | TwoStage) -> None:
 def load(path: str | Path) -> VQGAN | TwoStage:
     """The model that a checkpoint holds, in eval mode, on the CPU. Raises UserError."""
     content = read(path)
-    if content.get("kind") == "two_stage":
+    if content["kind"] == "two_stage":
         return unpack_two_stage(content, path)
-    return load_vqgan(path)
+    if content["kind"] == "vqgan":
+        return _build_vqgan(content, path)
+    raise UserError(f"{path} holds {content['kind']}, not a vqgan or two_stage model")

@@ -9,6 +9,7 @@ blur. `small` is the perceptual network that comes with the package. With `--tas
 image was turned (Gidaris et al. 2018, arXiv:1803.07728) and never sees a class.
 """
 
+import argparse
 import pickle
 from collections.abc import Iterator
 from pathlib import Path
@@ -106,7 +107,7 @@ def load_classifier(name: str | Path) -> Classifier | TorchvisionClassifier:
     UserError."""
     if str(name) in torchvision.models.list_models(module=torchvision.models):
         return TorchvisionClassifier(str(name)).eval()
-    content = checkpoint.read(name, "classifier", needs={"classes": list, "network": str, "model": dict})
+    content = checkpoint.read(name, "classifier")
     if content["network"] not in NETWORKS:
         raise UserError(f"{name} holds a network unknown here: {content['network'][:40]!r}")
     model = Classifier(tuple(content["classes"]), content["network"])
@@ -172,7 +173,7 @@ def parse_flags():
     p.add_argument("--lr", type=flags.rate, default=2e-3, help="highest learning rate of AdamW, one cycle")
     p.add_argument("--seed", type=flags.natural, default=0, help="of the weights and the data order")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, mps")
-    p.add_argument("--amp", action="store_true", help="bfloat16 mixed precision")
+    p.add_argument("--amp", action=argparse.BooleanOptionalAction, help="bfloat16 (where it is faster)")
     return p.parse_args()
 
 

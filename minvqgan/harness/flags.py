@@ -9,7 +9,7 @@ import typing
 from pathlib import Path
 
 from ..sampler import Sampling
-from . import checkpoint
+from . import checkpoint, schema
 from .runtime import UserError
 
 
@@ -138,6 +138,7 @@ def add_sampling_flags(p: Parser) -> None:
     g.add_argument("--top-k", type=positive, help="only the k likeliest codes")
     g.add_argument("--top-p", type=fraction, help="only the likeliest codes that together have this probability")
     g.add_argument("--guidance", type=weight, default=1.0, help="above 1 exaggerates the condition")
+    g.add_argument("--amp", action=argparse.BooleanOptionalAction, help="the transformer in bfloat16 (where faster)")
 
 
 def sampling(args) -> Sampling:
@@ -163,7 +164,7 @@ def parse(p: Parser, presets: dict, kind: str, resume_needs: dict):
         p.set_defaults(**vars(p.parse_args(presets[early.preset].split())))
     if not early.resume:
         return p.parse_args(), None
-    saved = checkpoint.read(Path(early.out) / "last.pt", kind, needs=checkpoint.RUN_NEEDS | resume_needs)
+    saved = checkpoint.read(Path(early.out) / "last.pt", kind, needs=schema.RUN | resume_needs)
     p.set_defaults(**saved["flags"])
     args = p.parse_args()
     for name, value in saved["flags"].items():

@@ -1,6 +1,6 @@
 """Held-out quality of a VQGAN, and the networks it is judged by: the perceptual distance, InceptionV3, classifiers."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -37,21 +37,30 @@ def evaluate_vqgan(
     pixel), pixel_accuracy. Both: usage (fraction of the codes chosen at all) and perplexity of the codebook over all
     these images.
     """
-    kind, K, training = model.config.input_kind, model.config.codebook_size, model.training
-    model.eval()
-    counts, sums, n = torch.zeros(K, dtype=torch.long), {}, 0
-    for batch in batches:
-        x = to_input({k: v.to(device) for k, v in batch.items()}, kind, model.config.in_channels)
-        x = x.contiguous(memory_format=torch.channels_last)
-        x_hat, quantized = model(x)
-        counts += torch.bincount(quantized.indices.flatten().cpu(), minlength=K)
-        values = label_metrics(x, x_hat) if kind == "labels" else image_metrics(x, x_hat, perceptual)
+    training, counts, sums, n = model.training, torch.zeros(model.config.codebook_size, dtype=torch.long), {}, 0
+    for x, _, indices, values in reconstructions(model, batches, device, perceptual):
+        counts += torch.bincount(indices.flatten().cpu(), minlength=len(counts))
         for name, value in values.items():
             sums[name] = sums.get(name, 0.0) + value.sum().item()
         n += len(x)
     model.train(training)
     usage, perplexity = codebook_stats(counts)
     return {name: total / n for name, total in sums.items()} | {"usage": usage, "perplexity": perplexity}
+
+
+@torch.no_grad()
+def reconstructions(
+    model: VQGAN, batches: Iterable[dict], device: torch.device, perceptual: LPIPS | None
+) -> Iterator[tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]]:
+    """(x, x_hat, indices (B, h, w), values of each image (B,) by name) of each batch, the model in eval mode."""
+    kind = model.config.input_kind
+    model.eval()
+    for batch in batches:
+        x = to_input({k: v.to(device) for k, v in batch.items()}, kind, model.config.in_channels)
+        x = x.contiguous(memory_format=torch.channels_last)
+        x_hat, quantized = model(x)
+        values = label_metrics(x, x_hat) if kind == "labels" else image_metrics(x, x_hat, perceptual)
+        yield x, x_hat, quantized.indices, values
 
 
 def image_metrics(x: Tensor, x_hat: Tensor, perceptual: LPIPS | None) -> dict[str, Tensor]:

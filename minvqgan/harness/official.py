@@ -1,4 +1,5 @@
-"""The published models of the paper's authors (CompVis/taming-transformers) in ours, and ours in their layout.
+"""The published models of the paper's authors (CompVis/taming-transformers) in ours, and our first-stage models in
+their layout.
 
     python -m minvqgan.harness.official last.ckpt project.yaml OUT.pt             theirs -> ours, once
     python -m minvqgan.harness.official --export OURS.pt last.ckpt project.yaml   ours -> theirs
@@ -353,71 +354,15 @@ def export_vqgan(model: VQGAN) -> tuple[dict[str, Tensor], dict]:
     return state, {"target": f"taming.models.vqgan.{name}", "params": params}
 
 
-def export_gpt(gpt: GPT) -> tuple[dict[str, Tensor], dict]:
-    """(`state_dict` with the official keys, the yaml's params)."""
-    c, pairs = gpt.config, _backwards(_gpt_pairs(gpt.config.n_layer))
-    if c.num_cond:
-        raise ValueError("condition tokens are numbered behind the codes here; the official code shares one range")
-    state: dict[str, Tensor] = {}
-    for key, tensor in gpt.state_dict().items():
-        if ".attention.qkv." in key:
-            block, part = key.split(".attention.qkv.")
-            for which, third in zip(("query", "key", "value"), tensor.chunk(3), strict=True):
-                state[f"{block}.attn.{which}.{part}"] = third.clone()
-        else:
-            state[_rename(key, pairs, [])] = tensor
-    state["pos_emb"] = state["pos_emb"][None]
-    for layer in range(c.n_layer):
-        state[f"blocks.{layer}.attn.mask"] = torch.ones(c.block_size, c.block_size).tril()[None, None]
-    names = ("block_size", "n_layer", "n_head", "n_embd")
-    return state, {"vocab_size": c.num_codes} | {name: getattr(c, name) for name in names}
-
-
-def export_two_stage(model: TwoStage) -> tuple[dict[str, Tensor], dict]:
-    """(`state_dict` with the official keys, {target, params} for the yaml). Raises ValueError for a model whose
-    condition tokens have numbers of their own, as all that train_gpt.py makes: the official code has no place for them.
-    """
-    kind, order = model.condition.kind, model.config.order
-    if not model.config.shared_range:
-        raise ValueError("condition tokens are numbered behind the codes here; the official code shares one range")
-    first, first_node = export_vqgan(model.vqgan)
-    gpt, gpt_params = export_gpt(model.gpt)
-    parts = {"first_stage_model": first, "transformer": gpt}
-    if order != "row":
-        parts["permuter"] = {"forward_shuffle_idx": model.order, "backward_shuffle_idx": model.order.argsort()}
-    if kind == "none":
-        cond_key, cond = "image", "__is_unconditional__"
-    elif kind == "class":
-        cond_key = "class_label"
-        cond = {"target": "taming.modules.util.Labelator", "params": {"n_classes": model.condition.num_tokens}}
-    elif kind == "coords":
-        sizes = {"n_embed": model.condition.levels, "down_factor": model.condition.f}
-        cond_key, cond = "coord", {"target": "taming.modules.misc.coord.CoordStage", "params": sizes}
-    else:
-        parts["cond_stage_model"], cond = export_vqgan(model.condition.vqgan)
-        cond_key = cond["params"].get("image_key", "image")
-    permuter = {name: key for key, name in ORDER_NAMES.items()}[order]
-    params = {
-        "cond_stage_key": cond_key,
-        "first_stage_key": "image",
-        "first_stage_config": first_node,
-        "cond_stage_config": cond,
-        "transformer_config": {"target": "taming.modules.transformer.mingpt.GPT", "params": gpt_params},
-        "permuter_config": {"target": f"taming.modules.transformer.permuter.{permuter}"},
-    }
-    if order != "row":
-        params["permuter_config"]["params"] = {"H": model.config.n, "W": model.config.n}
-    state = {f"{part}.{key}": tensor for part, tensors in parts.items() for key, tensor in tensors.items()}
-    return state, {"target": "taming.models.cond_transformer.Net2NetTransformer", "params": params}
-
-
 def export(model: VQGAN | TwoStage, path: str | Path, config: str | Path) -> None:
-    """Write a model as the official code would: {"state_dict"} and its yaml. Raises UserError for what has no place
-    there."""
+    """Write a first-stage model as the official code would: {"state_dict"} and its yaml. Raises UserError for what has
+    no place there, as a transformer: its condition tokens are numbered behind the codes, there both share a range."""
     import yaml
 
+    if not isinstance(model, VQGAN):
+        raise UserError("only first-stage models can be exported: the official code numbers condition tokens otherwise")
     try:
-        state, described = export_vqgan(model) if isinstance(model, VQGAN) else export_two_stage(model)
+        state, described = export_vqgan(model)
     except ValueError as error:
         raise UserError(f"this model cannot be exported: {error}") from None
     torch.save({"state_dict": state}, path)

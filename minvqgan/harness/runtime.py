@@ -22,8 +22,12 @@ class UserError(Exception):
     """
 
     def __init__(self, message: str):
-        message = message.rsplit(f"{__name__}.UserError: ", 1)[-1].strip()
-        super().__init__("".join(c if c.isprintable() else "?" for c in message))
+        super().__init__(printable(message.rsplit(f"{__name__}.UserError: ", 1)[-1].strip()))
+
+
+def printable(text: str) -> str:
+    """Text that a terminal shows and does not obey."""
+    return "".join(c if c.isprintable() else "?" for c in text)
 
 
 def first_line(error: Exception) -> str:

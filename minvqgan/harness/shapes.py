@@ -1,11 +1,11 @@
-"""`shapes`: procedural pictures to learn on, without files or downloads.
+"""`shapes`: procedural images to learn on, without files or downloads.
 
-Each picture shows a horizon between a sky and a ground, one large object of six kinds and eight colours, sometimes a
-sun. The object is lit from the sun's side and its shadow falls to the other: whether a picture is right cannot be told
-from a patch of it, and that is what stage two has to learn. Every picture comes with its class (the object's kind), a
+Each image shows a horizon between a sky and a ground, one large object of six kinds and eight colours, sometimes a
+sun. The object is lit from the sun's side and its shadow falls to the other: whether an image is right cannot be told
+from a patch of it, and that is what stage two has to learn. Every image comes with its class (the object's kind), a
 label map and a depth map, is drawn at any size, and depends on (seed, index) alone.
 
-Coordinates: x to the right, y downwards, both in [-1, 1] over the picture.
+Coordinates: x to the right, y downwards, both in [-1, 1] over the image.
 """
 
 import numpy as np
@@ -79,7 +79,7 @@ def _object_distance(kind: str, p: np.ndarray) -> np.ndarray:
 
 
 def draw(seed: int, index: int, height: int, width: int) -> dict:
-    """Picture number `index` of `seed` -> {image (3, H, W) float32 in [-1, 1], labels (H, W) int64 into LABELS,
+    """Image number `index` of `seed` -> {image (3, H, W) float32 in [-1, 1], labels (H, W) int64 into LABELS,
     depth (1, H, W) float32 in [-1, 1] (far to near), class: int into KINDS}. The same scene at every size."""
     rng = np.random.default_rng((seed, index))
     kind = int(rng.integers(len(KINDS)))

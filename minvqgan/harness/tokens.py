@@ -17,7 +17,7 @@ from ..conditioning import Condition
 from ..two_stage import TwoStage
 from ..vqgan import VQGAN
 from . import checkpoint, runtime
-from .data import SOURCE_OF, Stream, held_out_batches, to_input
+from .data import SOURCE_OF, Stream, begin_worker, held_out_batches, to_input
 from .run import Run
 
 
@@ -63,7 +63,9 @@ def table(
     on the CPU. V = 2 views, as it is and mirrored, where the dataset is to be flipped, else 1."""
     rows: list[tuple[Tensor, Tensor]] = []
     keys = [(i, None) for i in range(rank, len(dataset), world)]
-    loader = DataLoader(dataset, 100, sampler=keys, num_workers=workers, generator=torch.Generator().manual_seed(0))
+    own = torch.Generator().manual_seed(0)
+    how = {"num_workers": workers, "worker_init_fn": begin_worker, "generator": own}
+    loader = DataLoader(dataset, 100, sampler=keys, **how)
     for batch in tqdm(loader, desc="codes", leave=False, dynamic_ncols=True, disable=rank > 0):
         views = [batch, mirrored(batch)] if dataset.flip else [batch]
         encoded = [encode(model, view, to_c, device) for view in views]
@@ -84,7 +86,7 @@ def kept_table(run: Run, model: TwoStage, dataset, to_c) -> tuple[Tensor, Tensor
             path.parent.mkdir(parents=True, exist_ok=True)
             checkpoint.save(path, "codes", identity=identity, s=whole[0], r=whole[1])
         runtime.wait()
-    saved = checkpoint.read(path, "codes", needs={"s": Tensor, "r": Tensor})
+    saved = checkpoint.read(path, "codes")
     return saved["s"], saved["r"]
 
 
