@@ -57,6 +57,20 @@ MUTATIONS = {
             "left in the network's weights",
         ),
     ],
+    "ResDown": [
+        ("F.pad(self.skip(x) + h, (0, 1, 0, 1))", "F.pad(self.skip(x) + h, (1, 0, 1, 0))", "shifted by a pixel"),
+        (
+            "self.down(F.pad(self.skip(x) + h, (0, 1, 0, 1)))",
+            "F.conv2d(self.skip(x) + h, self.down.weight, self.down.bias, 2, 1)",
+            "shifted by a pixel",
+        ),
+        ("self.skip(x) + h", "h", "the block *adds*"),
+        ("nn.Identity() if c_in == c_out else ", "", "nn.Identity"),
+        ("nn.Conv2d(c_in, c_out, 1)", "nn.Conv2d(c_in, c_out, 3, padding=1)", "1 x 1"),
+        ("self.conv1(F.silu(self.norm1(x)))", "F.silu(self.norm2(self.conv1(x)))", "conv2(silu(norm2"),
+        ("F.pad(self.skip(x) + h, (0, 1, 0, 1))", "self.skip(x) + h", "must become 4 x 3"),
+        ("h = self.conv2", "x.mul_(0.9)\n        h = self.conv2", "changed in place"),
+    ],
     "nearest_in_chunks": [
         (".min(1)", ".max(1)", "chunk"),
         ("part.square().sum(1) - 2", "-2", "|e|^2 is missing"),
@@ -108,6 +122,14 @@ MUTATIONS = {
         ("indices.view(B, h, w), loss", "indices, loss", "(B, h, w)"),
         ("nn.Embedding(codebook_size, code_dim)", "nn.Embedding(code_dim, codebook_size)", "K codes of D dimensions"),
         ("B, D, h, w = z.shape", "z.data.mul_(1.1)\n        B, D, h, w = z.shape", "changed in place"),
+    ],
+    "revive": [
+        ("(counts == 0)", "(counts >= 0)", "must stay as they are"),
+        ("torch.randperm(len(latents))[: len(unused)]", "torch.zeros(len(unused)).long()", "the same latent"),
+        ("torch.randperm(len(latents))", "torch.arange(len(latents))", "same latents every time"),
+        ("latents[drawn]", "latents.mean(0)", "moved onto latents"),
+        ("    codebook = codebook.clone()\n", "", "changed in place"),
+        ("    codebook[unused[: len(drawn)]] = latents[drawn]\n", "", "moved onto latents"),
     ],
     "normalize_features": [
         (".sum(1, keepdim=True)", ".sum((2, 3), keepdim=True)", "over the channels"),
@@ -219,6 +241,14 @@ MUTATIONS = {
         ("(with_c - without_c)", "(without_c - with_c)", "scale 1"),
         ("without_c + scale * (with_c - without_c)", "scale * with_c", "scale 0"),
     ],
+    "learn": [
+        ("K + c[rows, None], s[rows, :-1]", "K + c[rows, None], s[rows]", "never read"),
+        ("        opt.step()\n", "", "a held-out code costs"),
+        ("K + c[rows, None]", "K + 0 * c[rows, None]", "a held-out code costs"),
+        ("s[rows].flatten())", "s.roll(1, 1)[rows].flatten())", "a held-out code costs"),
+        ("s[rows].flatten())", 's[rows].flatten(), reduction="sum")', "mean over all codes"),
+        ("        losses.append(loss.item())\n", "", "one loss for each"),
+    ],
     "window_start": [
         ("max(i - n // 2, 0)", "(i - n // 2)", "upper border"),
         ("min(max(i - n // 2, 0), size - n)", "max(i - n // 2, 0)", "lower border"),
@@ -261,7 +291,7 @@ def solution_cells() -> dict[str, str]:
     found = {}
     for path in sorted((ROOT / "notebooks").glob("[0-9]*.ipynb")):
         for cell in json.loads(path.read_text())["cells"]:
-            if cell["metadata"].get("nbgrader", {}).get("solution"):
+            if cell["cell_type"] == "code" and cell["metadata"].get("nbgrader", {}).get("solution"):
                 found[cell["metadata"]["nbgrader"]["grade_id"]] = "".join(cell["source"])
     return found
 

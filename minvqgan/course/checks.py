@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from ..discriminator import PatchDiscriminator
+from ..gpt import GPT, GPTConfig
 from ..vqgan import VQGAN, VQGANConfig
 
 
@@ -189,6 +190,56 @@ def side_seen(student: Callable, seed: int = 0) -> None:
     _right("side_seen")
 
 
+def ResDown(student: Callable, seed: int = 0) -> None:
+    """A module of (c_in, c_out): x (B, c_in, H, W) -> (B, c_out, H/2, W/2), a residual block and a halving."""
+    torch.manual_seed(seed)
+    for c_in, c_out in ((6, 6), (4, 8)):
+        block = student(c_in, c_out)
+        kinds = {
+            "norm1": nn.GroupNorm,
+            "conv1": nn.Conv2d,
+            "norm2": nn.GroupNorm,
+            "conv2": nn.Conv2d,
+            "down": nn.Conv2d,
+        }
+        for name, kind in kinds.items():
+            assert isinstance(getattr(block, name, None), kind), f"self.{name} must be an nn.{kind.__name__}"
+        skip = getattr(block, "skip", None)
+        if c_in == c_out:
+            assert isinstance(skip, nn.Identity), (
+                "with equal channels the skip must be nn.Identity: nothing to learn there"
+            )
+        else:
+            assert isinstance(skip, nn.Conv2d) and skip.kernel_size == (1, 1), (
+                f"{c_in} channels cannot be added to {c_out}: the skip must be a 1 x 1 convolution"
+            )
+        with torch.no_grad():
+            for p in block.parameters():
+                p.copy_(torch.randn_like(p) * 0.5)
+        x = torch.randn(2, c_in, 8, 6)
+        with torch.no_grad():
+            out = _call(block, x)
+            h = block.conv1(F.silu(block.norm1(x)))
+            h = block.conv2(F.silu(block.norm2(h)))
+            weights = block.down.weight, block.down.bias
+            truth = F.conv2d(F.pad(skip(x) + h, (0, 1, 0, 1)), *weights, stride=2)
+            around = F.conv2d(skip(x) + h, *weights, stride=2, padding=1)
+            alone = F.conv2d(F.pad(h, (0, 1, 0, 1)), *weights, stride=2)
+        assert out.shape == truth.shape, (
+            f"8 x 6 must become 4 x 3: got {tuple(out.shape)}, expected {tuple(truth.shape)}"
+        )
+        assert not torch.allclose(out, around, atol=1e-4), (
+            "padding=1 puts zeros all around, and each window is shifted by a pixel: zeros at the right and bottom only"
+        )
+        assert not torch.allclose(out, alone, atol=1e-4), "the skip is missing: the block *adds* to its input"
+        _close(
+            out,
+            truth,
+            "skip(x) + conv2(silu(norm2(conv1(silu(norm1(x)))))), then zeros at the right and bottom and down",
+        )
+    _right("ResDown")
+
+
 # 02 quantizer
 
 
@@ -318,6 +369,38 @@ def Quantizer(student: Callable, seed: int = 0) -> None:
     )
     _close(dcodes, pull, "each code is moved by all the latents that chose it: the loss' gradient at the codebook")
     _right("Quantizer")
+
+
+def revive(student: Callable, seed: int = 0) -> None:
+    """(codebook (K, D), counts (K,), latents (N, D)) -> the codebook with unused codes moved onto latents."""
+    g = _generator(seed)
+    K, D, N = 12, 3, 40
+    codebook, latents = torch.randn(K, D, generator=g), torch.randn(N, D, generator=g) + 5
+    counts = torch.randint(1, 9, (K,), generator=g)
+    unused = torch.randperm(K, generator=g)[:7]
+    counts[unused] = 0
+    found = _call(student, codebook, counts, latents)
+    assert found.shape == (K, D), f"the shape must stay {(K, D)}, got {tuple(found.shape)}"
+    used = counts > 0
+    assert torch.equal(found[used], codebook[used]), "codes that are used must stay as they are"
+    rows = [
+        int((latents == code).all(1).nonzero()[0, 0]) if (latents == code).all(1).any() else None
+        for code in found[~used]
+    ]
+    assert any(row is not None for row in rows), "unused codes must be moved onto latents of the batch"
+    assert None not in rows, "each unused code must lie exactly on one of the latents"
+    assert len(set(rows)) == len(rows), (
+        "two codes were put onto the same latent, where only one of them will ever be chosen: draw without repeating"
+    )
+    again = [_call(student, codebook, counts, latents) for _ in range(4)]
+    assert any(not torch.equal(found, other) for other in again), (
+        "the same latents every time: draw at random, or all new codes come from one corner of one image"
+    )
+    few = _call(student, codebook, torch.zeros_like(counts), latents[:5])
+    assert few.isfinite().all() and few.shape == (K, D), "with fewer latents than unused codes as many as possible move"
+    nothing = _call(student, codebook, torch.ones_like(counts), latents)
+    assert torch.equal(nothing, codebook), "where every code is used, nothing changes"
+    _right("revive")
 
 
 # 03 perceptual loss
@@ -752,6 +835,46 @@ def guided(student: Callable, seed: int = 0) -> None:
     _close(student(with_c, without_c, 0.0), without_c, "scale 0 must be p(s), without the condition")
     _close(student(with_c, without_c, 3.0), 3 * with_c - 2 * without_c, "scale 3: three steps from without to with")
     _right("guided")
+
+
+def learn(student: Callable, seed: int = 0) -> None:
+    """(gpt, s (N, T), c (N,), K, steps) -> losses; trains p(s | c) of sequences [K + c | s]."""
+    g = _generator(seed)
+    torch.manual_seed(seed)
+    K, classes, T, N = 6, 4, 5, 200
+    shift = torch.randperm(K, generator=g)[:classes]  # what the class says: where the sequence begins
+
+    def data(count: int) -> tuple[Tensor, Tensor]:
+        c = torch.randint(classes, (count,), generator=g)
+        return (shift[c][:, None] + torch.arange(T)) % K, c
+
+    # R + T - 1 tokens fit: the last code is predicted and never read.
+    gpt = GPT(GPTConfig(num_codes=K, num_cond=classes, block_size=T, n_layer=1, n_head=2, n_embd=16))
+
+    def held_out() -> float:
+        with torch.no_grad():
+            s, c = data(100)
+            logits = gpt(torch.cat([K + c[:, None], s[:, :-1]], 1))
+            return F.cross_entropy(logits.flatten(0, 1), s.flatten()).item()
+
+    try:
+        losses = _call(student, gpt, *data(N), K, 120)
+    except ValueError as error:
+        assert "more than" not in str(error), (
+            f"{error}: the transformer reads [c | s] without its last code, which is predicted and never read"
+        )
+        raise
+    assert len(losses) == 120, f"one loss for each of the 120 steps: got {len(losses)}"
+    assert 0.5 * math.log(K) < losses[0] < 2 * math.log(K), (
+        f"the first loss is {losses[0]:.2f}; an untrained transformer guesses, for about ln {K} = {math.log(K):.2f} "
+        "nats a code: is it the mean over all codes?"
+    )
+    nats = held_out()
+    assert nats < 0.1 * math.log(K), (
+        f"after 120 steps a held-out code costs {nats:.2f} nats, guessing costs {math.log(K):.2f}, and these sequences "
+        "follow from c alone. Is [K + c | s] read, is s_1 predicted at the last token of c, does the optimizer step?"
+    )
+    _right("learn")
 
 
 # 07 high resolution
