@@ -33,7 +33,7 @@ PRESETS = {
         --n-layer 8 --n-head 8 --n-embd 512 --dropout 0.1 --batch-size 64 --steps 50000 --lr 5e-4 --warmup 0.02
         --weight-decay 0.01 --drop-cond 0.1 --pkeep 1 --log-every 100 --val-every 1000 --save-every 1000""",
     # The paper's of 307 M parameters (Tab. 8); 306 M with 1024 codes and as many classes.
-    # DEPARTURE: the official configurations keep lr constant and never drop the condition.
+    # DEPARTURE: the official configurations keep lr constant, do not clip gradients and never drop the condition.
     "gpt2-medium": """
         --n-layer 24 --n-head 16 --n-embd 1024 --dropout 0 --batch-size 32 --steps 500000 --lr 1.5e-4 --warmup 0.02
         --weight-decay 0.01 --drop-cond 0.1 --pkeep 1 --log-every 100 --val-every 5000 --save-every 2000""",

@@ -2,9 +2,9 @@
 
     (B, z_channels, h, w) -> (B, C, H, W),   H = f * h,  W = f * w
 
-The encoder's mirror (paper, Tab. 7): convolution; residual block, attention, residual block; m + 1 levels from the
-lowest resolution up; norm, SiLU, convolution. Each level has one residual block more than in E, as in the official
-code.
+The encoder's mirror (Tab. 7, with the same additions): convolution; residual block, attention, residual block; m + 1
+levels from the lowest resolution up; norm, SiLU, convolution. Each level has one residual block more than in E, as in
+the official code.
 """
 
 from typing import TYPE_CHECKING

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 class PatchDiscriminator(nn.Module):
     """D of pix2pix (Isola et al. 2017, arXiv:1611.07004): x (B, C, H, W) -> (B, 1, h', w'), one logit a patch.
 
-    It never sees the whole image: each logit judges a patch (70 pixels wide for num_layers = 3, 34 for 2), so it
+    It never sees the whole image: each logit depends on one patch (70 pixels wide for num_layers = 3, 34 for 2), so it
     learns texture and edges, and leaves the composition to stage two. H and W must be at least 2^(num_layers + 2).
     """
 

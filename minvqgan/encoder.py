@@ -2,8 +2,9 @@
 
     (B, C, H, W) -> (B, z_channels, h, w),   h = H / f,  w = W / f,  f = 2^m,  m = len(ch_mult) - 1
 
-Paper, Tab. 7, read from top to bottom: a convolution; m + 1 levels of residual blocks with a halving between
-two levels; residual block, attention, residual block at the lowest resolution; norm, SiLU, convolution.
+As Tab. 7 of the paper, read from top to bottom, with the official code's `num_res_blocks` a level and one more level of
+blocks at the lowest resolution: a convolution; m + 1 levels of residual blocks with a halving between two levels;
+residual block, attention, residual block; norm, SiLU, convolution.
 """
 
 from typing import TYPE_CHECKING

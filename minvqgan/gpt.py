@@ -88,8 +88,10 @@ class Block(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(C, 4 * C), nn.GELU(), nn.Linear(4 * C, C))
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x: Tensor, cache: KVCache | None, layer: int) -> Tensor:
+    def forward(self, x: Tensor, cache: KVCache | None, layer: int, last_only: bool = False) -> Tensor:
         x = x + self.dropout(self.attention(self.norm1(x), cache, layer))
+        if last_only:
+            x = x[:, -1:]  # (B, 1, C)
         return x + self.dropout(self.mlp(self.norm2(x)))
 
 
@@ -130,11 +132,10 @@ class GPT(nn.Module):
             raise ValueError(f"{end} tokens are more than the {self.config.block_size} of this transformer")
         x = self.dropout(self.token_embedding(tokens) + self.position_embedding[first:end])  # (B, T, C)
         for layer, block in enumerate(self.blocks):
-            x = block(x, cache, layer)
+            # Nobody reads what the last block makes of the other tokens: its MLP need not see them.
+            x = block(x, cache, layer, last_only and layer == len(self.blocks) - 1)
         if cache is not None:
             cache.filled = end
-        if last_only:
-            x = x[:, -1:]  # (B, 1, C)
         return self.head(self.norm(x))  # (B, T, K)
 
 

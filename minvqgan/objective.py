@@ -1,8 +1,8 @@
 """The objective of stage one (Sec. 3.1, Eq. 4 to 7), from x_hat to the gradients of G and D.
 
     L_rec  = |x - x_hat| + perceptual(x, x_hat)             in place of the squared error of Eq. 4
-    L_D    = mean max(0, 1 - D(x)) + mean max(0, 1 + D(x_hat)), halved                                  (Eq. 5)
-    L_G    = L_rec + L_VQ + lambda L_GAN,   L_GAN = -mean D(x_hat)                                      (Eq. 4, 6)
+    L_D    = (mean max(0, 1 - D(x)) + mean max(0, 1 + D(x_hat))) / 2        in place of the log loss of Eq. 5
+    L_G    = L_rec + L_VQ + disc_weight lambda L_GAN,   L_GAN = -mean D(x_hat)                          (Eq. 4, 6)
     lambda = |grad_{G_L} L_rec| / (|grad_{G_L} L_GAN| + delta),   G_L = the decoder's last layer        (Eq. 7)
 
 `textbook_step` is these four lines as they are read. `stage_one_step` gives the same gradients in one pass; training
@@ -25,22 +25,24 @@ from .quantizer import Quantized
 @dataclass
 class ObjectiveConfig:
     """The weights and the choice of losses. `loss`: vqgan is all of the above; vqvae the squared error and L_VQ alone
-    (van den Oord et al. 2017); labels, for one-hot label maps and their logits, the cross-entropy and L_VQ alone."""
+    (van den Oord et al. 2017); labels, for one-hot label maps and their logits, the cross-entropy and L_VQ alone.
 
-    loss: str = option(
-        "vqgan", "vqvae: squared error alone; labels: cross-entropy", choices=("vqgan", "vqvae", "labels")
-    )
+    DEPARTURE: Eq. 6 has no disc_weight; the official code has, 0.8 in its models.
+    """
+
+    loss: str = option("vqgan", "vqvae: squared error, no perceptual loss, no D", choices=("vqgan", "vqvae"))
     perceptual_weight: float = option(1.0, "of the perceptual loss beside L1", least=0)
     disc_loss: str = option("hinge", "the paper writes log, its code trains with hinge", choices=("hinge", "log"))
     disc_weight: float = option(0.2, "of L_GAN, times lambda", least=0)
     max_lambda: float = option(1.0, "cap of the adaptive weight lambda", least=0)
-    delta: float = 1e-6  # of Eq. 7. DEPARTURE: as in the paper; the official code has 1e-4
+    # DEPARTURE: 1e-6 as in the paper; the official code has 1e-4.
+    delta: float = option(1e-6, "added to the denominator of lambda", least=0)
 
 
 def reconstruction_loss(
     x: Tensor, x_hat: Tensor, config: ObjectiveConfig, perceptual: nn.Module | None = None
 ) -> dict[str, Tensor]:
-    """L_rec of x, x_hat (B, C, H, W) as {"rec_loss": scalar} with its parts beside it.
+    """L_rec of x, x_hat (B, C, H, W) as {"rec_loss": scalar} with its terms beside it.
 
     DEPARTURE: the paper replaces the squared error of Eq. 4 by the perceptual loss alone. Its code adds L1, and so do
     we: LPIPS does not see a small shift of colour, L1 does.
@@ -71,11 +73,11 @@ def log_loss(logits_real: Tensor, logits_fake: Tensor) -> Tensor:
     return 0.5 * (F.softplus(-logits_real).mean() + F.softplus(logits_fake).mean())
 
 
-DISC_LOSS = {"hinge": hinge_loss, "log": log_loss}
+DISC_LOSS = {"hinge": hinge_loss, "log": log_loss}  # logits (B, 1, h', w') of x and of x_hat -> scalar
 
 
 def generator_loss(logits_fake: Tensor, disc_loss: str = "hinge") -> Tensor:
-    """L_GAN: G wants the logits of its images high. hinge: -mean logit. log: -log D(x_hat).
+    """L_GAN: G wants the logits (B, 1, h', w') of its images high -> scalar. hinge: -mean logit. log: -log D(x_hat).
 
     DEPARTURE: Eq. 5 read literally has log(1 - D(x_hat)), whose gradient vanishes where D is sure of itself, which is
     where G has most to learn. -log D has the same optimum (Goodfellow et al. 2014, Sec. 3). The official code keeps the
@@ -90,8 +92,8 @@ def adversarial_ramp(step: int, start: int, warmup: int, ramp: int) -> float:
     D begins to learn at `start`; for `warmup` steps it learns alone, then its gradient comes in over `ramp` steps. (In
     the paper lambda is 0 for at least the first epoch: that is `start`.)
     DEPARTURE: the official code lets an untrained D push with full weight from its first step, and reconstructions
-    break there: that gradient has a length (lambda gives it one) but no meaning yet. warmup = ramp = 0 is the official
-    way.
+    break there: lambda scales its gradient to L_rec's length although D has learned nothing yet. warmup = ramp = 0 is
+    the official way.
     """
     return min(1.0, max(0.0, (step - start - warmup) / max(1, ramp)))
 
@@ -99,9 +101,9 @@ def adversarial_ramp(step: int, start: int, warmup: int, ramp: int) -> float:
 def adaptive_weight(rec_grad: Tensor, gan_grad: Tensor, max_lambda: float = 1e4, delta: float = 1e-6) -> Tensor:
     """lambda of Eq. 7, a detached scalar, from the gradients of L_rec and L_GAN with respect to G_L's weights.
 
-    DEPARTURE: the cap max_lambda. lambda makes up for a small gradient of D, also where it is small because D has
-    nothing to say any more. Then G is pushed by noise at full strength, outruns whatever D learns next, and D
-    collapses. The 1e4 of the official code never bites; a cap near the lambda of a D that still learns does.
+    DEPARTURE: the cap max_lambda. lambda grows when D's gradient shrinks. When D can no longer tell real from fake,
+    that gradient is noise; lambda makes it as long as L_rec's, G changes faster than D learns, and D collapses
+    (disc_loss 1.0). The 1e4 of the official code never bites; a cap near the lambda of a D that still learns does.
     """
     return (rec_grad.norm() / (gan_grad.norm() + delta)).clamp(max=max_lambda).detach()
 
@@ -161,13 +163,13 @@ def stage_one_step(
 
     DEPARTURE: the official code reconstructs anew before D's step, with G's weights just updated. Here D learns from
     the reconstructions that G learned from, one step older.
-    DEPARTURE: with several micro-batches lambda and D's batch statistics are those of each one, as in the official
-    code, and not of the whole batch.
+    DEPARTURE: with several micro-batches lambda, D's batch statistics and the judgement of dead codes are those of each
+    one, as in the official code, and not of the whole batch.
     """
     autocast = torch.autocast(x.device.type, torch.bfloat16, enabled=amp)
     with autocast:
         x_hat, quantized = vqgan(x)
-    x_hat = x_hat.to(x.dtype)  # losses are taken in float32
+    x_hat = x_hat.to(x.dtype)  # bfloat16 ends here: what follows is float32, but for the networks
     x_leaf = x_hat.detach().requires_grad_()  # gradients of the losses end here
 
     with autocast:
@@ -183,7 +185,7 @@ def stage_one_step(
         at_last_layer = last_layer_gradients(vqgan, x_hat, grad, gan_grad)
         terms["lambda"] = adaptive_weight(*at_last_layer, config.max_lambda, config.delta)  # Eq. 7
         grad = grad + adv_fraction * config.disc_weight * terms["lambda"] * gan_grad  # Eq. 6
-    weight = x_hat.new_tensor(scale)
+    weight = x_hat.new_full((), scale)
     torch.autograd.backward([x_hat, quantized.loss], [weight * grad, weight])  # Eq. 4 and 6, over E, G and Z
 
     if adv_fraction is not None:
@@ -196,12 +198,11 @@ def stage_one_step(
 
 def last_layer_gradients(vqgan: nn.Module, x_hat: Tensor, *grads: Tensor) -> list[Tensor]:
     """For gradients of losses at x_hat (B, C, H, W): those with respect to G_L's weights, of the batch over all
-    processes."""
-    last_layer = getattr(
-        vqgan, "module", vqgan
-    ).decoder.conv_out.weight  # torchrun's wrapper holds the model as .module
+    processes. DEPARTURE: officially each process has a lambda of its own."""
+    vqgan = getattr(vqgan, "module", vqgan)  # under torchrun the model is wrapped
+    last_layer = vqgan.decoder.conv_out.weight  # (C, ch, 3, 3)
     found = [torch.autograd.grad(x_hat, last_layer, g, retain_graph=True)[0] for g in grads]
-    if dist.is_initialized():  # the norm of the whole batch's gradient, not of this process's micro-batch alone
+    if dist.is_initialized():
         for g in found:
             dist.all_reduce(g)
             g /= dist.get_world_size()

@@ -117,13 +117,15 @@ class LPIPS(nn.Module):
         if x.shape != y.shape:
             raise ValueError(f"cannot compare images of shapes {tuple(x.shape)} and {tuple(y.shape)}")
         B, C, H, W = x.shape
-        if C != 3:  # gray, depth, ...: each channel is judged as a gray picture of its own
+        if C != 3:  # gray, depth, ...: each channel is compared as a gray image of its own
             x, y = (t.reshape(B * C, 1, H, W).expand(-1, 3, -1, -1) for t in (x, y))
         distances = []
         for i, (fx, fy) in enumerate(zip(self._features(x), self._features(y), strict=True)):
             d = (fy - fx).square()  # (B, C_l, H_l, W_l)
-            # As a product with w_l and not `(w * d).sum(1)`: one pass over the largest maps instead of two.
-            d = d.sum(1) if self.n_layers is None else d.movedim(1, -1) @ getattr(self, f"weight_{i}")  # (B, H_l, W_l)
+            with torch.autocast(x.device.type, enabled=False):  # the network may be in bfloat16, the distance not
+                # As a product with w_l and not `(w * d).sum(1)`: one pass over the largest maps instead of two.
+                d = d.sum(1) if self.n_layers is None else d.movedim(1, -1) @ getattr(self, f"weight_{i}")
+            # d: (B, H_l, W_l)
             distances.append(d.mean((1, 2)))  # (B,)
         total = torch.stack(distances).sum(0)
         return total if C == 3 else total.view(B, C).mean(1)

@@ -1,7 +1,7 @@
 """The quantizer q and its codebook Z of Sec. 3.1: every latent vector is replaced by the nearest of K learned codes.
 
     z_q = q(z),   q(z)_ij = argmin over e_k in Z of |z_ij - e_k|                                        (Eq. 2)
-    L_VQ = |sg[z] - z_q|^2 + beta |sg[z_q] - z|^2,   sg = stop-gradient (`detach`)                      (Eq. 4)
+    L_VQ = |sg[z] - z_q|^2 + beta |sg[z_q] - z|^2,   sg = stop-gradient (`detach`)         (Eq. 4, v1 and v2)
 
 The first term moves the codes to the latents, the second (the *commitment*) moves the latents to their codes. Eq. 4 has
 |x - x_hat|^2 beside them (`objective.py`) and, in the paper's third version, no beta (`codebook_loss` tells why). The
@@ -10,6 +10,7 @@ argmin has no gradient; the decoder's gradient at z_q is handed to z as it is ("
 Letters: B batch, D dims of a code, h x w latent map, N = B*h*w vectors, K codes.
 """
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -25,7 +26,7 @@ class Quantized(NamedTuple):
     z_q: Tensor  # (B, D, h, w) codes, with the gradient handed on to z
     indices: Tensor  # (B, h, w) int64 in [0, K)
     loss: Tensor  # scalar, the codebook loss L_VQ
-    z: Tensor  # (B, D, h, w) what was compared with the codes; detached
+    z: Tensor  # (B, D, h, w) what q read; detached
 
 
 def nearest_code(z: Tensor, codebook: Tensor) -> Tensor:
@@ -73,8 +74,10 @@ def codebook_stats(counts: Tensor) -> tuple[float, float]:
 
 def count_codes(indices: Tensor, codebook_size: int) -> Tensor:
     """How often each code was chosen, over all processes: indices of any shape -> (K,) float32."""
-    counts = torch.bincount(indices.flatten(), minlength=codebook_size).float()
-    if dist.is_initialized():  # every process must come to the same verdict about a code
+    # Not torch.bincount, which makes a GPU wait: it looks for the largest index first.
+    ones = torch.ones(indices.numel(), device=indices.device)
+    counts = ones.new_zeros(codebook_size).index_add_(0, indices.flatten(), ones)
+    if dist.is_initialized():  # all processes must agree on which codes are dead
         dist.all_reduce(counts)
     return counts
 
@@ -128,9 +131,10 @@ class VectorQuantizer(nn.Module):
           1. VQ-VAE, and the first versions of the paper, weigh the *commitment* (the latents' move) by beta = 0.25.
           2. The official code multiplied the other term (`legacy=True`; its published models were trained so): the
              commitment then has weight 1.
-          3. The third version of the paper has no beta any more: all models were in effect trained with a commitment
-             of weight 1, says its changelog. That is beta = 1 here.
-        DEPARTURE: the default is VQ-VAE's 0.25 on the commitment.
+          3. The third version of the paper has no beta: with the swap the commitment had weight 1 in all models, so
+             its Eq. 4 gives both terms weight 1 (`beta=1` here). The published weights come from 2.
+        DEPARTURE: the default is VQ-VAE's 0.25 on the commitment; and means instead of Eq. 4's sums, as in the official
+        code.
         """
         codes_to_latents = (z_q - z.detach()).square().mean()
         latents_to_codes = (z_q.detach() - z).square().mean()
@@ -140,6 +144,7 @@ class VectorQuantizer(nn.Module):
 
     # Mixed precision must not reach in here: see `nearest_code`.
     @torch.autocast("cuda", enabled=False)
+    @torch.autocast("mps", enabled=False)
     @torch.autocast("cpu", enabled=False)
     def forward(self, z: Tensor) -> Quantized:
         B, D, h, w = z.shape
@@ -172,24 +177,30 @@ class VectorQuantizer(nn.Module):
         """Move codes that are hardly chosen onto latents of the current batch; returns how many.
 
         z: (B, D, h, w), `Quantized.z`. A code is dead when its recent fraction of the latents is below `threshold` / K,
-        a twentieth of its equal part. Before the first step all are: the same call initialises the codebook from data.
+        a twentieth of what each would have if all were chosen equally often. Before the first step all are: the same
+        call initialises the codebook from data.
         DEPARTURE: neither the paper nor its code does this, and there many codes stay unused for good. (Cf. the random
         restarts of Jukebox, Dhariwal et al. 2020, arXiv:2005.00341.)
         """
         dead = (self.recent_use < threshold / self.codebook_size).nonzero().squeeze(1)
         candidates = z.permute(0, 2, 3, 1).flatten(0, 2)  # (N, D)
-        chosen = torch.randint(len(candidates), (len(dead),)).to(z.device)
+        if len(candidates) >= len(dead):
+            chosen = torch.randperm(len(candidates))[: len(dead)].to(z.device)
+        else:  # two codes at one latent: the second is never chosen, and revived again
+            chosen = torch.randint(len(candidates), (len(dead),)).to(z.device)
         replacement = candidates[chosen].to(self.codebook.weight.dtype)
-        if dist.is_initialized():  # else each process would revive to its own latents and the codebooks would part
+        if (
+            dist.is_initialized()
+        ):  # else each process would revive to its own latents, and the codebooks become different
             dist.broadcast(replacement, src=0)
         self.codebook.weight[dead] = replacement
-        self.recent_use[dead] = 1 / self.codebook_size  # time to prove itself
+        self.recent_use[dead] = 1 / self.codebook_size  # not dead again before it could be chosen
         return len(dead)
 
 
 class GumbelQuantizer(nn.Module):
     """Codes drawn from a softmax instead of a nearest neighbour (Jang et al. 2016, arXiv:1611.01144): the official f8
-    model with 8192 codes has it.  forward: z (B, C, h, w) -> Quantized.
+    model with 8192 codes has it.  forward: z (B, D, h, w) -> Quantized.
 
     A 1x1 convolution gives K logits a position. In training a code is drawn by Gumbel noise, one-hot forward and
     softmax(./temperature) backward; lower `temperature` in the course of training (1 to 1/16). The loss is the KL
@@ -211,11 +222,12 @@ class GumbelQuantizer(nn.Module):
         return self.codebook(indices).permute(0, 3, 1, 2)
 
     @torch.autocast("cuda", enabled=False)
+    @torch.autocast("mps", enabled=False)
     @torch.autocast("cpu", enabled=False)
     def forward(self, z: Tensor) -> Quantized:
         logits = self.proj(z.float())  # (B, K, h, w)
         log_p = logits.log_softmax(1)
-        loss = self.kl_weight * (log_p.exp() * (log_p + torch.tensor(self.codebook_size).log())).sum(1).mean()
+        loss = self.kl_weight * (log_p.exp() * (log_p + math.log(self.codebook_size))).sum(1).mean()
         if not self.training:
             indices = logits.argmax(1)  # (B, h, w)
             return Quantized(self.embed(indices), indices, loss, z.detach())

@@ -91,7 +91,7 @@ class TwoStage(nn.Module):
 
         Raises ValueError to drop c in a model without a token for that.
         """
-        r, s_in = r.flatten(1), s
+        r, s_in = r.flatten(1), s  # (B, R), (B, T)
         if pkeep < 1:
             wrong = torch.rand(s.shape, device=s.device) >= pkeep
             s_in = torch.where(wrong, torch.randint_like(s, self.vqgan.config.codebook_size), s)
@@ -107,7 +107,8 @@ class TwoStage(nn.Module):
     @torch.no_grad()
     def nll(self, x: Tensor, c: Tensor | None = None) -> Tensor:
         """-log p(s | c) of images x (B, C, H, W), in nats a token, (B,)."""
-        return self(self.image_tokens(x), self.condition_tokens(x if c is None else c)).mean(1)
+        c = self.default_condition(len(x)) if c is None else c
+        return self(self.image_tokens(x), self.condition_tokens(c)).mean(1)
 
     def to_map(self, s: Tensor) -> Tensor:
         """s (B, T) in this model's order -> indices (B, n, n)."""
@@ -166,7 +167,10 @@ class TwoStage(nn.Module):
         return self.vqgan.decode_indices(self.sample_indices(c, seeds, **how))
 
     def complete(self, x: Tensor, fraction: float, c: Tensor | None = None, seed: int = 0, **how) -> Tensor:
-        """x (B, C, H, W) with the first `fraction` of its rows of codes kept and the rest imagined anew."""
+        """x (B, C, H, W) with the first `fraction` of its rows of codes kept, the rest sampled anew. Raises ValueError
+        for a model of another order than row."""
+        if self.config.order != "row":
+            raise ValueError(f"completing rows needs row order; this model reads in {self.config.order}")
         given = self.vqgan.encode_indices(x)  # (B, h, w)
         h, w = given.shape[1:]
         c = self.default_condition(len(x), (h, w)) if c is None else c

@@ -1,12 +1,12 @@
-"""Stage one as a whole (Sec. 3.1, Fig. 2 left): x -> z = E(x) -> z_q = q(z) -> x_hat = G(z_q).
+"""Stage one as a whole (Sec. 3.1, Fig. 2): x -> z = E(x) -> z_q = q(z) -> x_hat = G(z_q).
 
     x       (B, C, H, W)     image in [-1, 1], or a one-hot label map
     z, z_q  (B, D, h, w)     latents and codes, h = H / f, w = W / f, f = 2^m
     indices (B, h, w) int64  which code stands where: the "words" that stage two models
     x_hat   (B, C, H, W)
 
-Two 1x1 convolutions stand around the quantizer: from E's z_channels to the D dims of a code, and back for G. D smaller
-than z_channels makes the nearest-neighbour search a search among few, all meaningful, dimensions.
+Two 1x1 convolutions stand around the quantizer: from E's z_channels to the D dims of a code, and back for G. With
+D below z_channels the nearest code is searched in fewer dimensions, and more codes are used (arXiv:2110.04627).
 """
 
 from dataclasses import dataclass

@@ -186,6 +186,14 @@ def test_ramp():
     assert adversarial_ramp(1, 0, 0, 0) == 1
 
 
+def test_with_bfloat16_losses_are_float32(parts):
+    """The distance of LPIPS with learned weights too, whose product autocast would take."""
+    vqgan, disc, _, x = parts
+    perceptual = LPIPS(TwoLayers(), [torch.rand(6), torch.rand(8)])
+    terms, _ = stage_one_step(vqgan.float(), disc.float(), perceptual, x.float(), ObjectiveConfig(), amp=True)
+    assert {value.dtype for value in terms.values()} == {torch.float32}
+
+
 def test_nothing_is_float64_in_training_and_validation():
     """Every operation on the device, of a step and of the held-out numbers, is watched."""
     torch.manual_seed(0)
@@ -193,7 +201,8 @@ def test_nothing_is_float64_in_training_and_validation():
     vqgan, disc, perceptual = VQGAN(config).train(), PatchDiscriminator(3, 8, 2), LPIPS(TwoLayers())
     x = torch.rand(3, 3, 16, 16) * 2 - 1
     with NoFloat64():
-        _, quantized = stage_one_step(vqgan, disc, perceptual, x, ObjectiveConfig())
+        stage_one_step(vqgan, None, None, x, ObjectiveConfig(loss="labels"), adv_fraction=None)
+        _, quantized = stage_one_step(vqgan, disc, perceptual, x, ObjectiveConfig(disc_loss="log"), amp=True)
         vqgan.quantizer.revive_dead_codes(quantized.z)
         metrics.image_metrics(x, x, perceptual)
         metrics.label_metrics(x.gt(0).float(), x)

@@ -12,7 +12,10 @@ import torch.multiprocessing as mp
 from helpers import assert_same_run, relative_error, run_inside, run_script, start_torchrun, torchrun
 from PIL import Image
 
+from minvqgan import VQGAN, VQGANConfig
+from minvqgan.discriminator import PatchDiscriminator
 from minvqgan.harness import checkpoint
+from minvqgan.objective import ObjectiveConfig, stage_one_step
 from minvqgan.quantizer import VectorQuantizer
 
 TINY = (
@@ -96,6 +99,31 @@ def test_processes_draw_different_numbers_and_resume_with_their_own(folder):
     if checkpoint.read(last)["step"] < 9:
         assert torchrun(2, "train_gpt.py", "--out", "random_run", "--resume", cwd=folder).returncode == 0
     assert_same_run(folder / "random_whole" / "last.pt", last)
+
+
+def _stage_one_of(rank: int, world: int, folder: str) -> None:
+    if world > 1:
+        torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/place", rank=rank, world_size=world)
+    torch.manual_seed(0)
+    vqgan = VQGAN(VQGANConfig(image_size=16, ch=8, ch_mult=(1, 2), z_channels=8, code_dim=4, codebook_size=16)).double()
+    disc = PatchDiscriminator(3, channels=8, num_layers=2).double().eval()  # BatchNorm of the batch would differ
+    x = torch.rand(4, 3, 16, 16, dtype=torch.float64) * 2 - 1
+    terms, _ = stage_one_step(vqgan, disc, None, x[rank::world], ObjectiveConfig(disc_weight=0.8, max_lambda=1e4))
+    grad = torch.cat([p.grad.flatten() for p in vqgan.parameters()])
+    if world > 1:
+        torch.distributed.all_reduce(grad)
+        torch.distributed.destroy_process_group()
+    torch.save((terms["lambda"], grad / world), f"{folder}/{world}_{rank}.pt")
+
+
+def test_lambda_is_that_of_the_whole_batch(tmp_path):
+    """Eq. 7 and G's gradient over two processes of half a batch each are those of one process with all of it."""
+    _stage_one_of(0, 1, str(tmp_path))
+    mp.spawn(_stage_one_of, (2, str(tmp_path)), nprocs=2)
+    whole, *halves = (torch.load(tmp_path / name) for name in ("1_0.pt", "2_0.pt", "2_1.pt"))
+    for lambda_, grad in halves:
+        assert lambda_.item() == pytest.approx(whole[0].item(), rel=1e-9)
+        assert relative_error(grad, whole[1]) < 1e-9
 
 
 def _codebook_of(rank: int, folder: str) -> None:

@@ -1,6 +1,5 @@
 """Short trainings for the notebooks: the loops of train_vqgan.py and train_gpt.py without their harness."""
 
-import itertools
 from collections.abc import Callable, Iterator
 
 import torch
@@ -52,6 +51,7 @@ def fit_vqgan(
     that begins and stays as the paper has it. each: called after every step with (step, measurements).
     """
     torch.manual_seed(seed)
+    revive_every = 0 if model.config.gumbel else revive_every
     kind, channels = model.config.input_kind, model.config.in_channels
     opt_g = torch.optim.Adam(model.parameters(), lr, betas=(0.5, 0.9))
     opt_d = None if discriminator is None else torch.optim.Adam(discriminator.parameters(), disc_lr, betas=(0.5, 0.9))
@@ -97,7 +97,7 @@ def fit_tokens(
 ) -> list[float]:
     """Train a model of codes in place by AdamW, lr falling in a half cosine; returns the loss of every step.
 
-    parts: tensors with a row a image (codes, conditions). loss: of the rows that were drawn from each.
+    parts: tensors with a row an image (codes, conditions). loss: of the rows that were drawn from each.
     """
     torch.manual_seed(seed)
     groups = parameter_groups(model, 0.01) if isinstance(model, GPT) else model.parameters()
@@ -122,8 +122,8 @@ def fit_tokens(
 
 @torch.no_grad()
 def codes_of(vqgan: VQGAN, dataset, count: int) -> tuple[Tensor, Tensor]:
-    """Codes (N, h, w) and classes (N,) of the first `count` images of a dataset."""
+    """Codes (N, h, w) and classes (N,) of `count` images of a dataset, evenly spread."""
     found = data.held_out_batches(dataset, 100, count)
-    pairs = [(vqgan.encode_indices(b["image"]), b["class"]) for b in itertools.islice(found, count // 100 + 1)]
+    pairs = [(vqgan.encode_indices(b["image"]), b["class"]) for b in found]
     codes, classes = zip(*pairs, strict=True)
     return torch.cat(codes), torch.cat(classes)

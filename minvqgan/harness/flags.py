@@ -125,7 +125,7 @@ def add_run_flags(p: Parser, presets: dict, out: str):
         "--accumulate",
         type=positive,
         default=1,
-        help="micro-batches that a batch is computed in, for small memory; lambda and D's BatchNorm are those of each",
+        help="micro-batches a batch, for small memory; lambda, D's BatchNorm and dead codes are those of each",
     )
     g.add_argument("--warmup", type=fraction, help="fraction of the steps over which lr rises")
     return g
@@ -165,7 +165,7 @@ def parse(p: Parser, presets: dict, kind: str, resume_needs: dict):
     if not early.resume:
         return p.parse_args(), None
     saved = checkpoint.read(Path(early.out) / "last.pt", kind, needs=schema.RUN | resume_needs)
-    p.set_defaults(**saved["flags"])
+    p.set_defaults(**saved["flags"] | {"out": early.out})  # the folder may have been moved
     args = p.parse_args()
     for name, value in saved["flags"].items():
         if name not in MAY_CHANGE and getattr(args, name, None) != value:

@@ -82,10 +82,11 @@ class Run:
         if self.saved:
             checkpoint.restore(self.saved, trained, self.out / "last.pt")
         # From here on processes draw different random numbers: dropout, dropped conditions, Gumbel noise.
+        if self.saved or self.rank:  # first, for what no saved state covers: another kind or number of devices
+            torch.manual_seed(hash((self.args.seed, self.rank, self.step)))
         if self.saved and self.rank < len(self.saved["random"]):
             runtime.set_random_state(self.saved["random"][self.rank])
-        elif self.rank or self.saved:
-            torch.manual_seed(hash((self.args.seed, self.rank, self.step)))
+        self.saved = None  # a second copy of the weights
         if self.rank > 0:
             return
         (self.out / "images").mkdir(parents=True, exist_ok=True)
@@ -152,7 +153,7 @@ class Run:
         """Note scalars of one micro-batch. They stay on the device until the row is written, because each `.item()`
         would make the GPU finish first. Raises UserError for one that is not finite: on a CPU at once, before it
         reaches a weight."""
-        self.pending.append((self.step, terms))
+        self.pending.append((self.step, {name: value.detach() for name, value in terms.items()}))
         if self.device.type == "cpu":
             self._collect()
 
@@ -190,7 +191,7 @@ class Run:
         """Bring what was logged from the device, in one transfer, and add it up."""
         if not self.pending:
             return
-        numbers = torch.stack([v.detach().float() for _, terms in self.pending for v in terms.values()]).tolist()
+        numbers = torch.stack([v.float() for _, terms in self.pending for v in terms.values()]).tolist()
         names = [(step, name) for step, terms in self.pending for name in terms]
         self.pending = []
         for (step, name), number in zip(names, numbers, strict=True):
@@ -268,12 +269,12 @@ class MetricsFile:
     def __init__(self, path: Path, columns: list[str], step: int):
         self.path, self.columns = path, columns
         rows = self.rows() if step else []
-        part = path.with_name(f".{path.name}.part")  # a kill on the way must not cost the rows there were
-        with open(part, "w", newline="") as file:
+        temporary = path.with_name(f".{path.name}.part")  # a kill on the way must not cost the rows there were
+        with open(temporary, "w", newline="") as file:
             writer = csv.DictWriter(file, columns)
             writer.writeheader()
             writer.writerows({k: r.get(k, "") for k in columns} for r in rows if int(r["step"]) <= step)
-        os.replace(part, path)
+        os.replace(temporary, path)
 
     def rows(self) -> list[dict]:
         if not self.path.exists():

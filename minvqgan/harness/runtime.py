@@ -156,6 +156,15 @@ def wait() -> None:
         dist.barrier(group=cpu_group())
 
 
+def says_rank_0(answer: bool) -> bool:
+    """The first process's answer, in all of them: each could find something else on its disk."""
+    if not dist.is_initialized():
+        return answer
+    told = [answer]
+    dist.broadcast_object_list(told, src=0, group=cpu_group())
+    return told[0]
+
+
 def gathered(mine: torch.Tensor, rank: int, world: int) -> torch.Tensor | None:
     """Rows that were dealt out to the processes, row i to process i % world, in order again: on the CPU of rank 0, None
     on the others."""

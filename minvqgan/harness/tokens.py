@@ -19,6 +19,7 @@ from ..vqgan import VQGAN
 from . import checkpoint, runtime
 from .data import SOURCE_OF, Stream, begin_worker, held_out_batches, to_input
 from .run import Run
+from .runtime import UserError
 
 
 def sources_of(vqgan: VQGAN, condition: Condition | None) -> tuple[tuple[str, ...], int | None]:
@@ -56,20 +57,18 @@ def mirrored(batch: dict) -> dict:
     return {k: v.flip(-1) if v.ndim > 1 and k != "coords" else v for k, v in batch.items()}
 
 
-def table(
-    model: TwoStage, dataset, to_c, device: torch.device, workers: int = 0, rank: int = 0, world: int = 1
-) -> tuple[Tensor, Tensor]:
+def table(model: TwoStage, dataset, to_c, device, batch_size=100, workers=0, rank=0, world=1) -> tuple[Tensor, Tensor]:
     """Codes of the images rank, rank + world, ... of a dataset without random crops: s (N, V, T), r (N, V, R), int32,
     on the CPU. V = 2 views, as it is and mirrored, where the dataset is to be flipped, else 1."""
     rows: list[tuple[Tensor, Tensor]] = []
     keys = [(i, None) for i in range(rank, len(dataset), world)]
     own = torch.Generator().manual_seed(0)
     how = {"num_workers": workers, "worker_init_fn": begin_worker, "generator": own}
-    loader = DataLoader(dataset, 100, sampler=keys, **how)
+    loader = DataLoader(dataset, batch_size, sampler=keys, **how)
     for batch in tqdm(loader, desc="codes", leave=False, dynamic_ncols=True, disable=rank > 0):
         views = [batch, mirrored(batch)] if dataset.flip else [batch]
         encoded = [encode(model, view, to_c, device) for view in views]
-        rows.append(tuple(torch.stack(parts, 1).int().cpu() for parts in zip(*encoded, strict=True)))
+        rows.append(tuple(torch.stack(views, 1).int().cpu() for views in zip(*encoded, strict=True)))
     s, r = zip(*rows, strict=True)
     return torch.cat(s), torch.cat(r)
 
@@ -78,23 +77,31 @@ def kept_table(run: Run, model: TwoStage, dataset, to_c) -> tuple[Tensor, Tensor
     """`table` of the whole dataset, computed by all processes together and kept in the run folder: a resumed run finds
     it there, if models and files are still the same."""
     path, identity = run.out / "codes.pt", _identity(model, dataset)
-    if not _holds(path, identity):
+    if len(dataset) < run.world:
+        raise UserError(f"{len(dataset)} training images are too few for {run.world} processes")
+    found = _found(path, identity) if run.rank == 0 else None
+    if not runtime.says_rank_0(found is not None):
         run.announce(f"computing the codes of {len(dataset)} images, once")
-        parts = table(model, dataset, to_c, run.device, run.workers, run.rank, run.world)
-        whole = [runtime.gathered(part, run.rank, run.world) for part in parts]
+        own = table(model, dataset, to_c, run.device, run.micro_batch, run.workers, run.rank, run.world)
+        s, r = (runtime.gathered(rows, run.rank, run.world) for rows in own)
         if run.rank == 0:
             path.parent.mkdir(parents=True, exist_ok=True)
-            checkpoint.save(path, "codes", identity=identity, s=whole[0], r=whole[1])
-        runtime.wait()
-    saved = checkpoint.read(path, "codes")
-    return saved["s"], saved["r"]
+            found = {"identity": identity, "s": s, "r": r}
+            checkpoint.save(path, "codes", **found)
+    runtime.wait()
+    found = found or checkpoint.read(path, "codes")
+    return found["s"], found["r"]
 
 
-def _holds(path: Path, identity: str) -> bool:
+def _found(path: Path, identity: str) -> dict | None:
+    """Codes of this identity, if they are there. What is broken or of other models is made anew."""
+    if not path.exists():
+        return None
     try:
-        return path.exists() and checkpoint.read(path, "codes").get("identity") == identity
-    except runtime.UserError:  # broken, or something else of that name: made anew
-        return False
+        saved = checkpoint.read(path, "codes")
+    except UserError:
+        return None
+    return saved if saved["identity"] == identity else None
 
 
 def _identity(model: TwoStage, dataset) -> str:
