@@ -112,6 +112,8 @@ def run(cells: list[tuple[str | None, str]], without: dict[int, str], word: str,
     client = NotebookClient(
         nbformat.v4.new_notebook(cells=nodes), kernel_name="python3", allow_errors=True, shutdown_kernel="immediate"
     )
+    client.extra_arguments = ["--Application.log_level=ERROR"]
+    client.log.setLevel("CRITICAL")  # a cell that hangs gets a status, not a line in the log
     client.resources = {"metadata": {"path": folder}}
     with client.setup_kernel(env=os.environ | {"QUICK": "1"}):
         for i, cell in enumerate(nodes, start=-1):
