@@ -169,9 +169,9 @@ def schedule(h: int, w: int, n: int, start: int = 0, wave: bool = True, stride: 
     """All runs of an h x w image from raster position `start` on, in batches that may be predicted at once.
 
     A run needs every token of its window that comes before it in reading order: in its own row all to the left, in the
-    rows above all up to the window's right edge. So a row can follow the one above it at a distance of a window's
-    width, and rows advance together as a slanted wave front. A batch holds runs of equal prefix and length. wave=False:
-    one by one, in reading order.
+    rows above all up to the window's right edge. So a row follows half a window, n / 2 columns, behind the one above:
+    about 2 w / n rows advance together as a slanted wave front. A batch holds runs of equal prefix and length.
+    wave=False: one by one, in reading order.
     """
     waiting = [row_runs(i, max(0, start - i * w), h, w, n, stride) for i in range(h)]
     done = [min(w, max(0, start - i * w)) for i in range(h)]  # columns finished in each row

@@ -107,7 +107,7 @@ def release(course: Path, hints: int, seed: int) -> None:
             nbformat.write(notebook, source)
         handed_out.parent.mkdir(parents=True, exist_ok=True)
         nbformat.write(unsolved(nbformat.read(source, 4)), handed_out)
-        print(handed_out)
+    print(f"{len(notebooks())} assignments to hand out: {course / 'release'}")
 
 
 def letters(name: str) -> str:

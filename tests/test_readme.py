@@ -49,7 +49,7 @@ SPECIAL = {
     "evaluate.py --gpt runs/gpt/best.pt -n 5000": SMALL["evaluate.py"] + " --features none",
 }
 # Which official model the file last.ckpt stands for.
-OFFICIAL = {"--classes 207,281": "class", "--cond-image labels.png --size": "depth", "--export": "none"}
+OFFICIAL = {"--classes 207,281": "class", "--cond-image labels.png --size": "depth"}
 
 
 def commands() -> list[str]:

@@ -189,6 +189,7 @@ def test_train_gpt_mistakes(stage_two):
         ("--vqgan rgb/last.pt --cond none --batch-size 3 --accumulate 2 --out new", ["cannot be split"]),
         ("--vqgan shapes/last.pt --out gpt_class", ["already holds a run", "--resume"]),
         ("--out gpt_class --resume --n-layer 2", ["--n-layer was 1"]),
+        ("--out gpt_class --resume --steps 99 --accumulate 3", ["--batch-size 4 cannot be split into 1 processes x 3"]),
     ):
         assert_one_line_error(run_inside(*STAGE_TWO, *flags.split(), cwd=stage_two), *words)
     assert not (stage_two / "new").exists()

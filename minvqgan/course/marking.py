@@ -63,6 +63,13 @@ def checks_of(source: NotebookNode) -> dict[str, tuple[float, str]]:
     return found
 
 
+def demonstrations(source: NotebookNode) -> set[str]:
+    """Code below the last check: it shows what the functions are good for, and marking leaves it out."""
+    graded = [cell.cell_type == "code" and cell.metadata.get("nbgrader", {}).get("grade") for cell in source.cells]
+    last = max(i for i, is_graded in enumerate(graded) if is_graded)
+    return {cell.source for cell in source.cells[last + 1 :] if cell.cell_type == "code"}
+
+
 def read(path: Path) -> NotebookNode:
     """A handed-in notebook. Raises Unreadable."""
     try:
@@ -75,7 +82,9 @@ def read(path: Path) -> NotebookNode:
     return notebook
 
 
-def assemble(notebook: NotebookNode, checks: dict[str, tuple[float, str]]) -> list[tuple[str | None, str]]:
+def assemble(
+    notebook: NotebookNode, checks: dict[str, tuple[float, str]], left_out: set[str]
+) -> list[tuple[str | None, str]]:
     """What is run, in order: (None, a cell of the student's) or (exercise, its check, where the student had it).
 
     Raises Unreadable where no exercise of the assignment is in it.
@@ -83,15 +92,14 @@ def assemble(notebook: NotebookNode, checks: dict[str, tuple[float, str]]) -> li
     last = {grade_id(cell): i for i, cell in enumerate(notebook.cells) if cell.cell_type == "code"}
     if not any(name in last or f"{name}_check" in last for name in checks):
         others = sorted(name.removesuffix("_check") for name in last if isinstance(name, str))
-        raise Unreadable(
-            "another notebook: " + (f"its exercises are {', '.join(others[:2])} ..." if others else "none")
-        )
+        what = f"its exercises are {', '.join(others[:2])} ..." if others else "it has no exercises"
+        raise Unreadable(f"another notebook: {what}")
     # Where the check stood, else below the function, else at the end.
     place = {name: last.get(f"{name}_check", last.get(name, len(notebook.cells))) for name in checks}
     cells = []
     for i, cell in enumerate(notebook.cells):
         is_check = str(grade_id(cell)).removesuffix("_check") in checks and str(grade_id(cell)).endswith("_check")
-        if cell.cell_type == "code" and not is_check:
+        if cell.cell_type == "code" and not is_check and cell.source not in left_out:
             cells.append((None, cell.source))
         cells += [(name, checks[name][1]) for name in checks if place[name] == i]
     return cells + [(name, checks[name][1]) for name in checks if place[name] == len(notebook.cells)]
@@ -104,6 +112,8 @@ def run(cells: list[tuple[str | None, str]], without: dict[int, str], word: str,
     client = NotebookClient(
         nbformat.v4.new_notebook(cells=nodes), kernel_name="python3", allow_errors=True, shutdown_kernel="immediate"
     )
+    client.extra_arguments = ["--Application.log_level=ERROR"]
+    client.log.setLevel("CRITICAL")  # a cell that hangs gets a status, not a line in the log
     client.resources = {"metadata": {"path": folder}}
     with client.setup_kernel(env=os.environ | {"QUICK": "1"}):
         for i, cell in enumerate(nodes, start=-1):
@@ -145,7 +155,7 @@ def mark(path: Path, source: NotebookNode) -> dict:
         result["exercises"][name] = {"points": 0, "of": of, "message": "not marked"}
     try:
         notebook = read(path)
-        cells = assemble(notebook, checks)
+        cells = assemble(notebook, checks, demonstrations(source))
     except Unreadable as error:
         return result | {"status": str(error)}
     own = "\n".join(code for name, code in cells if name is None)

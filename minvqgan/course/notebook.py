@@ -1,5 +1,5 @@
-"""How the notebooks look: one style, source code shown from the installed package, pictures with a text for those who
-cannot see them."""
+"""How the notebooks look: one style, a diagram of the system, source code shown from the installed package, figures
+with captions."""
 
 import inspect
 import io
@@ -23,11 +23,12 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 MARKERS = ("o", "s", "^", "D", "v", "P")
 DASHES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (1, 1)))
 
-CHECKPOINTS = Path(minvqgan.__file__).parents[1] / "notebooks" / "checkpoints"
+PACKAGE = Path(minvqgan.__file__).parent
+CHECKPOINTS = PACKAGE.parent / "notebooks" / "checkpoints"
 
 
 def start(seed: int = 0) -> None:
-    """The first line of every notebook: seeds, so that Restart and Run All gives the same pictures, and the style."""
+    """The first line of every notebook: seeds, so that Restart and Run All gives the same figures, and the style."""
     torch.manual_seed(seed)
     plt.rcParams.update(
         {
@@ -73,20 +74,79 @@ def code(*objects, start: str | None = None, end: str | None = None) -> None:
                 raise ValueError(f"{thing.__name__} has no lines from {start!r} to {end!r}")
             lines = lines[first:] if last == -1 else lines[first : last + 1]
         text.append(inspect.cleandoc("\n" + "\n".join(lines)))
-    name = Path(inspect.getsourcefile(objects[0])).name
-    display(Markdown(f"`minvqgan/{name}`\n```python\n" + "\n\n".join(text) + "\n```"))
+    path = Path(inspect.getsourcefile(inspect.unwrap(objects[0]))).relative_to(PACKAGE.parent)
+    display(Markdown(f"`{path.as_posix()}`\n```python\n" + "\n\n".join(text) + "\n```"))
 
 
-def show(figure, alt: str) -> None:
-    """Display a figure with its text alternative: what it shows, in a sentence."""
+def show(figure, caption: str) -> None:
+    """Display a figure and below it its caption: what it shows, in a sentence. Readers who cannot see the figure are
+    read the same."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
     plt.close(figure)
-    display(Image(buffer.getvalue(), alt=alt))
+    display(Image(buffer.getvalue(), alt=caption))
+    display(Markdown(f"*{caption}.*"))
 
 
-def show_images(rows: Sequence[Tensor] | dict[str, Tensor], alt: str, side: float = 0.9) -> None:
-    """Rows of pictures (n, 3, H, W) in [-1, 1], with a name before each row where a dict gives one. side: inches."""
+# Name -> (x, y, width, what stands in the box). One unit is the width of an arrow.
+BOXES = {
+    "E": (1.9, 2, 1.0, "E"),
+    "q": (4.4, 2, 1.3, "q\ncodebook Z"),
+    "G": (6.9, 2, 1.0, "G"),
+    "D": (9.6, 2, 1.0, "D"),
+    "P": (4.4, 3.3, 2.2, "perceptual network"),
+    "c": (1.9, 0.5, 1.0, "c"),
+    "GPT": (6.9, 0.5, 1.6, "transformer"),
+}
+
+
+def diagram(*parts: str) -> None:
+    """The whole system, the same in every notebook, with the parts at hand highlighted: names of `BOXES`."""
+    unknown = [part for part in parts if part not in BOXES]
+    if unknown:
+        raise ValueError(f"the system has no part {unknown[0]!r}, only {', '.join(BOXES)}")
+    figure, ax = plt.subplots(figsize=(9, 3.4))
+    ax.set(xlim=(-0.4, 11.4), ylim=(-0.2, 3.8))
+    ax.axis("off")
+    for name, (x, y, width, text) in BOXES.items():
+        at_hand = name in parts
+        face, edge = (COLOURS[4], "black") if at_hand else ("#eeeeee", "gray")
+        box = plt.Rectangle((x - width / 2, y - 0.35), width, 0.7, facecolor=face, edgecolor=edge, zorder=2)
+        box.set_linewidth(2 if at_hand else 1)
+        ax.add_patch(box)
+        ax.text(x, y, text, ha="center", va="center", weight="bold" if at_hand else "normal", fontsize=9, zorder=3)
+
+    def arrow(begin: tuple, end: tuple, text: str = "", above: float = 0.1) -> None:
+        ax.annotate("", end, begin, arrowprops={"arrowstyle": "->", "color": "black", "shrinkA": 0, "shrinkB": 0})
+        ax.text((begin[0] + end[0]) / 2, begin[1] + above, text, ha="center", va="bottom", fontsize=8)
+
+    for x, text in ((0.2, "x\n3 × H × W"), (8.3, "x̂\n3 × H × W"), (11, "h' × w'\nlogits")):
+        ax.text(x, 2, text, ha="center", va="center", fontsize=8)
+    arrow((0.75, 2), (1.4, 2))
+    arrow((2.4, 2), (3.75, 2), "ẑ\nD × h × w")
+    arrow((5.05, 2), (6.4, 2), "z_q\nD × h × w")
+    arrow((7.4, 2), (7.75, 2))
+    arrow((8.85, 2), (9.1, 2))
+    arrow((10.1, 2), (10.5, 2))
+    for side, x, edge in ((1, 0.2, 3.3), (-1, 8.3, 5.5)):  # x and x_hat go up to the perceptual network
+        ax.plot([x, x], [2.4, 3.3], color="black", linewidth=1, linestyle="-")
+        arrow((x, 3.3), (edge, 3.3), "" if side > 0 else "L_rec compares")
+    arrow((4.4, 1.65), (4.4, 0.85))
+    ax.text(4.5, 1.25, "indices h × w", ha="left", va="center", fontsize=8)
+    ax.text(9.6, 1.45, "judges x and x̂", ha="center", va="center", fontsize=8)
+    ax.text(4.4, 0.5, "[c | s]\nR + T tokens, T = h·w", ha="center", va="center", fontsize=8)
+    arrow((2.4, 0.5), (3.3, 0.5))
+    arrow((5.5, 0.5), (6.1, 0.5))
+    arrow((6.9, 0.85), (6.9, 1.65))
+    ax.text(7, 1.25, "drawn s", ha="left", va="center", fontsize=8)
+    arrow((7.7, 0.5), (8.3, 0.5))
+    ax.text(8.4, 0.5, "p(s_i | s_<i, c): T × K", ha="left", va="center", fontsize=8)
+    names = ", ".join(BOXES[part][3].replace("\n", " with the ") for part in parts)
+    show(figure, "The system: stage one above, stage two below" + (f"; highlighted: {names}" if parts else ""))
+
+
+def show_images(rows: Sequence[Tensor] | dict[str, Tensor], caption: str, side: float = 0.9) -> None:
+    """Rows of images (n, 3, H, W) in [-1, 1], with a name before each row where a dict gives one. side: inches."""
     names = list(rows) if isinstance(rows, dict) else [""] * len(rows)
     rows = list(rows.values()) if isinstance(rows, dict) else list(rows)
     columns = max(map(len, rows))
@@ -98,7 +158,7 @@ def show_images(rows: Sequence[Tensor] | dict[str, Tensor], alt: str, side: floa
         for ax, image in zip(line, row, strict=False):
             ax.imshow(pictures.to_pixels(image.detach()).permute(1, 2, 0), interpolation="nearest")
         line[0].text(-0.15, 0.5, name, ha="right", va="center", transform=line[0].transAxes)
-    show(figure, alt)
+    show(figure, caption)
 
 
 def curve(ax, x, y, name: str, number: int = 0) -> None:

@@ -129,7 +129,7 @@ def test_solutions_get_all_points(marked):
     _, rows = marked
     for name in NAMES:
         row, cells = rows["solved", name], nbformat.read(ROOT / "notebooks" / f"{name}.ipynb", 4).cells
-        of = sum(cell.metadata.get("nbgrader", {}).get("points", 0) for cell in cells)
+        of = sum(c.metadata.get("nbgrader", {}).get("points", 0) for c in cells if c.cell_type == "code")
         assert (row["status"], float(row["points"]), float(row["of"])) == ("marked", of, of)
 
 
@@ -220,7 +220,7 @@ def test_student_versions_hold_no_solution_no_seed_and_no_answer(tmp_path):
         for word in ("BEGIN SOLUTION", "HIDDEN TESTS", "20201217", "seed="):
             assert word not in text, (path, word)
         for cell in nbformat.read(path, 4).cells:
-            if cell.metadata.get("nbgrader", {}).get("solution"):
+            if cell.cell_type == "code" and cell.metadata.get("nbgrader", {}).get("solution"):
                 assert "raise NotImplementedError" in cell.source and '"""' in cell.source
             if cell.source.startswith("### Exercise"):
                 assert len(re.findall(r"^\d\. ", cell.source, flags=re.M)) == 1
