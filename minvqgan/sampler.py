@@ -1,4 +1,4 @@
-"""One token after another (Sec. 3.2), and a window that slides over images of any size (Sec. 3.3, Fig. 3).
+"""One token after another, and a window that slides over images of any size (Sec. 3.2, Fig. 3).
 
     s_i ~ p(s_i | s_<i, c)        with the distribution sharpened (temperature), cut (top-k, top-p), or pulled towards c
 

@@ -156,8 +156,8 @@ MUTATIONS = {
     ],
     "adaptive_weight": [
         (
-            "return (rec / (gan + 1e-6)).clamp(0, 1e4).detach()",
-            "return ((rec_loss / gan_loss).abs() * 0 + rec / (gan + 1e-6)).clamp(0, 1e4)",
+            "retain_graph=True)[0].norm() for loss in losses)\n    return (rec / (gan + 1e-6)).clamp(0, 1e4).detach()",
+            "create_graph=True)[0].norm() for loss in losses)\n    return (rec / (gan + 1e-6)).clamp(0, 1e4)",
             "not detached",
         ),
         ("rec / (gan + 1e-6)", "gan / (rec + 1e-6)", "upside down"),

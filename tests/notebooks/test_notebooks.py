@@ -39,6 +39,7 @@ def test_runs_from_top_to_bottom(path, monkeypatch, tmp_path):
     saved = listings(notebook)
     NotebookClient(notebook, timeout=300, kernel_name="python3").execute(cwd=str(tmp_path))
     assert len(saved) >= 2 and listings(notebook) == saved
+    assert all((ROOT / text.split("`")[1]).is_file() for text in saved)
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
@@ -103,6 +104,11 @@ def test_the_table_of_the_readme_counts_right():
         minutes = sum(int(m) for m in re.findall(r"\*\d+ points, (\d+) minutes", text))
         row = next(line for line in table.splitlines() if line.startswith(f"| {path.name[:2]} "))
         assert row.endswith(f"| {minutes} min | {points} |"), (path.name, minutes, points)
+
+
+def test_the_diagram_knows_its_parts():
+    with pytest.raises(ValueError, match="the system has no part 'VGG'"):
+        course.diagram("VGG")
 
 
 def test_checkpoints_are_small():
