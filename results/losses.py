@@ -2,11 +2,11 @@
 
     python results/losses.py --data cifar10_split --judges classes.pt rotations.pt --runs runs/losses --train
 
-`--train` trains what is not there yet, with train_vqgan.py and equal steps: an hour on two cores. Without it the table is
-remade from the checkpoints. The judges are residual classifiers of minvqgan.harness.classifier, trained on the training
-images, sharp ones only. What each can tell: the judge of classes looks at what makes a cat a cat, and the perceptual
-network was trained on the same labels, so the two may share their taste; the judge of rotations never saw a label, and
-looks at shape and orientation more than at texture.
+`--train` trains what is not there yet, with train_vqgan.py and equal steps: an hour on two cores. Without it the table
+is remade from the checkpoints. The judges are residual classifiers of minvqgan.harness.classifier, trained on the
+training images, sharp ones only. What each can tell: the judge of classes looks at what makes a cat a cat, and the
+perceptual network was trained on the same labels, so the two may share their taste; the judge of rotations never saw a
+label, and looks at shape and orientation more than at texture.
 """
 
 import subprocess
