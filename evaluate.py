@@ -1,4 +1,4 @@
-"""How good is it? A VQGAN's reconstructions, or a transformer's images, beside held-out pictures (Sec. 4.1, 4.4 of
+"""How good is it? A VQGAN's reconstructions, or a transformer's images, beside held-out images (Sec. 4.1, 4.4 of
 arXiv:2012.09841).
 
     python evaluate.py --vqgan runs/vqgan/last.pt
@@ -11,6 +11,7 @@ FID and Inception Score need InceptionV3's weights, which are downloaded once. W
 
 import json
 import math
+import os
 from itertools import cycle
 from pathlib import Path
 
@@ -26,16 +27,16 @@ from minvqgan.vqgan import VQGAN
 
 
 def parse_flags():
-    p = flags.Parser(description=__doc__.split("\n")[0])
+    p = flags.Parser(description=__doc__)
     g = p.add_argument_group("what")
     which = g.add_mutually_exclusive_group(required=True)
     which.add_argument("--vqgan", metavar="FILE", help="a first stage: how well does it reconstruct?")
     which.add_argument("--gpt", metavar="FILE", help="both stages: how likely are held-out images, how good new ones?")
     g.add_argument("--official-config", metavar="YAML", help="the file is of the paper's authors; its yaml")
-    g.add_argument("--data", help="as in train_vqgan.py (what the model was trained on)")
-    g.add_argument("--image-size", type=flags.positive, help="side of the pictures (the model's)")
-    g.add_argument("--resize", type=flags.positive, help="scale the shorter side to this, then crop (the model's)")
-    g.add_argument("--images", type=flags.positive, default=10_000, help="held-out pictures used, at most")
+    g.add_argument("--data", type=flags.path, help="as in train_vqgan.py (what the model was trained on)")
+    g.add_argument("--image-size", type=flags.size, help="side of the images (the model's)")
+    g.add_argument("--resize", type=flags.size, help="scale the shorter side to this, then crop (the model's)")
+    g.add_argument("--images", type=flags.positive, default=10_000, help="held-out images used, at most")
     g.add_argument("-n", type=flags.positive, default=1000, help="new images that --gpt makes")
     flags.add_sampling_flags(p)
 
@@ -45,12 +46,12 @@ def parse_flags():
     g.add_argument("--perceptual", default="vgg16", help="network of LPIPS: vgg16, none, or a classifier")
 
     g = p.add_argument_group("how")
-    g.add_argument("--splits", type=flags.positive, default=5, help="parts of the pictures for the spread")
+    g.add_argument("--splits", type=flags.positive, default=5, help="parts of the images for the spread")
     g.add_argument("--neighbours", type=flags.positive, default=10, help="new images shown beside their nearest")
-    g.add_argument("--batch-size", type=flags.positive, default=50, help="pictures at a time")
-    g.add_argument("--seed", type=flags.natural, default=0, help="of the new images")
+    g.add_argument("--batch-size", type=flags.positive, default=50, help="images at a time")
+    g.add_argument("--seed", type=flags.seed, default=0, help="of the new images")
     g.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
-    g.add_argument("--out", default="runs/evaluation", help="folder of metrics.json and the pictures")
+    g.add_argument("--out", type=flags.path, default="runs/evaluation", help="folder of metrics.json and the images")
     return p.parse_args()
 
 
@@ -68,10 +69,28 @@ def open_sets(args, model: VQGAN | TwoStage, vqgan: VQGAN):
     if isinstance(model, TwoStage):
         condition, side = model.condition, model.config.n * vqgan.config.f
         if args.image_size != side:
-            raise UserError(f"--image-size {args.image_size}: this transformer reads pictures of {side} x {side}")
+            raise UserError(f"--image-size {args.image_size}: this transformer reads images of {side} x {side}")
     sources, num_labels = tokens.sources_of(vqgan, condition)
     split = trained_with.get("seed", 0)
-    return data.open_data(args.data, args.image_size, args.resize, sources, num_labels, split)
+    sets = data.open_data(args.data, args.image_size, args.resize, sources, num_labels, split)
+    if condition is not None and condition.kind == "class":
+        data.check_classes(args.data, sets[0].classes, model.config.classes, condition.num_tokens)
+    return sets
+
+
+def prepare_out(folder: Path) -> None:
+    """Make the folder to write to. Raises UserError where files of something else would be written over."""
+    there = [name for name in ("metrics.json", "neighbours.png") if (folder / name).exists()]
+    if there:
+        try:
+            own = json.loads((folder / "metrics.json").read_text()).keys() == {"flags", "metrics"}
+        except (OSError, ValueError, AttributeError, RecursionError):
+            own = False
+        if not own:
+            raise UserError(
+                f"--out {folder} holds {' and '.join(there)} of something else, which would be written over"
+            )
+    folder.mkdir(parents=True, exist_ok=True)
 
 
 def optional(load, name: str, device: torch.device):
@@ -87,12 +106,10 @@ def optional(load, name: str, device: torch.device):
 
 
 def check_numbers(*numbers: int) -> None:
-    """Distances between sets need a few pictures in each. Raises UserError."""
+    """Distances between sets need a few images in each. Raises UserError."""
     fewest = min(numbers)
     if fewest < 4:
-        raise UserError(
-            f"distances between sets need 4 pictures, not {fewest}: more -n or --images, or --features none"
-        )
+        raise UserError(f"distances between sets need 4 images, not {fewest}: more -n or --images, or --features none")
 
 
 class Table:
@@ -102,7 +119,7 @@ class Table:
         self.rows: dict[str, dict] = {}
 
     def mean(self, name: str, values: torch.Tensor) -> None:
-        """A mean over pictures, values (N,), with its standard error."""
+        """A mean over images, values (N,), with its standard error."""
         value, error = distances.spread(values)
         self.rows[name] = {"value": value, "spread": error}
 
@@ -122,8 +139,8 @@ class Table:
 
 
 def compare_sets(table: Table, args, name: str, real: torch.Tensor, fake: torch.Tensor, score: torch.Tensor | None):
-    """Distances between the features of real and fake pictures; score: class probabilities of the fake ones, or None
-    for reconstructions, of which each part is compared with the very pictures it was made from."""
+    """Distances between the features of real and fake images; score: class probabilities of the fake ones, or None
+    for reconstructions, of which each part is compared with the very images it was made from."""
     inception = name == "inception"
     fake_parts = [part for part in fake.tensor_split(args.splits) if len(part) > 1]
     real_parts = real.tensor_split(args.splits) if score is None else [real] * len(fake_parts)
@@ -172,12 +189,12 @@ def evaluate_reconstructions(args, model: VQGAN, val_set, device: torch.device, 
     table.plain("codebook_perplexity", perplexity)
     if features is not None:
         compare_sets(table, args, features.name, torch.cat(seen["real"]), torch.cat(seen["fake"]), None)
-    print(f"{number} held-out pictures of {args.data}, each beside its reconstruction")
+    print(f"{number} held-out images of {args.data}, each beside its reconstruction")
 
 
 @torch.no_grad()
 def new_images(args, model: TwoStage, val_set, to_c, sampling, device: torch.device):
-    """-n images for the conditions of the held-out pictures in turn: (images (n, C, H, W), classes (n,))."""
+    """-n images for the conditions of the held-out images in turn: (images (n, C, H, W), classes (n,))."""
     images, classes = [], []
     bar = tqdm(total=args.n, desc="new images", leave=False)
     for batch in cycle(list(data.held_out_batches(val_set, args.batch_size, args.images))):
@@ -194,7 +211,7 @@ def new_images(args, model: TwoStage, val_set, to_c, sampling, device: torch.dev
 
 
 def seen_by(network, images, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """(features (N, d), class probabilities) of batches of pictures in [-1, 1]."""
+    """(features (N, d), class probabilities) of batches of images in [-1, 1]."""
     seen = [tuple(t.cpu() for t in network(batch.to(device))) for batch in images]
     return tuple(torch.cat(parts) for parts in zip(*seen, strict=True))
 
@@ -214,7 +231,7 @@ def evaluate_gpt(args, model: TwoStage, train_set, val_set, device: torch.device
     features = optional(metrics.load_features, args.features, device)
     judge = args.classifier or (args.features if args.features not in ("inception", "none") else None)
     if features is None and not (judge and model.condition.kind == "class"):
-        print(f"{len(nats)} held-out pictures of {args.data}")
+        print(f"{len(nats)} held-out images of {args.data}")
         return
     if features is not None:
         check_numbers(args.n, len(nats))
@@ -230,11 +247,11 @@ def evaluate_gpt(args, model: TwoStage, train_set, val_set, device: torch.device
         table.mean("class_accuracy", (guesses == number_of[classes]).double())
     if features is not None:
         compare_new_images(args, features, fake, train_set, val_set, model.vqgan.config, device, table)
-    print(f"{len(nats)} held-out pictures of {args.data}, {args.n} new images for their conditions")
+    print(f"{len(nats)} held-out images of {args.data}, {args.n} new images for their conditions")
 
 
 def compare_new_images(args, features, fake, train_set, val_set, config, device, table) -> None:
-    """Distances to the held-out pictures, and the check against learning by heart: nearest training pictures."""
+    """Distances to the held-out images, and the check against learning by heart: nearest training images."""
 
     def shown(dataset):
         for batch in data.held_out_batches(dataset, args.batch_size, args.images):
@@ -244,15 +261,15 @@ def compare_new_images(args, features, fake, train_set, val_set, config, device,
     known, _ = seen_by(features, shown(train_set), device)
     made, score = seen_by(features, fake.split(args.batch_size), device)
     compare_sets(table, args, features.name, real, made, score)
-    # Samples nearer to the training pictures than held-out pictures are would be copies.
+    # Samples nearer to the training images than held-out images are would be copies.
     distance, index = distances.nearest(made, known)
     table.mean(f"nearest_training({features.name})", distance)
     table.mean(f"nearest_training_of_held_out({features.name})", distances.nearest(real, known)[0])
     closest = distance.argsort()[: args.neighbours]
     wanted, found = set(index[closest].tolist()), {}
-    for number, picture in enumerate(picture for batch in shown(train_set) for picture in batch):
+    for number, image in enumerate(image for batch in shown(train_set) for image in batch):
         if number in wanted:
-            found[number] = picture
+            found[number] = image
     rows = [fake[closest], torch.stack([found[i] for i in index[closest].tolist()])]
     pictures.save_grid(Path(args.out) / "neighbours.png", rows)
     print(f"{Path(args.out) / 'neighbours.png'}: the most copied-looking samples over their nearest of {len(known)}")
@@ -260,21 +277,28 @@ def compare_new_images(args, features, fake, train_set, val_set, config, device,
 
 def main() -> int:
     args = parse_flags()
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise UserError("evaluate.py runs in one process: start it by python, not by torchrun")
     device = runtime.pick_device(args.device)
     model = official.open_model(args.vqgan or args.gpt, args.official_config)
     if args.gpt and not isinstance(model, TwoStage):
         raise UserError(f"{args.gpt} holds a VQGAN; evaluate it by --vqgan")
     vqgan = model.vqgan if isinstance(model, TwoStage) else model
     train_set, val_set = open_sets(args, model if args.gpt else vqgan, vqgan)
-    Path(args.out).mkdir(parents=True, exist_ok=True)
+    side, channels = args.image_size, vqgan.config.in_channels
+    number = args.n if args.gpt else 0
+    what = f"{number:,} images of {side} x {side}"
+    runtime.check_memory(2 * number * channels * side**2, what, "a smaller -n")
+    prepare_out(Path(args.out))
     table = Table()
     if args.gpt:
         evaluate_gpt(args, model.to(device), train_set, val_set, device, table)
     else:
         evaluate_reconstructions(args, vqgan.to(device), val_set, device, table)
-    print("\n".join(table.lines()))
     out = Path(args.out) / "metrics.json"
-    out.write_text(json.dumps({"flags": vars(args), "metrics": table.rows}, indent=2))
+    with runtime.written_whole(out, "x") as file:
+        json.dump({"flags": vars(args), "metrics": table.rows}, file, indent=2)
+    print("\n".join(table.lines()))
     print(f"written: {out}")
     return 0
 

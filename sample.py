@@ -4,14 +4,17 @@ arXiv:2012.09841).
     python sample.py                                         16 images of each class
     python sample.py --classes star,ring -n 4 --guidance 3
     python sample.py --complete photo.jpg --keep 0.5         the upper half is kept
-    python sample.py --gpt G.pt --cond-image labels.png      a label map turned into a picture, at the map's own size
+    python sample.py --gpt G.pt --cond-image labels.png      a label map turned into an image, at the map's own size
     python sample.py --gpt G.pt --size 256x512               larger than the model has ever seen
     torchrun --nproc_per_node=4 sample.py -n 1000 --out many the images that one process makes, sooner
 """
 
 import math
+import re
+import sys
 import time
 from argparse import ArgumentTypeError
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,14 +30,14 @@ from minvqgan.two_stage import TwoStage
 
 
 def size(text: str) -> tuple[int, int]:
-    parts = text.lower().split("x")
-    if len(parts) != 2 or not all(part.isdigit() and int(part) > 0 for part in parts):
-        raise ArgumentTypeError(f"{text!r} is not a size like 256x512 (height x width)")
-    return int(parts[0]), int(parts[1])
+    if not re.fullmatch("[1-9][0-9]{0,6}[xX][1-9][0-9]{0,6}", text):
+        raise ArgumentTypeError(f"{text[:40]!r} is not a size like 256x512 (height x width)")
+    height, width = text.lower().split("x")
+    return int(height), int(width)
 
 
 def parse_flags():
-    p = flags.Parser(description=__doc__.split("\n")[0])
+    p = flags.Parser(description=__doc__)
     g = p.add_argument_group("what")
     g.add_argument("--gpt", default="runs/gpt/best.pt", help="checkpoint of train_gpt.py")
     g.add_argument("--official-config", metavar="YAML", help="--gpt is a checkpoint of the paper's authors; its yaml")
@@ -48,16 +51,23 @@ def parse_flags():
 
     flags.add_sampling_flags(p)
     g = p.add_argument_group("how")
-    g.add_argument("--reject", type=flags.fraction, metavar="RATE", help="keep the best share, as a classifier judges")
+    g.add_argument(
+        "--reject",
+        type=flags.Number(float, most=1, above=0),
+        metavar="RATE",
+        help="keep the best share, as a classifier judges",
+    )
     g.add_argument(
         "--classifier", metavar="FILE", help="for --reject: of minvqgan.harness.classifier, or a torchvision name"
     )
-    g.add_argument("--seed", type=flags.natural, default=0, help="image i takes seed + i, in any batch")
+    g.add_argument("--seed", type=flags.seed, default=0, help="image i takes seed + i, in any batch")
     g.add_argument("--batch-size", type=flags.positive, default=64, help="images at a time")
     g.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
 
     g = p.add_argument_group("where")
-    g.add_argument("--out", default="samples.png", help="a PNG for one grid, or a folder for single files")
+    g.add_argument(
+        "--out", type=flags.path, default="samples.png", help="a PNG for one grid, or a folder for single files"
+    )
     g.add_argument("--steps-gif", metavar="FILE", help="an animation of the images as their codes arrive")
     return p.parse_args()
 
@@ -73,11 +83,11 @@ def chosen_classes(text: str | None, names: tuple[str, ...]) -> list[int]:
         word = word.strip()
         if word in names:
             numbers.append(names.index(word))
-        elif word.isdigit() and int(word) < len(names):
+        elif re.fullmatch("[0-9]{1,9}", word) and int(word) < len(names):
             numbers.append(int(word))
         else:
             raise UserError(
-                f"--classes: there is no {word!r}; there are {', '.join(names[:20])} (0 to {len(names) - 1})"
+                f"--classes: there is no {word[:40]!r}; there are {', '.join(names[:20])} (0 to {len(names) - 1})"
             )
     return numbers
 
@@ -98,17 +108,19 @@ def pixel_size(wanted: tuple[int, int] | None, default: tuple[int, int], model: 
 
 
 def open_picture(path: str, kind: str, num_labels: int) -> torch.Tensor:
-    """A picture file as a VQGAN of this kind takes it, but of its own size: (1, C, H, W). Raises UserError."""
+    """An image file as a VQGAN of this kind takes it, but of its own size: (1, C, H, W). Raises UserError."""
     if not Path(path).is_file():
-        raise UserError(f"no picture at {path}")
+        raise UserError(f"no image at {path}")
     source = data.SOURCE_OF[kind]
     try:
-        picture = data.to_tensor(data.READERS[source](Path(path)), source)
-    except (OSError, ValueError, SyntaxError) as error:
-        raise UserError(f"{path} cannot be read as a picture ({error})") from None
-    if source == "labels" and (picture.min() < 0 or picture.max() >= num_labels):
-        raise UserError(f"{path}: holds label {picture.max()}, the model knows 0 to {num_labels - 1}")
-    return data.to_input({source: picture[None]}, kind, num_labels)
+        image = data.to_tensor(data.READERS[source](Path(path)), source)
+    except UserError:
+        raise
+    except Exception as error:  # Pillow raises a dozen kinds for broken files, and one for bombs
+        raise UserError(f"{path} cannot be read as an image ({error})") from None
+    if source == "labels" and (image.min() < 0 or image.max() >= num_labels):
+        raise UserError(f"{path}: holds label {image.max()}, the model knows 0 to {num_labels - 1}")
+    return data.to_input({source: image[None]}, kind, num_labels)
 
 
 def cover(x: torch.Tensor, height: int, width: int) -> torch.Tensor:
@@ -116,6 +128,10 @@ def cover(x: torch.Tensor, height: int, width: int) -> torch.Tensor:
     h, w = x.shape[2:]
     if h < height or w < width:
         scale = max(height / h, width / w)
+        # Of a long strip only what will be seen is enlarged: all of it could take gigabytes.
+        h, w = min(h, math.ceil(height / scale) + 2), min(w, math.ceil(width / scale) + 2)
+        top, left = (x.shape[2] - h) // 2, (x.shape[3] - w) // 2
+        x = x[:, :, top : top + h, left : left + w]
         x = F.interpolate(x, size=(max(height, round(h * scale)), max(width, round(w * scale))), mode="nearest")
     top, left = (x.shape[2] - height) // 2, (x.shape[3] - width) // 2
     return x[:, :, top : top + height, left : left + width]
@@ -128,13 +144,54 @@ class Start:
     height: int
     width: int
     classes: list[int | None]  # one row of the grid each; [None] for a model without classes
-    c: torch.Tensor | None = None  # (1, C, H, W), the condition where it is a picture
-    x: torch.Tensor | None = None  # (1, C, H, W), the picture to complete
+    c: torch.Tensor | None = None  # (1, C, H, W), the condition where it is an image
+    x: torch.Tensor | None = None  # (1, C, H, W), the image to complete
     keep: int = 0  # codes of x that stay, in reading order
+
+
+def class_names(model: TwoStage) -> tuple[str, ...]:
+    """Names by number; numbers where a model has no names."""
+    return model.config.classes or tuple(map(str, range(model.condition.num_tokens)))
+
+
+def file_names(classes: tuple[str, ...]) -> list[str]:
+    """Class names as names of files. They come with the checkpoint, from a stranger: one such as `../../x` must not say
+    where images are written, nor one of many characters or another case put one file over another."""
+    known = sys.getfilesystemencoding()
+    safe = [re.sub(r"[^\w -]", "_", name).encode(known, "replace").decode(known).replace("?", "_") for name in classes]
+    count = Counter(name.casefold() for name in safe)
+
+    def is_good(name: str, given: str) -> bool:
+        return name == given and 0 < len(name) <= 40 and count[name.casefold()] == 1 and not re.match("[0-9]+_", name)
+
+    pairs = zip(safe, classes, strict=True)
+    return [name if is_good(name, given) else f"{i}_{name[:40]}" for i, (name, given) in enumerate(pairs)]
+
+
+def check_request(model: TwoStage, start: Start, per_row: int, world: int) -> None:
+    """Raises UserError for more than memory holds, or a day is enough for, before anything is sampled."""
+    images, advice = len(start.classes) * per_row, "a smaller -n or --size, or a higher --reject"
+    what = f"{images:,} images of {start.height} x {start.width}"
+    C, ch, pixels = model.vqgan.config.in_channels, model.vqgan.config.ch, start.height * start.width
+    runtime.check_memory(pixels * max(2 * images * C, 3 * ch * min(16, images)), what, advice)
+    codes = images * pixels // model.vqgan.config.f**2 // world
+    if codes < 10**6:
+        return
+    read = torch.zeros(64, 1, dtype=torch.long, device=model.order.device)
+    began = time.time()
+    with torch.inference_mode():
+        for _ in range(3):
+            model.gpt(read).argmax().item()  # `item` waits for the device
+    days = codes / 64 * (time.time() - began) / 3 / 86400
+    if days > 1:
+        raise UserError(f"{what} take {days:,.0f} days at the least; {advice}")
 
 
 def prepare(args, model: TwoStage) -> Start:
     """Everything a user can get wrong, before anything is sampled. Raises UserError."""
+    outputs = [Path(path) for path in (args.out, args.steps_gif) if path]
+    read = {name: getattr(args, name) for name in ("gpt", "official_config", "classifier", "complete", "cond_image")}
+    runtime.check_outputs([*outputs, *(outputs[0].iterdir() if outputs[0].is_dir() else [])], **read)
     if Path(args.out).suffix.lower() in data.EXTENSIONS - {".png"}:
         raise UserError(f"--out {args.out}: name a .png for one grid, or a folder for single files")
     if args.steps_gif and Path(args.steps_gif).suffix.lower() != ".gif":
@@ -152,7 +209,7 @@ def prepare(args, model: TwoStage) -> Start:
         raise UserError("this model turns one image into another: give it one by --cond-image")
     if args.complete and model.config.order != "row":
         raise UserError(f"--complete keeps rows, but this model reads in {model.config.order} order")
-    classes = chosen_classes(args.classes, model.config.classes) if kind == "class" else [None]
+    classes = chosen_classes(args.classes, class_names(model)) if kind == "class" else [None]
     if kind == "spatial":
         config = model.condition.vqgan.config
         c = open_picture(args.cond_image, config.input_kind, config.in_channels)
@@ -172,7 +229,7 @@ def prepare(args, model: TwoStage) -> Start:
 
 
 def conditions(model: TwoStage, start: Start, number: int | None, count: int, device: torch.device) -> torch.Tensor:
-    """c for `count` images of a class, or of the picture or size they start from."""
+    """c for `count` images of a class, or of the image or size they start from."""
     if number is not None:
         return torch.full((count,), number, device=device)
     if start.c is not None:
@@ -199,11 +256,10 @@ def main() -> int:
     if args.reject is not None:
         if start.classes == [None] or not args.classifier:
             raise UserError("--reject needs a class-conditional model and --classifier")
-        if not 0 < args.reject <= 1:
-            raise UserError(f"--reject {args.reject} is not a rate in (0, 1]")
         classifier = load_classifier(args.classifier).to(device)
-        number_of = match_classes(classifier.classes, model.config.classes)
-        per_row = math.ceil(args.n / args.reject)
+        number_of = match_classes(classifier.classes, class_names(model))
+        per_row = math.ceil(min(args.n / args.reject, flags.positive.most))
+    check_request(model, start, per_row, world)
 
     h, w = start.height // model.vqgan.config.f, start.width // model.vqgan.config.f
     given = None if start.x is None else model.vqgan.encode_indices(start.x.to(device))  # (1, h, w)
@@ -241,7 +297,8 @@ def main() -> int:
 
 def write(args, model: TwoStage, rows: list[torch.Tensor], start: Start) -> None:
     """The grid or the single files, and the animation."""
-    kind, names = model.vqgan.config.input_kind, model.config.classes
+    kind = model.vqgan.config.input_kind
+    names = file_names(class_names(model)) if start.classes != [None] else []
     shown = [pictures.to_rgb(images, kind).cpu() for images in rows]
     out = Path(args.out)
     if out.suffix.lower() != ".png":

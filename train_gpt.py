@@ -47,7 +47,7 @@ PANELS = [["loss", "val_nats"], ["val_bits_per_pixel"]]
 
 
 def parse_flags():
-    p = flags.Parser(description=__doc__.split("\n")[0])
+    p = flags.Parser(description=__doc__)
     t = flags.add_run_flags(p, PRESETS, out="runs/gpt")
     t.add_argument("--lr", type=flags.rate, help="highest learning rate of AdamW (betas 0.9, 0.95)")
     t.add_argument("--weight-decay", type=flags.weight, help="on matrices only")
@@ -56,17 +56,17 @@ def parse_flags():
     g = p.add_argument_group("data and condition")
     g.add_argument("--vqgan", default="runs/vqgan/last.pt", help="checkpoint of train_vqgan.py: the first-stage model")
     g.add_argument("--official-config", metavar="YAML", help="--vqgan is a checkpoint of the paper's authors; its yaml")
-    g.add_argument("--data", help="as in train_vqgan.py (what the first-stage model was trained on)")
-    g.add_argument("--image-size", type=flags.positive, help="side of the images or crops (the first-stage model's)")
+    g.add_argument("--data", type=flags.path, help="as in train_vqgan.py (what the first-stage model was trained on)")
+    g.add_argument("--image-size", type=flags.size, help="side of the images or crops (the first-stage model's)")
     g.add_argument(
-        "--resize", type=flags.positive, help="scale the shorter side to this, then crop (the first-stage model's)"
+        "--resize", type=flags.size, help="scale the shorter side to this, then crop (the first-stage model's)"
     )
     g.add_argument(
         "--flip", action=BooleanOptionalAction, default=True, help="train on mirrored images of a folder too"
     )
     g.add_argument("--cond", default="class", choices=["none", "class", "coords", "spatial"], help="what c is")
     g.add_argument("--cond-vqgan", help="checkpoint of the first-stage model of c, for --cond spatial")
-    g.add_argument("--coord-levels", type=flags.positive, default=1024, help="steps that coordinates are rounded to")
+    g.add_argument("--coord-levels", type=flags.size, default=1024, help="steps that coordinates are rounded to")
     g.add_argument("--drop-cond", type=flags.fraction, help="fraction of the sequences read without c, for guidance")
 
     g = p.add_argument_group("transformer")
@@ -134,6 +134,15 @@ def build(args, vqgan: VQGAN, condition, classes: tuple[str, ...]) -> TwoStage:
     return TwoStage(vqgan, condition, gpt, flags.config(TwoStageConfig, args, n=n, guided=guided, classes=classes))
 
 
+def check_resumed(args, model: TwoStage, classes: tuple[str, ...]) -> None:
+    """Raises UserError for data, or flags in a checkpoint, that are not those of its model."""
+    side = model.config.n * model.vqgan.config.f
+    if args.image_size != side:
+        raise UserError(f"{args.out}/last.pt: its --image-size is {args.image_size}, that of its model {side}")
+    if model.condition.kind == "class":
+        data.check_classes(args.data, classes, model.config.classes, model.condition.num_tokens)
+
+
 def main() -> int:
     args, saved = parse_flags()
     run = Run(args, "two_stage", COLUMNS, PANELS, ["loss"], saved)
@@ -149,6 +158,8 @@ def main() -> int:
     )
     if not saved:
         model = build(args, vqgan, condition, tuple(train_set.classes))
+    else:
+        check_resumed(args, model, tuple(train_set.classes))
     model.to(run.device, memory_format=torch.channels_last)  # as in train_vqgan.py: E is half as fast again on a CPU
     gpt = model.gpt
     fused = run.device.type in ("cpu", "cuda")

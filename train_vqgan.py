@@ -81,13 +81,15 @@ PANELS = [
 
 
 def parse_flags():
-    p = flags.Parser(description=__doc__.split("\n")[0])
+    p = flags.Parser(description=__doc__)
     t = flags.add_run_flags(p, PRESETS, out="runs/vqgan")
     g = p.add_argument_group("data")
-    g.add_argument("--data", default="shapes", help="folder of images, `shapes`, or a torchvision dataset by name")
+    g.add_argument(
+        "--data", type=flags.path, default="shapes", help="folder of images, `shapes`, or a torchvision dataset by name"
+    )
     g.add_argument("--input", default="rgb", choices=data.KINDS, help="what the images are read as")
-    g.add_argument("--num-labels", type=flags.positive, help="number of labels, for --input labels")
-    g.add_argument("--resize", type=flags.positive, help="scale the shorter side to this, then crop (the image size)")
+    g.add_argument("--num-labels", type=flags.size, help="number of labels, for --input labels")
+    g.add_argument("--resize", type=flags.size, help="scale the shorter side to this, then crop (the image size)")
     g.add_argument("--flip", action=BooleanOptionalAction, help="mirror half of the images of a folder")
 
     t.add_argument("--checkpoint-grad", action="store_true", help="less memory, more time: G's maps are computed twice")
@@ -103,7 +105,7 @@ def parse_flags():
     g = p.add_argument_group("objective")
     flags.add_fields(g, ObjectiveConfig)
     g.add_argument("--perceptual", help="small (in the package), vgg16 (LPIPS), none, or a classifier's file")
-    g.add_argument("--disc-channels", type=flags.positive, help="channels of D's first layer")
+    g.add_argument("--disc-channels", type=flags.size, help="channels of D's first layer")
     g.add_argument("--disc-layers", type=flags.positive, help="2: patches of 34 pixels, 3: of 70")
     flags.add_fields(p.add_argument_group("model (names of the official configuration)"), VQGANConfig)
     return flags.parse(p, PRESETS, "vqgan", RESUME_NEEDS)
@@ -115,6 +117,8 @@ def check(args) -> None:
         if args.loss == "vqvae":
             raise UserError("--loss vqvae is for images; --input labels has the cross-entropy")
         args.loss = "labels"
+    elif args.loss == "labels":
+        raise UserError(f"--loss labels needs --input labels, not {args.input}")
     flags.check_image_size(args.image_size, 2 ** (len(args.ch_mult) - 1))
     if args.checkpoint_grad and args.compile:
         raise UserError(

@@ -8,7 +8,7 @@ whatever order a large image is filled.
 
 `gpt.bfloat16()` converts the weights once, and a token then costs half the memory traffic; logits are filtered in
 float32. Rounding is a part of the seed: an image sampled in bfloat16 is another one than that in float32, but the same
-for every batch size.
+for every batch size (for sizes from 2 on where a window slides, or little is left to complete).
 
 Letters: B batch, K codes, R condition tokens, T image tokens, h x w latents, n x n the window.
 """
@@ -105,8 +105,10 @@ def continue_tokens(
     if guided and null is None:
         raise ValueError("guidance needs a model that was trained with dropped conditions")
     rows = [r, null] if guided else [r]  # read in one batch
-    if len(u) == 1 and not guided and gpt.head.weight.dtype == torch.bfloat16:
-        rows = [r, r]  # a CPU rounds the product of a single row differently; two take as long as one
+    if len(u) == 1 and not guided and gpt.head.weight.dtype == torch.bfloat16 and T_new >= r.shape[1] + s.shape[1]:
+        # A CPU rounds the product of a single row differently, and two take as long as one. Not where most of the work
+        # is reading what is there: that would be read twice.
+        rows = [r, r]
     tokens, new = torch.cat([torch.cat([row, s], 1) for row in rows]), []
     with torch.inference_mode():  # no_grad, and no bookkeeping of views either: 6 % of the time on a CPU
         length = tokens.shape[1] + T_new

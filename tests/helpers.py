@@ -5,8 +5,10 @@ import io
 import os
 import runpy
 import socket
+import struct
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -146,3 +148,18 @@ def make_photos(folder: Path, n: int = 8, size: tuple[int, int] = (40, 36)) -> l
         coarse.resize(size, Image.Resampling.BICUBIC).save(path)
         paths.append(path)
     return paths
+
+
+def png_that_claims(width: int, height: int) -> bytes:
+    """A small file whose header promises a gigantic image."""
+
+    def chunk(kind: bytes, body: bytes) -> bytes:
+        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", header)
+        + chunk(b"IDAT", zlib.compress(b"\0" * 1000))
+        + chunk(b"IEND", b"")
+    )

@@ -1,17 +1,23 @@
 """What users get wrong, script by script: one line, exit code 2, and nothing of theirs is lost.
 
 In the order of the table: folders, broken files, odd files, sizes, labels and pairs, checkpoints, weights that cannot
-be downloaded, losses that are no numbers, full disks.
+be downloaded, losses that are no numbers, full disks. Then what a stranger's file could do to others, what would be
+written over, odd flags, requests beyond memory or a day, odd environments.
 """
 
 import os
+import pickle
 import re
 import shutil
+import site
+import subprocess
+import sys
 
+import matplotlib
 import numpy as np
 import pytest
 import torch
-from helpers import assert_one_line_error, make_photos, run_inside, run_script
+from helpers import ROOT, assert_one_line_error, make_photos, png_that_claims, run_inside, run_script, torchrun
 from PIL import Image
 
 from minvqgan.harness import checkpoint, data
@@ -50,7 +56,7 @@ CHECKPOINTS = {
 
 
 def make_pairs(folder, top: int, n: int = 8) -> None:
-    """Pictures with label maps of 0 to `top`."""
+    """Images with label maps of 0 to `top`."""
     rng = np.random.default_rng(0)
     (folder / "labels").mkdir(parents=True)
     for photo in make_photos(folder / "images", n, size=(24, 20)):
@@ -61,7 +67,7 @@ def make_pairs(folder, top: int, n: int = 8) -> None:
 
 @pytest.fixture(scope="module")
 def house(tmp_path_factory):
-    """Pictures, label maps, first stages of both, transformers and a classifier: all that the scripts take."""
+    """Images, label maps, first stages of both, transformers and a classifier: all that the scripts take."""
     folder = tmp_path_factory.mktemp("house")
     make_pairs(folder / "pairs", top=2)
     names = data.open_data("shapes", 16)[0].classes
@@ -86,10 +92,10 @@ def assert_refused(house, words, *answer) -> None:
 
 
 @pytest.mark.parametrize("script", READERS)
-def test_folders_without_pictures(house, tmp_path, script):
+def test_folders_without_images(house, tmp_path, script):
     (tmp_path / "empty").mkdir()
     (tmp_path / "texts").mkdir()
-    (tmp_path / "texts" / "one.png").write_text("not a picture")
+    (tmp_path / "texts" / "one.png").write_text("not an image")
     make_photos(tmp_path / "single", n=1)
     for name, answer in (
         ("nowhere", ("nowhere", "no such folder")),
@@ -104,11 +110,11 @@ def test_folders_without_pictures(house, tmp_path, script):
 @pytest.mark.parametrize(
     "words", ["--gpt none/best.pt --complete", "--gpt spatial/best.pt --cond-image"], ids=["complete", "cond-image"]
 )
-def test_pictures_that_cannot_be_read(house, tmp_path, words):
-    (tmp_path / "text.png").write_text("not a picture")
+def test_images_that_cannot_be_read(house, tmp_path, words):
+    (tmp_path / "text.png").write_text("not an image")
     whole = next((house / "pairs" / "labels").iterdir()).read_bytes()
     (tmp_path / "half.png").write_bytes(whole[: len(whole) // 2])
-    for name, answer in (("nowhere.png", "no picture at"), ("text.png", "cannot be read"), ("half.png", "cannot be")):
+    for name, answer in (("nowhere.png", "no image at"), ("text.png", "cannot be read"), ("half.png", "cannot be")):
         assert_refused(house, ["sample.py", *words.split(), tmp_path / name], answer, name)
 
 
@@ -117,9 +123,9 @@ def test_broken_files_among_good_ones(house, tmp_path, script):
     """Skipped, counted, named once, also where two workers read; the script goes on."""
     for part in ("train", "val"):
         good = make_photos(tmp_path / part, n=6)[0].read_bytes()
-        (tmp_path / part / f"text_{part}.jpg").write_text("not a picture")
+        (tmp_path / part / f"text_{part}.jpg").write_text("not an image")
         (tmp_path / part / f"half_{part}.png").write_bytes(good[: len(good) // 2])  # a good header, half of the pixels
-    # evaluate.py reads the held-out pictures alone, and has no --workers.
+    # evaluate.py reads the held-out images alone, and has no --workers.
     parts, more = (["val"], []) if script == "evaluate" else (["train", "val"], ["--workers", "2"])
     done = run_script(*READERS[script], "--data", tmp_path, "--out", tmp_path / "run", *more, cwd=house)
     assert done.returncode == 0, done.stderr[-2000:]
@@ -128,7 +134,7 @@ def test_broken_files_among_good_ones(house, tmp_path, script):
         assert "1 unreadable" in done.stderr
 
 
-def odd_pictures(folder) -> dict[str, np.ndarray]:
+def odd_images(folder) -> dict[str, np.ndarray]:
     """One picture in every odd way there is to store it, 16 x 16: {file: its true pixels (16, 16, 3)}."""
     folder.mkdir(parents=True, exist_ok=True)
     x, y = np.meshgrid(np.arange(16), np.arange(16))
@@ -164,7 +170,7 @@ def odd_pictures(folder) -> dict[str, np.ndarray]:
 @pytest.mark.parametrize("script", READERS)
 def test_odd_files_are_read(house, tmp_path, script):
     for part in ("train", "val"):
-        odd_pictures(tmp_path / "odd" / part)
+        odd_images(tmp_path / "odd" / part)
     words = [*READERS[script], "--data", tmp_path / "odd", "--out", tmp_path / "run"]
     done = run_inside(*words, cwd=house)
     assert done.returncode == 0, done.stderr[-2000:]
@@ -172,7 +178,7 @@ def test_odd_files_are_read(house, tmp_path, script):
 
 
 def test_odd_files_are_converted_correctly(house, tmp_path):
-    """sample.py, told to keep all of a picture, shows its reconstruction: the same as that of its true pixels."""
+    """sample.py, told to keep all of an image, shows its reconstruction: the same as that of its true pixels."""
 
     def kept(path) -> np.ndarray:
         words = ["sample.py", "--gpt", "none/best.pt", "-n", "1", "--keep", "1", "--complete", path]
@@ -180,13 +186,13 @@ def test_odd_files_are_converted_correctly(house, tmp_path):
         assert done.returncode == 0, done.stderr[-2000:]
         return np.asarray(Image.open(tmp_path / "out.png"))
 
-    for name, pixels in odd_pictures(tmp_path / "odd").items():
+    for name, pixels in odd_images(tmp_path / "odd").items():
         Image.fromarray(pixels).save(tmp_path / "plain.png")
         assert np.array_equal(kept(tmp_path / "odd" / name), kept(tmp_path / "plain.png")), name
 
 
 @pytest.mark.parametrize("script", READERS)
-def test_pictures_smaller_than_the_crop_are_enlarged(house, tmp_path, script):
+def test_images_smaller_than_the_crop_are_enlarged(house, tmp_path, script):
     make_photos(tmp_path / "small", n=6, size=(7, 5))
     words = [*READERS[script], "--data", tmp_path / "small", "--out", tmp_path / "run"]
     done = run_inside(*words, cwd=house)
@@ -343,3 +349,329 @@ def test_a_full_disk(house, tmp_path, words, kilobytes):
     done = run_script(*words.split(), cwd=tmp_path, limit=f"ulimit -f {kilobytes}")
     assert_one_line_error(done, "cannot write")
     assert {path: path.read_bytes() for path in tmp_path.rglob("*.pt")} == before
+
+
+# What a stranger's file could do to others.
+
+
+def edited(path, target, **changes) -> None:
+    """A checkpoint with other fields."""
+    torch.save(checkpoint.read(path) | changes, target)
+
+
+def test_class_names_of_a_checkpoint_are_no_paths(house, tmp_path):
+    content = checkpoint.read(house / "class" / "best.pt")
+    names = ["../../evil", f"{tmp_path}/absolute", "a/b", "..", "", "star"]
+    edited(house / "class" / "best.pt", tmp_path / "gpt.pt", config=content["config"] | {"classes": names})
+    out = tmp_path / "one" / "two" / "out"
+    done = run_inside("sample.py", "--gpt", tmp_path / "gpt.pt", "-n", "1", "--out", out, cwd=house)
+    assert done.returncode == 0, done.stderr[-2000:]
+    written = sorted(path.name for path in out.iterdir())
+    assert len(written) == 6 and "star_0000.png" in written and "0_______evil_0000.png" in written
+    assert set(tmp_path.rglob("*.png")) == set(out.iterdir())
+
+
+def test_an_optimizer_state_of_another_shape_is_refused(house, tmp_path):
+    """It ended in SIGSEGV, or a corrupted heap. In a process of its own, which could die."""
+    shutil.copytree(house / "rgb", tmp_path / "run")
+    content = checkpoint.read(house / "rgb" / "last.pt")
+    state = content["opt_g"]["state"] | {0: content["opt_g"]["state"][0] | {"exp_avg": torch.zeros(1)}}
+    edited(house / "rgb" / "last.pt", tmp_path / "run" / "last.pt", opt_g=content["opt_g"] | {"state": state})
+    done = run_script("train_vqgan.py", "--resume", "--steps", "9", "--out", "run", cwd=tmp_path)
+    assert_one_line_error(done, "run/last.pt", "opt_g does not fit", "exp_avg of parameter 0")
+
+
+def test_edited_checkpoints(house, tmp_path):
+    content = checkpoint.read(house / "rgb" / "last.pt")
+    (tmp_path / "run").mkdir()
+    for changes, answer in (
+        ({"step": -5}, "step is -5"),
+        ({"step": 2.5}, "step is 2.5"),
+        ({"flags": [1, 2]}, "flags is a list"),
+        ({"flags": content["flags"] | {"val_every": 0}}, "--val-every is 0"),
+        ({"flags": content["flags"] | {"seed": True}}, "--seed is True"),
+        ({"flags": content["flags"] | {"evil": 1}}, "not of this version (evil)"),
+        ({"random": [{"cpu": torch.zeros(7, dtype=torch.uint8), "cuda": []}]}, "no state of a random generator"),
+        ({"best": float("nan")}, "best is nan"),
+        ({"sums": {"l1": [1.0, 0]}}, "sums.l1[1] is 0"),
+        ({"state": content["state"] | {"disc_steps": [0, -1, 2]}}, "disc_steps[1] is -1"),
+        ({"config": content["config"] | {"ch_mult": [1, -2]}}, "ch_mult[1] is -2"),
+    ):
+        edited(house / "rgb" / "last.pt", tmp_path / "run" / "last.pt", **changes)
+        words = ["train_vqgan.py", "--resume", "--steps", "9", "--out", tmp_path / "run"]
+        assert_one_line_error(run_inside(*words, cwd=house), "last.pt", answer)
+        assert [p.name for p in (tmp_path / "run").iterdir()] == ["last.pt"]
+
+
+def test_a_link_at_the_temporary_name_is_not_followed(house, tmp_path):
+    (tmp_path / "mine").write_text("mine")
+    (tmp_path / "run").mkdir()
+    for name in ("last.pt", "best.pt", "metrics.csv", "config.json"):
+        (tmp_path / "run" / f".{name}.part").symlink_to(tmp_path / "mine")
+    assert run_inside(*STAGE_ONE, "--out", tmp_path / "run", cwd=house).returncode == 0
+    assert (tmp_path / "mine").read_text() == "mine"
+
+
+# What would be written over.
+
+
+def test_outputs_never_replace_an_input(house, tmp_path):
+    photo = make_photos(tmp_path / "photos", n=1)[0]
+    os.link(photo, tmp_path / "0000.png")
+    labels = next((house / "pairs" / "labels").iterdir())
+    shutil.copy(labels, tmp_path / "labels.png")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*.png")}
+    none, spatial = (
+        ["sample.py", "-n", "1", "--gpt", "none/best.pt"],
+        ["sample.py", "-n", "1", "--gpt", "spatial/best.pt"],
+    )
+    for words in (
+        [*none, "--complete", photo, "--out", photo],
+        [*none, "--complete", photo, "--out", tmp_path],  # 0000.png is the same file by another name
+        [*spatial, "--cond-image", tmp_path / "labels.png", "--out", tmp_path / "labels.png"],
+    ):
+        assert_refused(house, words, "would be written over")
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*.png")} == before
+    words = ["-m", "minvqgan.harness.classifier", "--steps", "1", "--out", "rgb/best.pt"]
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, *words], cwd=house, env=env, capture_output=True, text=True)
+    assert_one_line_error(done, "rgb/best.pt holds a vqgan, not a classifier")
+
+
+@pytest.mark.parametrize("name", ["best.pt", "config.json", "metrics.csv", "images"])
+@pytest.mark.parametrize("script", READERS)
+def test_foreign_files_in_the_run_folder(house, tmp_path, script, name):
+    """Without last.pt beside them they were written over in silence."""
+    name = {"best.pt": "neighbours.png", "images": "metrics.json"}.get(name, name) if script == "evaluate" else name
+    if name in ("config.json", "metrics.csv") and script == "evaluate":
+        return
+    path = tmp_path / "run" / name
+    path.parent.mkdir()
+    path.mkdir() if name == "images" else path.write_text('{"flags": {"mine": 1}}')
+    done = run_inside(*READERS[script], "--out", tmp_path / "run", cwd=house)
+    assert_one_line_error(done, "--out", f"{name} of something else, which would be written over")
+    assert list((tmp_path / "run").iterdir()) == [path]
+
+
+HOLDS = """
+import fcntl, sys
+file = open(sys.argv[1], "ab")
+fcntl.lockf(file, fcntl.LOCK_EX)
+print("held", flush=True)
+sys.stdin.read()
+"""
+
+
+def test_two_writers_in_one_folder(house, tmp_path):
+    """The second is refused; the lock of one that was killed is gone with it."""
+    shutil.copytree(house / "rgb", tmp_path / "run")
+    words = ["train_vqgan.py", "--resume", "--steps", "5", "--out", tmp_path / "run"]
+    command = [sys.executable, "-c", HOLDS, tmp_path / "run" / ".lock"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout.readline() == "held\n"
+        before = (tmp_path / "run" / "last.pt").read_bytes()
+        assert_one_line_error(run_inside(*words, cwd=house), "another process is writing to")
+        assert (tmp_path / "run" / "last.pt").read_bytes() == before
+        other.kill()
+    assert run_inside(*words, cwd=house).returncode == 0
+
+
+def test_resuming_with_other_classes(house, tmp_path):
+    """The numbers of all classes behind a new one would mean others."""
+    for name in ("a", "b"):
+        make_photos(tmp_path / "photos" / name, n=4, size=(20, 20))
+    words = [*STAGE_TWO, "--data", tmp_path / "photos", "--out", tmp_path / "run"]
+    assert run_inside(*words, cwd=house).returncode == 0
+    make_photos(tmp_path / "photos" / "aa", n=2, size=(20, 20))
+    done = run_inside("train_gpt.py", "--resume", "--steps", "9", "--out", tmp_path / "run", cwd=house)
+    assert_one_line_error(done, "has 3 classes, the model 2 others: aa")
+    done = run_inside(*EVALUATE, "--gpt", tmp_path / "run" / "best.pt", "-n", "2", cwd=house)
+    assert_one_line_error(done, "has 3 classes, the model 2 others: aa")
+
+
+def test_damaged_metrics_do_not_stop_a_run(house, tmp_path):
+    shutil.copytree(house / "rgb", tmp_path / "run")
+    with open(tmp_path / "run" / "metrics.csv", "ab") as file:
+        file.write(b"\x00\xff\xfe,\n\xc2\xb2,1,2\n")
+    done = run_inside("train_vqgan.py", "--resume", "--steps", "6", "--out", tmp_path / "run", cwd=house)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "2 lines of" in done.stdout and (tmp_path / "run" / "metrics.csv.damaged").exists()
+
+
+# Odd flags.
+
+
+def test_flags_that_nobody_means(house, tmp_path):
+    (tmp_path / "loop").symlink_to("loop")
+    sample = ["sample.py", "-n", "1", "--gpt"]
+    for words, answer in (
+        ([*READERS["train_vqgan"], "--data", ""], "--data: the name is empty"),
+        ([*READERS["train_gpt"], "--data", " "], "--data: the name is empty"),
+        ([*READERS["evaluate"], "--data", ""], "--data: the name is empty"),
+        ([*STAGE_ONE, "--out", ""], "--out: the name is empty"),
+        ([*sample, "none/best.pt", "--out", ""], "--out: the name is empty"),
+        ([*READERS["train_vqgan"], "--data", "~nobody-at-all/x"], "there is no user of that name"),
+        ([*READERS["train_vqgan"], "--seed", str(2**64)], "--seed: 18446744073709551616 is more than"),
+        ([*sample, "none/best.pt", "--seed", str(2**63)], "--seed: 9223372036854775808 is more than"),
+        ([*sample, "class/best.pt", "--guidance", "1e300"], "--guidance: 1e+300 is more than"),
+        ([*sample, "class/best.pt", "--classes", "²"], "there is no '²'"),
+        ([*sample, "class/best.pt", "--classes", "9" * 5000], "there is no '9999"),
+        ([*sample, "none/best.pt", "--size", "²x²"], "is not a size like"),
+        ([*sample, "none/best.pt", "--device", "meta"], "--device meta cannot be used here"),
+        ([*READERS["train_vqgan"], "--device", "meta"], "--device meta cannot be used here"),
+        ([*STAGE_ONE, "--out", tmp_path / "loop"], "cannot write"),
+        ([*sample, "none/best.pt", "--out", tmp_path / "loop"], "cannot write"),
+        ([*READERS["train_vqgan"], "--workers", "100000"], "--workers: 100000 is more than"),
+    ):
+        assert_refused(house, words, answer)
+    tiny = "--input lowres --image-size 2 --loss vqvae --ch-mult 1 --steps 1 --out".split()
+    done = run_inside(*STAGE_ONE, *tiny, tmp_path / "tiny", cwd=house)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_a_rate_that_breaks_the_weights_before_the_loss_is_seen(house, tmp_path):
+    words = [*STAGE_ONE, *"--lr 1e30 --val-every 1 --warmup 0 --out".split(), tmp_path / "run"]
+    assert_one_line_error(run_inside(*words, cwd=house), "step ", " is ", "lower --lr")
+    assert not (tmp_path / "run" / "last.pt").exists()
+
+
+@pytest.mark.parametrize("words", ["none/best.pt --complete", "spatial/best.pt --cond-image"])
+def test_bombs_are_refused(house, tmp_path, words):
+    (tmp_path / "bomb.png").write_bytes(png_that_claims(60_000, 60_000))
+    assert_refused(house, ["sample.py", "--gpt", *words.split(), tmp_path / "bomb.png"], "cannot be read as an image")
+
+
+# Requests beyond memory or a day.
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "sample.py --gpt none/best.pt -n 100000000000",
+        "sample.py --gpt none/best.pt --size 900000x900000",
+        "sample.py --gpt class/best.pt --classifier judge.pt --reject 1e-9",
+        "sample.py --gpt class/best.pt --classifier judge.pt --reject 1e-320",
+        "evaluate.py --gpt none/best.pt --perceptual none --features judge.pt -n 100000000000",
+        "train_vqgan.py --image-size 100000 --out new",
+        "train_vqgan.py --batch-size 1000000000 --out new",
+    ],
+)
+def test_requests_beyond_memory(house, words):
+    assert_refused(house, words.split(), "GiB of memory", "a smaller")
+
+
+def test_requests_beyond_a_day(house, monkeypatch):
+    """Of images that memory could hold."""
+    monkeypatch.setattr("minvqgan.harness.runtime.check_memory", lambda *a: None)
+    assert_refused(house, "sample.py --gpt none/best.pt -n 1000000000000".split(), "days at the least", "a smaller -n")
+
+
+# Odd environments.
+
+
+def test_optimized_python_and_terminals_without_letters(house, tmp_path):
+    """No docstrings, and a stream that knows no ± and no é."""
+    for name in ("train/café", "train/naïve", "val/café", "val/naïve"):
+        make_photos(tmp_path / "photos" / name, n=4, size=(20, 20))
+    odd = "export PYTHONOPTIMIZE=2 PYTHONIOENCODING=ascii"
+    words = [*STAGE_TWO, "--data", tmp_path / "photos", "--out", tmp_path / "run"]
+    assert run_script(*words, cwd=house, limit=odd).returncode == 0
+    gpt = ["--gpt", tmp_path / "run" / "best.pt"]
+    for words in (
+        ["sample.py", *gpt, "-n", "1", "--out", tmp_path / "out"],
+        ["evaluate.py", *gpt, "-n", "4", "--perceptual", "none", "--features", "none", "--out", tmp_path / "e"],
+        ["train_vqgan.py", "--help"],
+    ):
+        done = run_script(*words, cwd=house, limit=odd)
+        assert done.returncode == 0, done.stderr[-2000:]
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"café_0000.png", "naïve_0000.png"}
+    assert (tmp_path / "e" / "metrics.json").exists()
+
+
+def test_a_reader_that_leaves_does_not_end_a_run(house, tmp_path):
+    """train_vqgan.py 2>&1 | head -1"""
+    command = [sys.executable, ROOT / STAGE_ONE[0], *STAGE_ONE[1:], "--out", tmp_path / "run", "--steps", "12"]
+    how = {"env": os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}, "cwd": house}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **how) as process:
+        process.stdout.readline()
+        process.stdout.close()
+        assert process.wait(timeout=120) == 0
+    assert checkpoint.read(tmp_path / "run" / "last.pt")["step"] == 12
+
+
+def test_an_error_of_all_processes_is_said_once(house, tmp_path):
+    done = torchrun(2, *READERS["train_vqgan"], "--data", tmp_path / "nowhere", cwd=house)
+    assert done.returncode == 1 and done.stderr.count("error: --data") == 1
+    done = torchrun(2, *READERS["evaluate"], cwd=house)
+    assert done.returncode == 1 and done.stderr.count("error: evaluate.py runs in one process") == 1
+
+
+AUDITED = """
+import os, runpy, sys
+import matplotlib.pyplot, torch, torchvision  # with what they do for themselves when they are first imported
+from minvqgan.harness import official, tokens
+out, script, *words = sys.argv[1:]
+seen = []
+def hook(event, args):
+    if event == "open" and isinstance(args[0], str):
+        seen.append("open " + os.path.realpath(args[0]))
+    elif event in ("subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "os.fork", "socket.connect"):
+        seen.append(event + " " + str(args[0]))
+sys.addaudithook(hook)
+sys.argv = [script, *words]
+try:
+    runpy.run_path(script, run_name="__main__")
+finally:
+    text = "\\n".join(seen)
+    open(out, "w").write(text)
+"""
+
+
+@pytest.mark.parametrize("script", READERS)
+def test_a_hostile_folder_starts_nothing_and_opens_nothing_elsewhere(house, tmp_path, script):
+    """What Python's audit hooks see of a run: only files of the data, the run, the package and Python itself."""
+    for part in ("train", "val"):
+        hostile_images(tmp_path / "data" / part)
+    words = [*READERS[script], "--data", tmp_path / "data", "--out", tmp_path / "run"]
+    command = [sys.executable, "-c", AUDITED, tmp_path / "seen", ROOT / words[0], *words[1:]]
+    (tmp_path / "tmp").mkdir()  # libraries try whether they can write there
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "TMPDIR": str(tmp_path / "tmp")}
+    done = subprocess.run(list(map(str, command)), cwd=house, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    seen = (tmp_path / "seen").read_text().splitlines()
+    own = [
+        tmp_path / "data",
+        tmp_path / "run",
+        tmp_path / "tmp",
+        house / "rgb",
+        ROOT,
+        sys.prefix,
+        sys.base_prefix,
+        "/dev/null",
+    ]
+    own += [matplotlib.get_configdir(), matplotlib.get_cachedir(), *site.getsitepackages()]
+    strange = {line for line in seen if not line.startswith(tuple(f"open {os.path.realpath(path)}" for path in own))}
+    assert not strange, strange
+    assert sum(str(tmp_path / "data") in line for line in seen) > 10
+
+
+def hostile_images(folder) -> None:
+    """Good images among programs, drawings, links, bombs and broken files, all with the names of images."""
+    good = make_photos(folder, n=6)[0].read_bytes()
+    eps = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n(/etc/passwd) (r) file\nshowpage\n"
+    svg = b'<svg xmlns="http://www.w3.org/2000/svg"><image href="file:///etc/passwd"/></svg>'
+    mvg = b"push graphic-context\nviewbox 0 0 9 9\nimage over 0,0 0,0 'https://127.0.0.1/x'\npop graphic-context"
+    contents = {
+        "eps": eps,
+        "svg": svg,
+        "mvg": mvg,
+        "sh": b"#!/bin/sh\ntouch executed\n",
+        "half": good[: len(good) // 2],
+    }
+    contents |= {"bomb": png_that_claims(2**31 - 1, 2**31 - 1), "pickle": pickle.dumps(Bomb(folder / "executed"))}
+    for name, content in contents.items():
+        (folder / f"{name}.png").write_bytes(content)
+    (folder / "; touch executed;.png").write_bytes(good)
+    (folder / "$(touch executed).jpg").write_bytes(eps)
+    (folder / "up").symlink_to("/")
+    os.mkfifo(folder / "pipe.png")

@@ -121,6 +121,10 @@ def test_weights_that_are_not_finite_replace_nothing(saved):
     with pytest.raises(UserError, match=r"opt_g\.state\.0 is not finite"):
         checkpoint.save(path, "vqgan", model=vqgan.state_dict(), opt_g={"state": [torch.tensor(float("inf"))]})
     assert path.read_bytes() == before
+    for target, kept in ((path, True), (path.with_name("first.pt"), False)):
+        with pytest.raises(UserError) as error:
+            checkpoint.save(target, "vqgan", model=state)
+        assert ("keeps the last good state" in str(error.value)) == kept  # where there is one
 
 
 def test_kill_9_in_the_middle_of_a_save_leaves_the_old_file(saved):

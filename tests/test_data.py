@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from helpers import make_photos
+from helpers import NoFloat64, make_photos
 from PIL import Image
 
 from minvqgan.harness import data, shapes
@@ -311,6 +311,16 @@ def test_input_kinds(tmp_path):
     assert (
         torch.nn.functional.avg_pool2d(low, 4) - torch.nn.functional.avg_pool2d(batch["image"], 4)
     ).abs().mean() < 0.1
+
+
+def test_what_goes_to_the_device_is_not_float64(tmp_path):
+    """Apple's GPUs have none. Operations are those of any device."""
+    make_photos(tmp_path, n=4, size=(30, 20))
+    with NoFloat64():
+        for name, sources in ((str(tmp_path), ("image", "coords")), ("shapes", ("image", "labels", "depth"))):
+            batch = next(data.held_out_batches(open_data(name, 16, sources=sources)[1], 1, 1))
+            for kind in data.KINDS if "labels" in batch else ("rgb", "gray", "edges", "lowres"):
+                to_input(batch, kind, len(shapes.LABELS))
 
 
 def test_edges_by_hand():

@@ -9,7 +9,7 @@ import pytest
 import scipy.linalg
 import torch
 import torch_fidelity.feature_extractor_inceptionv3 as inception
-from helpers import assert_one_line_error, fixture, official_files, run_inside
+from helpers import NoFloat64, assert_one_line_error, fixture, official_files, run_inside
 from PIL import Image
 from torch import nn
 from torchmetrics.functional.image import structural_similarity_index_measure
@@ -184,7 +184,17 @@ def test_a_first_stage(models):
     assert values["codebook_perplexity"] == pytest.approx(truth["perplexity"], rel=1e-5)
     assert 0 < values["ssim"] < 1 and values["frechet_distance(judge)"] > 0 and "fid" not in values
     assert len(content["metrics"]["frechet_distance(judge)"]["splits"]) == 5
-    assert "30 held-out pictures of shapes" in done.stdout and "l1" in done.stdout
+    assert "30 held-out images of shapes" in done.stdout and "l1" in done.stdout
+
+
+def test_reconstructions_are_measured_without_float64(models):
+    """On the device; Apple's GPUs have none."""
+    for name, sources in (("vqgan", ("image",)), ("labels", ("labels",))):
+        model = checkpoint.load_vqgan(models / name / "last.pt")
+        batches = data.held_out_batches(data.open_data("shapes", 16, sources=sources)[1], 4, 4)
+        with NoFloat64():
+            for x, x_hat, _, _ in metrics.reconstructions(model, batches, torch.device("cpu"), None):
+                assert x.dtype == x_hat.dtype == torch.float32
 
 
 def test_a_label_map_model(models):
@@ -228,10 +238,10 @@ def test_mistakes(models):
         (("--vqgan", "vqgan/last.pt", "--gpt", "gpt/last.pt"), ("not allowed",)),
         ((), ("--vqgan", "--gpt")),
         (("--gpt", "gpt/last.pt", "--temperature", "-1"), ("temperature",)),
-        (("--gpt", "gpt/last.pt", "-n", "3", "--features", "judge.pt"), ("need 4 pictures, not 3", "-n")),
+        (("--gpt", "gpt/last.pt", "-n", "3", "--features", "judge.pt"), ("need 4 images, not 3", "-n")),
         (
             ("--vqgan", "vqgan/last.pt", "--images", "1", "--features", "judge.pt"),
-            ("need 4 pictures, not 1", "--images"),
+            ("need 4 images, not 1", "--images"),
         ),
     ):
         assert_one_line_error(run_inside("evaluate.py", *words, cwd=models), *answer)

@@ -65,7 +65,7 @@ def stage_two(stage_one):
 def test_a_run_leaves_what_it_promises(stage_two):
     run = stage_two / "gpt_class"
     assert {p.name for p in run.iterdir()} == {
-        *"last.pt best.pt codes.pt config.json metrics.csv loss.png images".split()
+        *"last.pt best.pt codes.pt config.json metrics.csv loss.png images .lock".split()
     }
     assert "step_0000008_samples.png" in {p.name for p in (run / "images").iterdir()}
     assert "step_0000008_completions.png" in {p.name for p in (run / "images").iterdir()}

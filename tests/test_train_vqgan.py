@@ -52,7 +52,8 @@ def whole(tmp_path_factory):
 def test_a_run_leaves_what_it_promises(whole):
     folder, done = whole
     run = folder / "run"
-    assert {p.name for p in run.iterdir()} == {"last.pt", "best.pt", "config.json", "metrics.csv", "loss.png", "images"}
+    names = {"last.pt", "best.pt", "config.json", "metrics.csv", "loss.png", "images", ".lock"}
+    assert {p.name for p in run.iterdir()} == names
     assert [p.name for p in sorted((run / "images").iterdir())] == ["step_0000006.png", "step_0000012.png"]
     assert json.loads((run / "config.json").read_text())["flags"]["codebook_size"] == 32
     vqgan = minvqgan.load(run / "best.pt")
@@ -168,7 +169,7 @@ def test_a_run_folder_that_is_a_file(tmp_path):
 
 
 def test_more_memory_than_there_is(tmp_path):
-    done = train(tmp_path, "--device", "cpu", "--codebook-size", "1000000000000", run=run_inside)
+    done = train(tmp_path, "--device", "cpu", "--codebook-size", "1000000", "--code-dim", "1000000", run=run_inside)
     assert_one_line_error(done, "out of memory", "--batch-size")
 
 

@@ -3,7 +3,6 @@
 What a file holds is checked once, where it is read (`schema.py`): what comes after can rely on it.
 """
 
-import os
 import pickle
 import warnings
 import zipfile
@@ -17,7 +16,7 @@ from ..conditioning import ClassCondition, Condition, CoordinateCondition, NoCon
 from ..gpt import GPT, GPTConfig
 from ..two_stage import TwoStage, TwoStageConfig, condition_length
 from ..vqgan import VQGAN, VQGANConfig
-from . import schema
+from . import runtime, schema
 from .runtime import UserError, first_line
 
 FORMAT = "minvqgan 1"
@@ -33,18 +32,13 @@ def save(path: str | Path, kind: str, **content) -> None:
     path = Path(path)
     broken = _not_finite(content)
     if broken:
-        raise UserError(f"{broken} is not finite any more; {path} keeps the last good state. Try a lower --lr")
-    part = path.with_name(f".{path.name}.part")
+        kept = f"; {path} keeps the last good state" if path.exists() else ""
+        raise UserError(f"{broken} is not finite any more{kept}. Try a lower --lr")
     try:
-        with open(part, "wb") as file:
+        with runtime.written_whole(path) as file:
             torch.save({"format": FORMAT, "kind": kind, **content}, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
     except RuntimeError as error:  # torch's zip writer reports a full disk as a RuntimeError of its own
         raise OSError(28, f"the disk is full or the file too large ({first_line(error)})", str(path)) from None
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def _not_finite(content, name: str = "") -> str | None:
@@ -167,7 +161,11 @@ def read_foreign(path: str | Path) -> dict[str, torch.Tensor]:
     if strangers:
         raise UserError(f"{path} would run code when loaded ({strangers[0]}); nothing in it was executed")
     state = content.get("state_dict", content) if isinstance(content, dict) else None
-    if not isinstance(state, dict) or not state or not all(isinstance(t, torch.Tensor) for t in state.values()):
+    try:
+        schema.named(schema.plain_tensor)(state, "state_dict")
+    except schema.Misfit as error:
+        raise UserError(f"{path} has no state_dict of tensors: {error}") from None
+    if not state:
         raise UserError(f"{path} has no state_dict of tensors")
     return dict(state)
 

@@ -162,16 +162,16 @@ def accuracy(model: nn.Module, pairs: Iterator[tuple[Tensor, Tensor]], device: t
 
 
 def parse_flags():
-    p = flags.Parser(prog="python -m minvqgan.harness.classifier", description=__doc__.split("\n")[0])
-    p.add_argument("--data", default="shapes", help="as in train_vqgan.py")
-    p.add_argument("--out", default="runs/classifier.pt", help="file to write")
+    p = flags.Parser(prog="python -m minvqgan.harness.classifier", description=__doc__)
+    p.add_argument("--data", type=flags.path, default="shapes", help="as in train_vqgan.py")
+    p.add_argument("--out", type=flags.path, default="runs/classifier.pt", help="file to write")
     p.add_argument("--task", choices=["classes", "rotations"], default="classes", help="what is told apart")
     p.add_argument("--network", choices=NETWORKS, default="residual", help="residual: a judge, small: perceptual")
-    p.add_argument("--image-size", type=flags.positive, default=32, help="side of the images")
+    p.add_argument("--image-size", type=flags.size, default=32, help="side of the images")
     p.add_argument("--steps", type=flags.positive, default=600, help="optimizer steps")
     p.add_argument("--batch-size", type=flags.positive, default=64, help="images a step")
     p.add_argument("--lr", type=flags.rate, default=2e-3, help="highest learning rate of AdamW, one cycle")
-    p.add_argument("--seed", type=flags.natural, default=0, help="of the weights and the data order")
+    p.add_argument("--seed", type=flags.seed, default=0, help="of the weights and the data order")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, mps")
     p.add_argument("--amp", action=argparse.BooleanOptionalAction, help="bfloat16 (where it is faster)")
     return p.parse_args()
@@ -180,6 +180,11 @@ def parse_flags():
 def main() -> int:
     args = parse_flags()
     device, rotations = runtime.pick_device(args.device), args.task == "rotations"
+    if Path(args.out).exists():
+        try:
+            checkpoint.read(args.out, "classifier")
+        except UserError as error:
+            raise UserError(f"--out would write over a file that is no classifier: {error}") from None
     train_set, val_set = data.open_data(args.data, args.image_size, seed=args.seed)
     classes = ROTATIONS if rotations else train_set.classes
     if len(classes) < 2:

@@ -63,7 +63,7 @@ def to_input(batch: dict, kind: str, num_labels: int | None = None) -> Tensor:
     if kind in ("rgb", "depth"):
         return x
     if kind == "lowres":
-        small = F.interpolate(x, scale_factor=1 / LOWRES_FACTOR, mode="area")
+        small = F.interpolate(x, size=[max(1, side // LOWRES_FACTOR) for side in x.shape[2:]], mode="area")
         return F.interpolate(small, size=x.shape[2:], mode="bilinear", align_corners=False)
     gray = (x * x.new_tensor([0.299, 0.587, 0.114])[:, None, None]).sum(1, keepdim=True)  # ITU-R BT.601
     if kind == "gray":
@@ -509,6 +509,16 @@ def open_data(
     except RuntimeError:
         raise UserError(f"--data {name}: there is no user of that name") from None
     return _folder(root, image_size, resize, sources, num_labels, seed, flip)
+
+
+def check_classes(name: str, found: tuple[str, ...], known: tuple[str, ...], count: int) -> None:
+    """Raises UserError where the classes of a dataset are not those that a model was trained on: another folder among
+    them would shift all numbers behind it. Numbers for names, as the official models have, say only how many."""
+    nameless = known in ((), tuple(map(str, range(count))))
+    if found == known or (nameless and len(found) == count):
+        return
+    odd = sorted(set(found) ^ set(known)) or found
+    raise UserError(f"{name} has {len(found)} classes, the model {count} others: {', '.join(odd[:5])}")
 
 
 class Stream(Sampler):

@@ -23,8 +23,15 @@ class Help(argparse.ArgumentDefaultsHelpFormatter):
 class Parser(argparse.ArgumentParser):
     """argparse with defaults shown, no abbreviations, and errors of one line that name the nearest flag."""
 
-    def __init__(self, **kwargs):
-        super().__init__(formatter_class=Help, allow_abbrev=False, **kwargs)
+    def __init__(self, description: str | None = None, **kwargs):
+        first_line = (description or "").split("\n")[0]  # python -OO leaves no docstrings
+        super().__init__(description=first_line, formatter_class=Help, allow_abbrev=False, **kwargs)
+
+    def parse_known_args(self, args=None, namespace=None):
+        for word in sys.argv[1:] if args is None else args:
+            if word.startswith("-") and word.endswith("--") and word != "--":
+                self.error(f"{word[:-2]} has no value")  # argparse would give an empty list, whatever the type
+        return super().parse_known_args(args, namespace)
 
     def error(self, message: str):
         if message.startswith("unrecognized arguments: "):
@@ -57,9 +64,25 @@ class Number:
             raise argparse.ArgumentTypeError(f"{value} is not finite")
         return value
 
+    def takes(self, value: int | float) -> bool:
+        """Would this value have passed as text?"""
+        try:
+            return self(repr(value)) == value
+        except (argparse.ArgumentTypeError, ValueError):
+            return False
 
-positive, natural = Number(int, 1), Number(int, 0)
+
+# Beyond these limits a product of two would not fit into 64 bits; `schema` has the same for checkpoints.
+positive, natural, size = Number(int, 1, schema.MOST), Number(int, 0, schema.MOST), Number(int, 1, schema.LARGEST)
 fraction, weight, rate = Number(float, 0, 1), Number(float, 0), Number(float, above=0)
+seed = Number(int, 0, 2**63 - 1)
+
+
+def path(text: str) -> str:
+    """Type of a flag: a name. An empty one would be the current folder."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("the name is empty")
+    return text
 
 
 def add_fields(group, config_class: type) -> None:
@@ -78,7 +101,8 @@ def add_fields(group, config_class: type) -> None:
         elif item is str:
             how["choices"] = field.metadata["choices"]
         else:
-            how["type"] = Number(item, field.metadata["least"], field.metadata["most"])
+            largest = schema.LARGEST if item is int else None
+            how["type"] = Number(item, field.metadata["least"], field.metadata["most"] or largest)
         group.add_argument("--" + field.name.replace("_", "-"), **how)
 
 
@@ -105,14 +129,14 @@ MAY_CHANGE += "tensorboard out preset lr disc_lr accumulate".split()
 def add_run_flags(p: Parser, presets: dict, out: str):
     """The flags that both training scripts have, under one name. Returns their group, for more."""
     g = p.add_argument_group("run")
-    g.add_argument("--out", default=out, help="run folder")
+    g.add_argument("--out", type=path, default=out, help="run folder")
     g.add_argument("--preset", default="tiny", choices=presets, help="defaults of all flags")
     g.add_argument("--resume", action="store_true", help="continue the run in --out, with its flags")
-    g.add_argument("--seed", type=natural, default=0, help="of the weights, the data order and the crops")
+    g.add_argument("--seed", type=seed, default=0, help="of the weights, the data order and the crops")
     g.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     g.add_argument("--amp", action=argparse.BooleanOptionalAction, help="bfloat16 mixed precision (where it is faster)")
     g.add_argument("--compile", action="store_true", help="torch.compile: slower to start, faster to run")
-    g.add_argument("--workers", type=natural, help="processes that read images (0 on a CPU, 8 for a GPU)")
+    g.add_argument("--workers", type=Number(int, 0, 1024), help="processes that read images (0 on a CPU, 8 for a GPU)")
     g.add_argument("--log-every", type=positive, help="steps between rows of metrics.csv")
     g.add_argument("--val-every", type=positive, help="steps between held-out metrics and grids")
     g.add_argument("--val-images", type=positive, default=500, help="held-out images used, at most")
@@ -137,7 +161,7 @@ def add_sampling_flags(p: Parser) -> None:
     g.add_argument("--temperature", type=weight, default=1.0, help="below 1 sharpens; 0 takes the likeliest code")
     g.add_argument("--top-k", type=positive, help="only the k likeliest codes")
     g.add_argument("--top-p", type=fraction, help="only the likeliest codes that together have this probability")
-    g.add_argument("--guidance", type=weight, default=1.0, help="above 1 exaggerates the condition")
+    g.add_argument("--guidance", type=Number(float, 0, 1e4), default=1.0, help="above 1 exaggerates the condition")
     g.add_argument("--amp", action=argparse.BooleanOptionalAction, help="the transformer in bfloat16 (where faster)")
 
 
@@ -147,6 +171,28 @@ def sampling(args) -> Sampling:
         return Sampling(args.temperature, args.top_k, args.top_p, args.guidance)
     except ValueError as error:
         raise UserError(str(error)) from None
+
+
+def _check_saved(p: Parser, saved: dict, path: Path) -> None:
+    """Raises UserError for flags of a run that are not what the command line would have given."""
+    actions = {action.dest: action for action in p._actions if action.dest != "help"}
+    if saved.keys() != actions.keys():
+        odd = ", ".join(sorted(saved.keys() ^ actions.keys()))
+        raise UserError(f"{path}: its flags are not of this version ({odd[:80]})")
+    for name, value in saved.items():
+        items = value if actions[name].nargs in ("+", "*") and isinstance(value, list) else [value]
+        if not all(_fits(actions[name], item) for item in items):
+            raise UserError(f"{path}: the flag --{name.replace('_', '-')} is {schema.shown(value)}")
+
+
+def _fits(action: argparse.Action, value) -> bool:
+    if value is None:
+        return action.default is None
+    if action.nargs == 0:  # --yes or --no-yes
+        return isinstance(value, bool)
+    if isinstance(action.type, Number):
+        return type(value) in (int, action.type.type) and action.type.takes(value)
+    return isinstance(value, str) and (action.choices is None or value in action.choices)
 
 
 def parse(p: Parser, presets: dict, kind: str, resume_needs: dict):
@@ -164,8 +210,11 @@ def parse(p: Parser, presets: dict, kind: str, resume_needs: dict):
         p.set_defaults(**vars(p.parse_args(presets[early.preset].split())))
     if not early.resume:
         return p.parse_args(), None
-    saved = checkpoint.read(Path(early.out) / "last.pt", kind, needs=schema.RUN | resume_needs)
-    p.set_defaults(**saved["flags"] | {"out": early.out})  # the folder may have been moved
+    last = Path(early.out) / "last.pt"
+    saved = checkpoint.read(last, kind, needs=schema.RUN | resume_needs)
+    _check_saved(p, saved["flags"], last)
+    # The folder may have been moved, or be a stranger's: the file must not say where this run writes.
+    p.set_defaults(**saved["flags"] | {"out": early.out, "resume": False})
     args = p.parse_args()
     for name, value in saved["flags"].items():
         if name not in MAY_CHANGE and getattr(args, name, None) != value:

@@ -10,6 +10,7 @@ checkpoint that was loaded "almost" gives pictures that are almost right, and co
 """
 
 from collections.abc import Iterable
+from dataclasses import fields
 from math import isqrt
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from ..gpt import GPT, GPTConfig
 from ..quantizer import GumbelQuantizer
 from ..two_stage import TwoStage, TwoStageConfig
 from ..vqgan import VQGAN, VQGANConfig
-from . import checkpoint, flags, runtime
+from . import checkpoint, flags, runtime, schema
 from .runtime import UserError, first_line
 
 # What an official file holds beside the model: the discriminator and LPIPS, and random colours to paint label maps in.
@@ -39,9 +40,16 @@ ORDER_NAMES = {
 }
 
 
+def entry(node, name: str, type_: type = dict):
+    """node[name], where node comes from a yaml and may be anything. Raises ValueError."""
+    if not isinstance(node, dict) or not isinstance(node.get(name), type_) or node[name] is True:
+        raise ValueError(f"the configuration has no {name} of the kind {type_.__name__}")
+    return node[name]
+
+
 def target(node: dict) -> str:
     """`taming.models.vqgan.VQModel` -> `VQModel`."""
-    return str(node["target"]).rsplit(".", 1)[-1]
+    return entry(node, "target", str).rsplit(".", 1)[-1]
 
 
 def vqgan_config(
@@ -56,38 +64,34 @@ def vqgan_config(
     dd = dict(ddconfig)
     if dd.pop("double_z", False):
         raise ValueError("double_z = True is a KL autoencoder, not a VQGAN")
-    if dd.pop("out_ch", dd["in_channels"]) != dd["in_channels"]:
+    if dd.pop("out_ch", entry(dd, "in_channels", int)) != dd["in_channels"]:
         raise ValueError("out_ch differs from in_channels; a VQGAN reconstructs what it reads")
-    return VQGANConfig(
-        image_size=dd.pop("resolution"),
-        ch_mult=tuple(dd.pop("ch_mult")),
-        attn_resolutions=tuple(dd.pop("attn_resolutions")),
-        norm_groups=32,
-        codebook_size=n_embed,
-        code_dim=embed_dim,
-        beta=beta,
-        legacy=legacy,
-        **dd,
-        **ours,
-    )
+    dd["image_size"] = entry(dd, "resolution", int)
+    del dd["resolution"]
+    for name in ("ch_mult", "attn_resolutions"):
+        dd[name] = tuple(entry(dd, name, list))
+    sizes = {"norm_groups": 32, "codebook_size": n_embed, "code_dim": embed_dim, "beta": beta, "legacy": legacy}
+    values = {f.name: f.default for f in fields(VQGANConfig)} | dd | sizes | ours
+    schema.VQGAN_CONFIG(values, "ddconfig")
+    return VQGANConfig(**values)
 
 
 def first_stage_config(node: dict, key: str = "image") -> VQGANConfig:
     """From a yaml's {target, params} of a first stage. key: what it is fed with (`image`, `depth`, `segmentation`);
     where params name an image_key, that counts. Raises ValueError for a model that is none of FIRST_STAGES."""
-    name, params = target(node), node["params"]
+    name, params = target(node), entry(node, "params")
     if name not in FIRST_STAGES:
         raise ValueError(f"{name} is not one of {', '.join(FIRST_STAGES)}")
     if params.get("remap"):
         raise ValueError("remapped codebooks (remap) are not supported")
-    key = params.get("image_key", key)
+    key, dd = str(params.get("image_key", key)), entry(params, "ddconfig")
     kind = {"segmentation": "labels", "depth": "depth"}.get(key, "rgb")
     if name == "VQSegmentationModel":
         kind = "labels"
-    elif kind == "rgb" and params["ddconfig"]["in_channels"] == 1:
+    elif kind == "rgb" and dd.get("in_channels") == 1:
         kind = "gray"
     ours = {"input_kind": kind, "gumbel": name == "GumbelVQ"}
-    return vqgan_config(params["ddconfig"], params["n_embed"], params["embed_dim"], **ours)
+    return vqgan_config(dd, entry(params, "n_embed", int), entry(params, "embed_dim", int), **ours)
 
 
 def _encoder_names(c: VQGANConfig) -> list[str | None]:
@@ -199,26 +203,34 @@ def load_discriminator(module: nn.Module, state: dict[str, Tensor]) -> nn.Module
     return module
 
 
+def gpt_config(config: dict) -> GPTConfig:
+    """From a yaml's params of the transformer. Raises ValueError for what no GPT can be."""
+    if config.get("n_unmasked"):
+        raise ValueError("n_unmasked > 0: a transformer whose condition is read without a causal mask is not supported")
+    sizes = {name: config.get(name) for name in ("block_size", "n_layer", "n_head", "n_embd")}
+    values = {"num_codes": config.get("vocab_size"), "num_cond": 0, "dropout": 0.0} | sizes
+    schema.GPT_CONFIG(values, "transformer_config")
+    return GPTConfig(**values)
+
+
 def load_gpt(state: dict[str, Tensor], config: dict) -> GPT:
     """A GPT from the official GPT's `state_dict`. config: vocab_size, block_size, n_layer, n_head, n_embd.
 
     Codes and condition share one range there, so every token is a code here and none is the condition's alone. The
     three layers query, key and value are one here; the saved causal masks (attn.mask) are not needed.
     """
-    if config.get("n_unmasked"):
-        raise ValueError("n_unmasked > 0: a transformer whose condition is read without a causal mask is not supported")
-    sizes = {name: config[name] for name in ("block_size", "n_layer", "n_head", "n_embd")}
+    sizes = gpt_config(config)
     with torch.device("meta"):
-        gpt = GPT(GPTConfig(num_codes=config["vocab_size"], num_cond=0, **sizes))
+        gpt = GPT(sizes)
     rest = {key: t for key, t in state.items() if not key.endswith("attn.mask")}
-    if "pos_emb" in rest:
+    if "pos_emb" in rest and rest["pos_emb"].ndim == 3:
         rest["pos_emb"] = rest["pos_emb"][0]  # (1, block_size, C) there
-    pairs = _gpt_pairs(config["n_layer"])
-    for layer in range(config["n_layer"]):
+    pairs = _gpt_pairs(sizes.n_layer)
+    for layer in range(sizes.n_layer):
         pairs.append((f"blocks.{layer}.qkv", f"blocks.{layer}.attention.qkv"))
         for part in ("weight", "bias"):
             names = [f"blocks.{layer}.attn.{which}.{part}" for which in ("query", "key", "value")]
-            if all(name in rest for name in names):
+            if len({rest[name].shape if name in rest else None for name in names}) == 1 and names[0] in rest:
                 rest[f"blocks.{layer}.qkv.{part}"] = torch.cat([rest.pop(name) for name in names])
     _fill(gpt, rest, pairs, inner=[])
     return gpt.eval()
@@ -226,21 +238,25 @@ def load_gpt(state: dict[str, Tensor], config: dict) -> GPT:
 
 def _condition(params: dict, first_stage: VQGANConfig, state: dict[str, Tensor]) -> Condition:
     """The condition of an official Net2NetTransformer; state: that of its cond_stage_model."""
-    node = params["cond_stage_config"]
+    node = params.get("cond_stage_config")
     if params.get("unconditional") or node == "__is_unconditional__":
         if params.get("sos_token", 0) != 0:
             raise ValueError(f"sos_token is {params['sos_token']}; 0 is supported, which all published models have")
         return NoCondition()
-    if params.get("downsample_cond_size", -1) > 0:
+    if params.get("downsample_cond_size", -1) != -1:
         raise ValueError("downsample_cond_size: conditions of another size than the image are not supported")
     if node == "__is_first_stage__":
         return SpatialCondition(load_vqgan(state, first_stage))
     if target(node) == "Labelator":
-        return ClassCondition(node["params"]["n_classes"])
+        classes = entry(entry(node, "params"), "n_classes", int)
+        schema.condition({"kind": "class", "num_classes": classes}, "cond_stage_config")
+        return ClassCondition(classes)
     if target(node) == "CoordStage":
-        if node["params"]["down_factor"] != first_stage.f:
-            raise ValueError(f"down_factor is {node['params']['down_factor']}, the first stage's is {first_stage.f}")
-        return CoordinateCondition(first_stage.f, node["params"]["n_embed"])
+        f, levels = (entry(entry(node, "params"), name, int) for name in ("down_factor", "n_embed"))
+        if f != first_stage.f:
+            raise ValueError(f"down_factor is {f}, the first-stage model's is {first_stage.f}")
+        schema.condition({"kind": "coords", "f": f, "levels": levels}, "cond_stage_config")
+        return CoordinateCondition(f, levels)
     return SpatialCondition(load_vqgan(state, first_stage_config(node, params.get("cond_stage_key", "depth"))))
 
 
@@ -258,14 +274,15 @@ def load_two_stage(state: dict[str, Tensor], params: dict) -> TwoStage:
         if part not in parts:
             raise ValueError(f"official key without a place here: {key}")
         parts[part][rest] = tensor
-    first_stage = first_stage_config(params["first_stage_config"], params.get("first_stage_key", "image"))
-    transformer = params["transformer_config"]["params"]
+    first_stage = first_stage_config(entry(params, "first_stage_config"), params.get("first_stage_key", "image"))
+    transformer = entry(entry(params, "transformer_config"), "params")
+    block_size = gpt_config(transformer).block_size
     condition = _condition(params, first_stage, parts["cond_stage_model"])
     if parts["cond_stage_model"] and condition.kind != "spatial":
         raise ValueError(f"official key without a place here: cond_stage_model.{next(iter(parts['cond_stage_model']))}")
     vqgan = load_vqgan(parts["first_stage_model"], first_stage)
     # The grid is square: block_size holds T codes and as many condition tokens, or T codes and at most one.
-    n = isqrt(transformer["block_size"] // 2 if condition.is_map else transformer["block_size"])
+    n = isqrt(block_size // 2 if condition.is_map else block_size)
     permuter = target(params.get("permuter_config") or {"target": "Identity"})
     if permuter not in ORDER_NAMES:
         raise ValueError(f"the permuter {permuter} is not one of {', '.join(ORDER_NAMES)}")
@@ -292,16 +309,32 @@ def read_config(path: str | Path) -> dict:
         import yaml
     except ImportError:
         raise UserError("reading an official configuration needs PyYAML: pip install pyyaml") from None
+    if not Path(path).is_file():
+        raise UserError(f"no configuration at {path}")
     try:
-        content = yaml.safe_load(Path(path).read_text())
-    except OSError as error:
-        raise UserError(f"no configuration at {path} ({error.strerror})") from None
-    except (yaml.YAMLError, UnicodeDecodeError):
-        raise UserError(f"{path} is not a yaml file") from None
+        text = Path(path).read_bytes()
+        _check_yaml(text)
+        content = yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError, OverflowError) as error:  # among them dates and numbers that cannot be
+        raise UserError(f"{path} is not the yaml of an official model ({first_line(error)[:80]})") from None
     model = content.get("model") if isinstance(content, dict) else None
     if not isinstance(model, dict) or not isinstance(model.get("params"), dict) or "target" not in model:
         raise UserError(f"{path} has no model with target and params: it is not the configuration of an official model")
     return model
+
+
+def _check_yaml(text: bytes) -> None:
+    """A configuration is a page long and a few levels deep. More takes a parser minutes or its stack, and an alias to
+    an alias a thousand times over fills the memory. Raises ValueError."""
+    import yaml
+
+    if len(text) > 100_000:
+        raise ValueError("it is longer than 100 kB")
+    depth = 0
+    for event in yaml.parse(text, Loader=yaml.SafeLoader):
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if depth > 20 or isinstance(event, yaml.AliasEvent) or getattr(event, "tag", None):
+            raise ValueError("it is nested too deeply, or has aliases or tags")
 
 
 def load(path: str | Path, config: str | Path) -> VQGAN | TwoStage:
@@ -312,10 +345,8 @@ def load(path: str | Path, config: str | Path) -> VQGAN | TwoStage:
         if target(model) == "Net2NetTransformer":
             return load_two_stage(state, model["params"])
         return load_vqgan(state, first_stage_config(model))
-    except KeyError as error:
-        raise UserError(f"{config}: the configuration has no {error}") from None
-    except (ValueError, TypeError, RuntimeError, AttributeError) as error:
-        raise UserError(f"{path}: {first_line(error)}") from None
+    except ValueError as error:
+        raise UserError(f"{path} with {config}: {first_line(error)}") from None
 
 
 def export_vqgan(model: VQGAN) -> tuple[dict[str, Tensor], dict]:

@@ -18,6 +18,7 @@ import csv
 import json
 import math
 import os
+import re
 import signal
 import sys
 import time
@@ -51,14 +52,16 @@ class Run:
         self.amp = args.amp = runtime.pick_amp(args.amp, self.device)
         self.workers = (0 if self.device.type == "cpu" else 8) if args.workers is None else args.workers
         self.out = Path(args.out)
-        if (self.out / "last.pt").exists() and not args.resume:
-            raise UserError(f"{self.out} already holds a run; add --resume to continue it, or choose another --out")
+        if not args.resume:
+            _check_empty(self.out, vars(args).keys())
         if args.batch_size % (self.world * args.accumulate):
             raise UserError(
                 f"--batch-size {args.batch_size} cannot be split into {self.world} processes x {args.accumulate} "
                 "micro-batches"
             )
         self.micro_batch = args.batch_size // (self.world * args.accumulate)
+        images = f"{self.micro_batch} images of --image-size {args.image_size}"
+        runtime.check_memory(self.micro_batch * 3 * (args.image_size or 1) ** 2, images, "a smaller --batch-size")
         self.last, self.step, self.seconds_before, self.best, self.best_step = False, 0, 0.0, math.inf, 0
         self.state: dict = {}
         self.mark: int | None = None  # a step at which loss.png has a line
@@ -68,6 +71,7 @@ class Run:
             self.step, self.seconds_before, self.best, self.best_step, self.state, self.sums = (
                 saved[k] for k in ("step", "seconds", "best", "best_step", "state", "sums")
             )
+            self.sums = {name: sums for name, sums in self.sums.items() if name in columns}
             if self.step >= args.steps:
                 raise UserError(f"{self.out} is at step {self.step} of {args.steps} already; give more --steps")
         torch.manual_seed(args.seed)  # the same weights in all processes
@@ -89,8 +93,11 @@ class Run:
         self.saved = None  # a second copy of the weights
         if self.rank > 0:
             return
-        (self.out / "images").mkdir(parents=True, exist_ok=True)
-        (self.out / "config.json").write_text(json.dumps({"flags": vars(self.args)} | described, indent=2))
+        self.out.mkdir(parents=True, exist_ok=True)
+        self.lock = _locked(self.out)
+        with runtime.written_whole(self.out / "config.json", "x") as file:  # first: it says whose folder this is
+            json.dump({"flags": vars(self.args)} | described, file, indent=2)
+        (self.out / "images").mkdir(exist_ok=True)
         self.metrics = MetricsFile(self.out / "metrics.csv", self.columns, self.step)
         self.board = _tensorboard(self.out / "tensorboard", self.step) if self.args.tensorboard else None
         self.announce(f"{line}; on {self.device}{', bfloat16' if self.amp else ', float32'}")
@@ -163,6 +170,8 @@ class Run:
 
     def validated(self, values: dict[str, float], score: float) -> None:
         """Held-out numbers: the columns val_*, and best.pt if `score` is the lowest so far."""
+        for name, value in values.items():
+            self._check_finite(self.step, f"val_{name}", value)
         self.row |= {f"val_{name}": value for name, value in values.items()}
         self.say("held out " + ", ".join(f"{name} {value:.4g}" for name, value in values.items()))
         if score < self.best:
@@ -195,12 +204,15 @@ class Run:
         names = [(step, name) for step, terms in self.pending for name in terms]
         self.pending = []
         for (step, name), number in zip(names, numbers, strict=True):
-            if not math.isfinite(number):
-                kept = (self.out / "last.pt").exists()
-                advice = f"; {self.out} keeps the last good checkpoint, add --resume" if kept else ""
-                raise UserError(f"step {step}: {name} is {number}; try a lower --lr{advice}")
+            self._check_finite(step, name, number)
             total, count = self.sums.get(name, (0.0, 0))
             self.sums[name] = [total + number, count + 1]
+
+    def _check_finite(self, step: int, name: str, number: float) -> None:
+        if not math.isfinite(number):
+            kept = (self.out / "last.pt").exists()
+            advice = f"; {self.out} keeps the last good checkpoint, add --resume" if kept else ""
+            raise UserError(f"step {step}: {name} is {number}; try a lower --lr{advice}")
 
     def _over_processes(self) -> dict[str, list]:
         """The sums, averaged over the processes."""
@@ -263,24 +275,63 @@ class Stopper:
         return bool(self.signal)
 
 
+def _check_empty(out: Path, flags) -> None:
+    """Raises UserError where a new run would write over files that are not of an earlier attempt with these flags."""
+    if (out / "last.pt").exists():
+        raise UserError(f"{out} already holds a run; add --resume to continue it, or choose another --out")
+    there = [n for n in ("best.pt", "config.json", "metrics.csv", "loss.png", "images") if (out / n).exists()]
+    if not there:
+        return
+    try:  # ended before its first save, a run leaves these; its config.json was written first
+        own = json.loads((out / "config.json").read_text())["flags"].keys() == flags
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        own = False
+    if not own:
+        raise UserError(f"--out {out} holds {', '.join(there)} of something else, which would be written over")
+
+
+def _locked(out: Path):
+    """The open file that says that this process writes here. The system takes the lock away when the process ends, in
+    whatever way. Raises UserError where another process holds it."""
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        return None
+    file = open(out / ".lock", "ab")  # noqa: SIM115  as long as the process lives
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not flock: the readers that are forked would inherit it
+    except BlockingIOError:
+        raise UserError(f"another process is writing to {out}; wait for it, or choose another --out") from None
+    except OSError:  # a file system without locks
+        pass
+    return file
+
+
 class MetricsFile:
     """`metrics.csv`: one row a logged step. Rows after `step`, the resumed one, are dropped and written anew."""
 
     def __init__(self, path: Path, columns: list[str], step: int):
         self.path, self.columns = path, columns
         rows = self.rows() if step else []
-        temporary = path.with_name(f".{path.name}.part")  # a kill on the way must not cost the rows there were
-        with open(temporary, "w", newline="") as file:
-            writer = csv.DictWriter(file, columns)
+        if step and self.damaged:
+            aside = path.with_name(f"{path.name}.damaged")
+            os.replace(path, aside)
+            print(f"{self.damaged} lines of {path} cannot be read; they are kept in {aside}")
+        with runtime.written_whole(path, "x") as file:
+            writer = csv.DictWriter(file, columns, lineterminator="\n")
             writer.writeheader()
             writer.writerows({k: r.get(k, "") for k in columns} for r in rows if int(r["step"]) <= step)
-        os.replace(temporary, path)
 
     def rows(self) -> list[dict]:
+        """The rows that can be read. `damaged` counts the others."""
+        self.damaged = 0
         if not self.path.exists():
             return []
-        with open(self.path, newline="") as file:
-            return [row for row in csv.DictReader(file) if (row.get("step") or "").isdigit()]
+        lines = [line.split(",") for line in self.path.read_text(errors="replace").splitlines()]
+        header = lines[0] if lines and {"step"} <= set(lines[0]) <= set(self.columns) else self.columns
+        rows = [dict(zip(header, cells, strict=True)) for cells in lines if _is_row(cells, header)]
+        self.damaged = len(lines) - len(rows) - (header in lines)
+        return rows
 
     def write(self, **values) -> None:
         unknown = values.keys() - set(self.columns)
@@ -288,7 +339,17 @@ class MetricsFile:
             raise KeyError(f"no column for {sorted(unknown)}")
         text = {k: f"{v:.6g}" if isinstance(v, float) else v for k, v in values.items()}
         with open(self.path, "a", newline="") as file:
-            csv.DictWriter(file, self.columns, restval="").writerow(text)
+            csv.DictWriter(file, self.columns, restval="", lineterminator="\n").writerow(text)
+
+
+def _is_row(cells: list[str], header: list[str]) -> bool:
+    """Numbers, or nothing, of all columns; a step among them."""
+    if len(cells) != len(header) or not re.fullmatch("[0-9]{1,15}", cells[header.index("step")]):
+        return False
+    try:
+        return bool([float(cell) for cell in cells if cell])
+    except ValueError:
+        return False
 
 
 def _tensorboard(folder: Path, step: int):

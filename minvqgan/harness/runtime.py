@@ -1,11 +1,15 @@
 """What every script needs: readable errors, a device, several processes, random states."""
 
+import contextlib
 import errno
 import functools
+import math
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -37,15 +41,20 @@ def first_line(error: Exception) -> str:
 
 # Ways in which a path or a disk can refuse, which no code of ours can help.
 CANNOT_WRITE = {errno.ENOSPC, errno.EACCES, errno.EPERM, errno.EROFS, errno.EFBIG, errno.EDQUOT}
-CANNOT_WRITE |= {errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG}
+CANNOT_WRITE |= {errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP, errno.ENOENT, errno.EIO}
 
 
 def run(main: Callable[[], int | None]) -> None:
-    """Run a script's main: errors a user can cause end with one line and exit code 2, Ctrl-C with 130. No traceback."""
+    """Run a script's main: errors a user can cause end with one line and exit code 2, Ctrl-C with 130. No traceback.
+
+    Under torchrun the line comes from the first process; torchrun itself then ends with code 1 and a trace of its own.
+    """
     code: int | None = 2
+    sys.stdout, sys.stderr = Unbroken(sys.stdout), Unbroken(sys.stderr)
     try:
         code = main()
     except UserError as error:
+        _wait_for_rank_0()
         print(f"error: {error}", file=sys.stderr)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -58,12 +67,84 @@ def run(main: Callable[[], int | None]) -> None:
     except OSError as error:
         if error.errno not in CANNOT_WRITE:
             raise
-        where = f" ({error.filename})" if error.filename else ""
-        print(f"error: cannot write: {error.strerror}{where}; checkpoints saved before are intact", file=sys.stderr)
+        where = f" ({printable(str(error.filename))})" if error.filename else ""
+        kept = "; what was saved there before is intact" if error.filename and os.path.isfile(error.filename) else ""
+        print(f"error: cannot write: {error.strerror}{where}{kept}", file=sys.stderr)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
     raise SystemExit(code or 0)
+
+
+def _wait_for_rank_0() -> None:
+    """Most errors meet all processes. torchrun ends the others when the first one has ended; what still lives after
+    some seconds has met an error of its own."""
+    if int(os.environ.get("RANK", 0)) > 0:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        time.sleep(5)
+
+
+class Unbroken:
+    """A stream that no reader can break: what nobody reads any more (`| head -1`) is dropped, and what its encoding
+    does not have is written as an escape. A run of days must not end for its progress bar."""
+
+    def __init__(self, stream):
+        self._stream = stream
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+
+    def __getattr__(self, name: str):
+        return getattr(self._stream, name)
+
+    def _unbroken(self, function, *args):
+        try:
+            return function(*args)
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())  # for what is buffered, too
+        return None
+
+    def write(self, text: str):
+        return self._unbroken(self._stream.write, text)
+
+    def flush(self):
+        return self._unbroken(self._stream.flush)
+
+
+@contextlib.contextmanager
+def written_whole(path: Path, mode: str = "xb"):
+    """A file that is there whole or not at all: written beside `path` and renamed once it is on the disk.
+
+    What stands at the temporary name is removed and never opened: it may be a link that somebody else has put there.
+    """
+    part = path.with_name(f".{path.name}.part")
+    part.unlink(missing_ok=True)
+    try:
+        with open(part, mode) as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def check_outputs(outputs: list[Path], **inputs: str | None) -> None:
+    """Raises UserError for an output that would replace a file that was given; inputs: by the name of their flag."""
+    for name, given in inputs.items():
+        for out in outputs if given and os.path.exists(given) else []:
+            if os.path.exists(out) and os.path.samefile(out, given):
+                flag = "--" + name.replace("_", "-")
+                raise UserError(f"{out} would be written over, and it is what {flag} reads: choose another --out")
+
+
+def check_memory(count: float, what: str, advice: str) -> None:
+    """Raises UserError for more numbers than this machine could hold, before half of them are there.
+
+    count: of float32, on whichever device: GPUs have less than their machines.
+    """
+    have = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else math.inf
+    if 4 * count > have:
+        raise UserError(f"{what} need {4 * count / 2**30:,.0f} GiB of memory, {have / 2**30:,.0f} are here; {advice}")
 
 
 def pick_device(name: str) -> torch.device:
@@ -74,6 +155,8 @@ def pick_device(name: str) -> torch.device:
         name = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
         device = torch.device(name)
+        if device.type not in ("cpu", "cuda", "mps", "xpu"):  # "meta" computes shapes and nothing else
+            raise RuntimeError("there is auto, cpu, cuda, cuda:1, mps")
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {name} cannot be used here: {first_line(error)}") from None

@@ -19,10 +19,11 @@ from ..vqgan import VQGANConfig
 
 Check = Callable[[object, str], None]
 LARGEST = 2**20  # of any size in a configuration: products of two and a kernel still fit in 64 bits
+MOST = 2**40  # of what is counted: a step times a batch still fits
 CHANNELS = 2**16  # of a layer, ch times its factor
 
 
-class Misfit(Exception):
+class Misfit(ValueError):
     """The first field that is not what it should be."""
 
 
@@ -62,14 +63,19 @@ def flag(value, where: str) -> None:
         raise Misfit(f"{where} is {shown(value)}, not true or false")
 
 
-def tensor(value, where: str) -> None:
-    """A plain one: dense, in memory of its own, finite."""
+def plain_tensor(value, where: str) -> None:
+    """A dense one, in memory of its own."""
     if not isinstance(value, Tensor):
         raise Misfit(f"{where} is {shown(value)}, not a tensor")
     if value.layout != torch.strided or value.is_meta or value.is_quantized or value.is_complex():
         raise Misfit(f"{where} is no plain tensor but {value.dtype}, {value.layout}, on {value.device}")
     if value.numel() * value.element_size() > value.untyped_storage().nbytes():
         raise Misfit(f"{where} overlaps itself")
+
+
+def tensor(value, where: str) -> None:
+    """A plain one of finite numbers."""
+    plain_tensor(value, where)
     if value.is_floating_point() and not value.isfinite().all():
         raise Misfit(f"{where} holds numbers that are not finite")
 
@@ -193,7 +199,8 @@ def _of_gpt(c: GPTConfig) -> str | None:
 
 
 TENSORS = named(tensor)
-VQGAN_PARTS = {"config": configuration(VQGANConfig, _of_vqgan), "model": TENSORS}
+VQGAN_CONFIG, GPT_CONFIG = configuration(VQGANConfig, _of_vqgan), configuration(GPTConfig, _of_gpt)
+VQGAN_PARTS = {"config": VQGAN_CONFIG, "model": TENSORS}
 CONDITION = {
     "none": {},
     "class": {"num_classes": whole(1, LARGEST)},
@@ -237,8 +244,7 @@ def anything(value, where: str) -> None:
     """Checked elsewhere."""
 
 
-# Beyond it a step times the batch would not fit into 64 bits.
-STEP = whole(0, 2**40)
+STEP = whole(0, MOST)
 
 # What a run adds to its model in last.pt, see `run.Run`. `state` is the script's own, `flags` are checked as flags.
 RUN = {"step": STEP, "seconds": number(0, 1e12), "best": number(-math.inf), "best_step": STEP}
@@ -254,7 +260,7 @@ KINDS = {
     "vqgan": VQGAN_PARTS,
     "two_stage": {
         "config": configuration(TwoStageConfig),
-        "gpt_config": configuration(GPTConfig, _of_gpt),
+        "gpt_config": GPT_CONFIG,
         "gpt": TENSORS,
         "vqgan": record(VQGAN_PARTS),
         "condition": condition,
@@ -268,5 +274,5 @@ TRAINED_WITH = {
     "data": either(nothing, text()),
     "image_size": either(nothing, whole(1, LARGEST)),
     "resize": either(nothing, whole(1, LARGEST)),
-    "seed": whole(0, 2**64 - 1),
+    "seed": whole(0, 2**63 - 1),
 }

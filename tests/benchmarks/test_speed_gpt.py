@@ -135,15 +135,16 @@ def report(what: str, theirs, ours: dict, at_least: dict[str, float], pairs: int
 
 
 @pytest.mark.parametrize("how", [PLAIN, FILTERED], ids=["plain", "filters"])
-@pytest.mark.parametrize("B, fast", [(1, 2.5), (8, 2.0), (32, 1.5)])
-def test_256_tokens_in_a_batch_against_the_cached_sampler(B, fast, how):
+@pytest.mark.parametrize("B, float32, bfloat16", [(1, 1.0, 2.5), (8, 1.3, 2.0), (32, 1.1, 1.5)])
+def test_256_tokens_in_a_batch_against_the_cached_sampler(B, float32, bfloat16, how):
     plain, gpts = both(257, 8, 512)
     start, u = torch.full((B, 1), K), torch.rand(B, 256)
     report(
         f"256 codes, batch {B}, {'top-k and top-p' if how is FILTERED else 'no filter'}",
         lambda: seconds(lambda: plain.sample_cached(start, 256, how)),
         {name: lambda gpt=gpt: sampler.continue_tokens(gpt, start, start[:, :0], u, how) for name, gpt in gpts.items()},
-        {"float32": 1.3 if B < 32 else 1.1} | ({"bfloat16": fast} if HAS_BFLOAT16 else {}),
+        # Alone, in float32, both wait for the same weights to be read.
+        {"float32": float32} | ({"bfloat16": bfloat16} if HAS_BFLOAT16 else {}),
     )
 
 

@@ -14,8 +14,10 @@ same.
 
 import csv
 import os
+import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from unittest import mock
@@ -37,13 +39,14 @@ STEPS, FIRST = 24, 4  # steps counted are those after the first four
 
 
 @pytest.fixture(scope="session")
-def vgg_home(tmp_path_factory) -> Path:
-    """A folder in which torchvision finds (random) weights of VGG16."""
+def vgg_home(tmp_path_factory) -> Iterator[Path]:
+    """A folder in which torchvision finds (random) weights of VGG16, 0.5 GB: gone at the end."""
     home = tmp_path_factory.mktemp("torch")
     (home / "hub/checkpoints").mkdir(parents=True)
     name = torchvision.models.VGG16_Weights.IMAGENET1K_V1.url.rsplit("/", 1)[1]
     torch.save(torchvision.models.vgg16(weights=None).state_dict(), home / "hub/checkpoints" / name)
-    return home
+    yield home
+    shutil.rmtree(home)
 
 
 class Script:

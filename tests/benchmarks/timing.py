@@ -1,5 +1,6 @@
 """Fair timing on a noisy machine: all are run in turn, and ratios are taken within each turn."""
 
+import ctypes
 import statistics
 import time
 from collections.abc import Callable
@@ -33,7 +34,7 @@ def paired_ratios(
 
 
 def peak_memory(function: Callable) -> float:
-    """MiB that a call takes above what the process held before, as Linux counts resident memory."""
+    """MiB that a call takes above what the process held before, as glibc and Linux count it; nan elsewhere."""
     status = Path("/proc/self/status")
     if not status.exists():
         return float("nan")
@@ -41,6 +42,7 @@ def peak_memory(function: Callable) -> float:
     def kib(name: str) -> int:
         return int(status.read_text().split(f"{name}:")[1].split()[0])
 
+    ctypes.CDLL(None).malloc_trim(0)  # what earlier calls freed is given back, or it would be taken without being seen
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
     before = kib("VmRSS")
     function()
