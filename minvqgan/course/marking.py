@@ -42,7 +42,7 @@ print("{word} passed")
 # Words that a solution does not need and that reach into the checks.
 SUSPICIOUS = re.compile(
     r"\b(_getframe|currentframe|f_back|f_locals|gc\.get_\w+|settrace|setprofile|sys\.modules|setattr|__code__|ctypes"
-    r"|subprocess|get_ipython|checks\.\w+\s*=(?!=))"
+    r"|subprocess|get_ipython|_ih|checks\.\w+\s*=(?!=))|\bIn\["
 )
 
 
@@ -159,7 +159,7 @@ def mark(path: Path, source: NotebookNode) -> dict:
     except Unreadable as error:
         return result | {"status": str(error)}
     own = "\n".join(code for name, code in cells if name is None)
-    result["look"] = [f"uses {found}" for found in sorted(set(SUSPICIOUS.findall(own)))]
+    result["look"] = [f"uses {found}" for found in sorted({m[0] for m in SUSPICIOUS.finditer(own)})]
     word, without, outputs = secrets.token_hex(8), {}, []
     with tempfile.TemporaryDirectory() as folder:
         for _ in range(ATTEMPTS):
