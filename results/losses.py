@@ -130,14 +130,13 @@ def table(rows: dict[str, list[dict[str, float]]]) -> str:
 
 def figure(shown: dict[str, Tensor], path: Path) -> None:
     """The same images under each loss, a row each, enlarged four times."""
-    fig, axes = plt.subplots(len(shown), 1, figsize=(10.5, 1.3 * len(shown)))
+    fig, axes = plt.subplots(len(shown), 1, figsize=(10.5, 1.35 * len(shown)), layout="constrained")
     for axis, (name, images) in zip(axes, shown.items(), strict=True):
         strip = to_pixels(torch.cat(list(images), 2)).permute(1, 2, 0).numpy()
         axis.imshow(strip.repeat(4, 0).repeat(4, 1), interpolation="nearest")
         axis.set_ylabel(name, rotation=0, ha="right", va="center")
         axis.set_xticks([]), axis.set_yticks([])
-    fig.tight_layout(pad=0.3)
-    fig.savefig(path, dpi=130)
+    fig.savefig(path, dpi=130, bbox_inches="tight")
 
 
 if __name__ == "__main__":
