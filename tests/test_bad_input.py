@@ -209,7 +209,7 @@ def test_sizes_that_do_not_fit(house):
         ([*EVALUATE, "--gpt", "none/best.pt", "--image-size", "20"], ("--image-size 20", "16 x 16")),
         (
             [*READERS["train_vqgan"], "--image-size", "8", "--disc-layers", "1", "--perceptual", "vgg16"],
-            ("8 pixels are too few", "--perceptual none"),
+            ("8 pixels are too few", "--perceptual small"),
         ),
     ):
         assert_refused(house, words, *answer)

@@ -183,7 +183,7 @@ def test_a_class_is_one_that_can_be_trained_on(tmp_path, capfd):
     assert {train.classes[i] for i in train.class_of} == set("cdefgh") and val.class_of == [5]
 
 
-def test_links_are_followed_and_loops_are_not(tmp_path, capfd):
+def test_links_are_followed_and_loops_are_not(tmp_path, capfd, monkeypatch):
     make_photos(tmp_path / "far" / "cats", n=2)
     make_photos(tmp_path / "data" / "dogs", n=2)
     data_folder = tmp_path / "data"
@@ -195,7 +195,10 @@ def test_links_are_followed_and_loops_are_not(tmp_path, capfd):
     (data_folder / "dogs" / "itself.png").symlink_to("itself.png")
     (data_folder / "dogs" / "nowhere.png").symlink_to("nothing.png")
     os.mkfifo(data_folder / "dogs" / "pipe.png")
+    listed, listdir = [], os.listdir
+    monkeypatch.setattr(os, "listdir", lambda path: listed.append(os.path.realpath(path)) or listdir(path))
     train, val = open_data(str(data_folder), 16)
+    assert len(listed) == 3 and "/" not in listed
     assert train.classes == ("cats", "dogs") and len(train) + len(val) == 4
     err = capfd.readouterr().err
     assert err.count("skipped") == 3 and "data/alias" in err and "dogs/up" in err and "dogs/all" in err

@@ -39,7 +39,7 @@ often = settings(
     derandomize="FUZZ" not in os.environ,  # the same hundred every time: a red run then means a change
     suppress_health_check=list(HealthCheck),
 )
-seldom = settings(often, max_examples=max(20, CASES // 5), deadline=60_000)  # where a case is a whole script
+seldom = settings(often, max_examples=max(10, CASES // 10), deadline=60_000)  # where a case is a whole script
 
 
 def one_line(error: UserError) -> None:

@@ -111,6 +111,10 @@ def test_codes_are_computed_once(stage_two, monkeypatch):
     resume = ["train_gpt.py", "--out", "gpt_class", "--resume", "--steps", "9"]
     done = run_inside(*resume, cwd=stage_two)
     assert done.returncode == 0 and "computing the codes" not in done.stdout, done.stderr
+    codes = checkpoint.read(stage_two / "gpt_class" / "codes.pt")
+    torch.save(codes | {"s": codes["s"] + 10**6}, stage_two / "gpt_class" / "codes.pt")  # no codes of this model
+    done = run_inside(*resume[:-1], "10", cwd=stage_two)
+    assert done.returncode == 0 and "computing the codes" in done.stdout, done.stderr
     model = minvqgan.load(stage_two / "gpt_none" / "last.pt")
     make_photos(stage_two / "few", n=3, size=(16, 16))
     train, _ = data.open_data(str(stage_two / "few"), 16)

@@ -347,12 +347,13 @@ def _find(root: Path) -> list[Path]:
     while folders or links:
         folder = folders.pop() if folders else links.pop()  # links last: a folder is found under its own name
         try:
-            identity, inside = _identity(folder), sorted(os.listdir(folder), reverse=True)
+            identity = _identity(folder)
+            if identity in seen:
+                say(f"skipped {folder}: a link to a folder that is searched already, or to one around {root}")
+                continue
+            inside = sorted(os.listdir(folder), reverse=True)
         except OSError as error:
             say(f"skipped {folder}: {error.strerror}")
-            continue
-        if identity in seen:
-            say(f"skipped {folder}: a link to a folder that is searched already, or to one around {root}")
             continue
         seen.add(identity)
         for path in (folder / name for name in inside if not name.startswith(".")):

@@ -69,7 +69,8 @@ def run(main: Callable[[], int | None]) -> None:
             raise
         where = f" ({printable(str(error.filename))})" if error.filename else ""
         kept = "; what was saved there before is intact" if error.filename and os.path.isfile(error.filename) else ""
-        print(f"error: cannot write: {error.strerror}{where}{kept}", file=sys.stderr)
+        verb = "find" if error.errno == errno.ENOENT else "write"
+        print(f"error: cannot {verb}: {error.strerror}{where}{kept}", file=sys.stderr)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

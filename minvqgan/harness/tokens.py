@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from ..conditioning import Condition
-from ..two_stage import TwoStage
+from ..two_stage import TwoStage, condition_length
 from ..vqgan import VQGAN
 from . import checkpoint, runtime
 from .data import SOURCE_OF, Stream, begin_worker, held_out_batches, to_input
@@ -79,7 +79,7 @@ def kept_table(run: Run, model: TwoStage, dataset, to_c) -> tuple[Tensor, Tensor
     path, identity = run.out / "codes.pt", _identity(model, dataset)
     if len(dataset) < run.world:
         raise UserError(f"{len(dataset)} training images are too few for {run.world} processes")
-    found = _found(path, identity) if run.rank == 0 else None
+    found = _found(path, identity, model, len(dataset)) if run.rank == 0 else None
     if not runtime.says_rank_0(found is not None):
         run.announce(f"computing the codes of {len(dataset)} images, once")
         own = table(model, dataset, to_c, run.device, run.micro_batch, run.workers, run.rank, run.world)
@@ -93,15 +93,22 @@ def kept_table(run: Run, model: TwoStage, dataset, to_c) -> tuple[Tensor, Tensor
     return found["s"], found["r"]
 
 
-def _found(path: Path, identity: str) -> dict | None:
-    """Codes of this identity, if they are there. What is broken or of other models is made anew."""
+def _found(path: Path, identity: str, model: TwoStage, count: int) -> dict | None:
+    """Codes of this identity, if they are there. What is broken or of other models is made anew, also what could not be
+    codes of this one: an index beyond the embedding, in a file from elsewhere, is a crash of the GPU."""
     if not path.exists():
         return None
     try:
         saved = checkpoint.read(path, "codes")
     except UserError:
         return None
-    return saved if saved["identity"] == identity else None
+    lengths = (model.config.n**2, condition_length(model.condition, model.config.n))
+    limits = (model.vqgan.config.codebook_size, model.gpt.config.num_codes + model.gpt.config.num_cond)
+    possible = all(
+        t.ndim == 3 and (len(t), t.shape[2]) == (count, length) and t.min() >= 0 and t.max() < limit
+        for t, length, limit in zip((saved["s"], saved["r"]), lengths, limits, strict=True)
+    )
+    return saved if saved["identity"] == identity and possible else None
 
 
 def _identity(model: TwoStage, dataset) -> str:
