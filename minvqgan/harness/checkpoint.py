@@ -318,4 +318,4 @@ def load(path: str | Path) -> VQGAN | TwoStage:
         return unpack_two_stage(content, path)
     if content["kind"] == "vqgan":
         return _build_vqgan(content, path)
-    raise UserError(f"{path} holds {content['kind']}, not a vqgan or two_stage model")
+    raise UserError(f"{path} holds a {content['kind']}, not a vqgan or two_stage model")
