@@ -1,0 +1,172 @@
+"""`python notebooks/site.py` as a reader sees it: every page in headless Chromium, at a laptop's and a phone's width.
+
+    pytest tests/site            needs the extra `site`, selenium, chromium and chromedriver; about half a minute
+
+The browser can resolve no host, and every request that it tries is in its log.
+"""
+
+import importlib.util
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+for module in ("myst_nb", "furo", "sphinx-mathjax-offline", "selenium", "nbformat"):
+    if importlib.util.find_spec(module) is None:
+        pytest.skip(f'{module} is not installed: pip install -e ".[dev]"', allow_module_level=True)
+CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
+if not (CHROMIUM and DRIVER):
+    pytest.skip("no chromium and chromedriver: apt-get install chromium chromium-driver", allow_module_level=True)
+
+import nbformat  # noqa: E402
+from selenium import webdriver  # noqa: E402
+
+ROOT = Path(__file__).resolve().parents[2]
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("[0-9]*.ipynb"))
+MODULES = sorted(path for path in (ROOT / "minvqgan").glob("*.py") if path.stem != "__init__")
+PAGES = ["index", "reading_order", *(path.stem for path in NOTEBOOKS), *(f"code_{path.stem}" for path in MODULES)]
+WIDTHS = (1280, 390)
+
+# Sticks out of the window, and no box around it scrolls: what a reader cannot reach.
+CLIPPED = """
+const inside = box => box.left >= -1 && box.right <= innerWidth + 1;
+return [...document.querySelectorAll("article *")].filter(e => {
+    const box = e.getBoundingClientRect();
+    if (!box.width || inside(box) || e.closest("mjx-assistive-mml")) return false;
+    for (let a = e; a.tagName != "ARTICLE"; a = a.parentElement)
+        if (["auto", "scroll"].includes(getComputedStyle(a).overflowX) && inside(a.getBoundingClientRect())) return false;
+    return true;
+}).map(e => e.outerHTML.slice(0, 200));
+"""
+FORMULAS = """
+return [...document.querySelectorAll("article .math")].map(e => {
+    const svg = e.querySelector("mjx-container svg"), box = svg && svg.getBoundingClientRect();
+    return {tex: e.textContent, shown: !!svg && box.width > 3 && box.height > 3,
+            error: !!e.querySelector("[data-mml-node=merror]")};
+});
+"""
+FIGURES = """
+return [...document.querySelectorAll("article figure")].map(e => {
+    const image = e.querySelector("img"), caption = e.querySelector(".caption-text");
+    const i = image.getBoundingClientRect(), c = caption.getBoundingClientRect();
+    return {alt: image.alt, caption: caption.innerText, loaded: image.naturalWidth > 0, width: i.width,
+            below: c.top >= i.bottom, near: c.top - i.bottom < 40, tall: c.height};
+});
+"""
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    out = tmp_path_factory.mktemp("site") / "out"
+    done = subprocess.run([sys.executable, "notebooks/site.py", out], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert os.listdir(out.parent) == ["out"]  # nothing is left beside it
+    return out
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory):
+    options = webdriver.ChromeOptions()
+    options.binary_location = CHROMIUM
+    for flag in (
+        "--headless=new --no-sandbox --disable-gpu --disable-dev-shm-usage --disable-quic --no-first-run "
+        "--disable-background-networking --disable-component-update --disable-sync"
+    ).split():
+        options.add_argument(flag)
+    options.add_argument("--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE localhost")
+    options.add_argument(f"--user-data-dir={tmp_path_factory.mktemp('chromium')}")
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
+    driver = webdriver.Chrome(options, webdriver.ChromeService(DRIVER))
+    yield driver
+    driver.quit()
+
+
+def open_page(browser, page: Path, width: int) -> None:
+    """Until its figures are loaded and its formulas set; what was logged before is thrown away."""
+    browser.get("about:blank")
+    for log in ("browser", "performance"):
+        browser.get_log(log)
+    size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": False}
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+    browser.get(page.as_uri())
+    browser.execute_async_script("(window.MathJax ? MathJax.startup.promise : Promise.resolve()).then(arguments[0])")
+
+
+def requests(browser) -> list[str]:
+    events = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
+    return [e["params"]["request"]["url"] for e in events if e["method"] == "Network.requestWillBeSent"]
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("name", PAGES)
+def test_nothing_is_clipped_missing_or_fetched(site, browser, name, width):
+    open_page(browser, site / f"{name}.html", width)
+    browser.execute_script("document.querySelectorAll('details').forEach(e => e.open = true)")
+    assert browser.execute_script("return innerWidth") == width
+    assert browser.execute_script("return document.scrollingElement.scrollWidth") <= width
+    assert browser.execute_script(CLIPPED) == []
+    assert [entry["message"] for entry in browser.get_log("browser")] == []
+    urls = requests(browser)
+    assert len(urls) > 3 and [url for url in urls if not url.startswith(("file://", "data:"))] == []
+
+
+def formulas(notebook) -> int:
+    """How many the text of a notebook holds, outside its code."""
+    text = "\n\n".join(cell.source for cell in notebook.cells if cell.cell_type == "markdown")
+    text = re.sub(r"```.*?```|`[^`\n]*`", "", text, flags=re.S)
+    return len(re.findall(r"\$\$.+?\$\$|\$[^$]+\$", text, re.S))
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_formulas_figures_and_answers(site, browser, path, width):
+    notebook = nbformat.read(path, 4)
+    open_page(browser, site / f"{path.stem}.html", width)
+    folded = browser.find_elements("css selector", "article details")
+    source = "\n".join(cell.source for cell in notebook.cells if cell.cell_type == "markdown")
+    assert len(folded) == source.count("<details>") > 0
+    closed = [element.size["height"] for element in folded]
+    for element in folded:
+        browser.execute_script("arguments[0].querySelector('summary').click()", element)
+    assert all(element.size["height"] > height + 15 for element, height in zip(folded, closed, strict=True))
+
+    found = browser.execute_script(FORMULAS)
+    assert len(found) == formulas(notebook) > 5
+    assert [formula["tex"] for formula in found if formula["error"] or not formula["shown"]] == []
+    assert "$" not in browser.execute_script(
+        "const page = document.querySelector('article').cloneNode(true);"
+        "page.querySelectorAll('pre, code, .math').forEach(e => e.remove()); return page.textContent"
+    )
+
+    outputs = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
+    alts = [output.metadata["image/png"]["alt"] for output in outputs if "image/png" in output.get("data", {})]
+    figures = browser.execute_script(FIGURES)
+    assert [figure["caption"] for figure in figures] == [alt + "." for alt in alts]
+    for figure in figures:
+        assert figure["alt"] == figure["caption"] and figure["loaded"] and 100 < figure["width"] <= width, figure
+        assert figure["below"] and figure["near"] and figure["tall"] > 10, figure
+
+
+def test_every_module_is_in_the_reading_order_and_shown_as_it_is(site, browser):
+    open_page(browser, site / "reading_order.html", 1280)
+    names = [e.text for e in browser.find_elements("css selector", "article ol li a")]
+    assert {f"minvqgan/{path.name}" for path in MODULES} <= set(names) and len(names) == len(set(names))
+    for path in MODULES:
+        open_page(browser, site / f"code_{path.stem}.html", 1280)
+        shown = browser.execute_script(
+            "document.querySelectorAll('.linenos').forEach(e => e.remove());"
+            "return document.querySelector('article pre').textContent"
+        )
+        assert shown.strip() == path.read_text().strip()
+        assert browser.find_elements("css selector", "article pre .k"), "no colours"
+
+
+def test_the_start_page_leads_to_every_notebook(site, browser):
+    open_page(browser, site / "index.html", 1280)
+    links = [e.get_attribute("href") for e in browser.find_elements("css selector", "article table a")]
+    assert links == [(site / f"{path.stem}.html").as_uri() for path in NOTEBOOKS]
