@@ -2,27 +2,23 @@
 
     python results/sampling.py --gpt notebooks/checkpoints/cifar_gpt.pt --data cifar10_split --judges C.pt R.pt
 
-Equally many new images for each setting, from the same seeds, compared with as many held-out images by networks that no
-training has seen (see losses.py). Rejection keeps the images of which the package's small network is surest: another
-network than the judges.
+Equally many new images for each setting, from the same seeds, beside as many held-out images. Rejection keeps the
+images of which the package's small network is surest: another network than the judges (judging.py).
 """
-
-from pathlib import Path
 
 import matplotlib
 import torch
+from judging import Judges, add_flags, write
 from torch import Tensor
 
 from minvqgan import Sampling
-from minvqgan.harness import checkpoint, data, flags, metrics, runtime
+from minvqgan.harness import checkpoint, flags, metrics, runtime
 from minvqgan.harness.classifier import load_classifier, match_classes
-from minvqgan.harness.distances import frechet_distance, precision_recall
 from minvqgan.sampler import reject
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-ROOT = Path(__file__).parent.parent
 FAMILIES = {  # name: {label: (sampling, fraction that is kept)}
     "top-k": {f"{k}": (Sampling(top_k=k), 1) for k in (200, 100, 50, 20, 10)},
     "top-p": {f"{p}": (Sampling(top_p=p), 1) for p in (0.98, 0.95, 0.9, 0.8, 0.7)},
@@ -48,76 +44,43 @@ def draw(model, sampling: Sampling, keep: float, n: int, rejector) -> tuple[Tens
     return torch.cat(images), torch.tensor(classes)
 
 
+def figure(rows: list[dict], judges: Judges, path) -> None:
+    """By each judge: Fréchet distance over class accuracy, and recall over precision; a curve a family."""
+    names = [judge.name for judge in judges.judges]
+    pairs = [("class accuracy", f"Fréchet ({name})") for name in names]
+    pairs += [(f"precision ({name})", f"recall ({name})") for name in names]
+    fig, axes = plt.subplots(1, len(pairs), figsize=(4 * len(pairs), 3.4), layout="constrained")
+    plain = next(row for row in rows if row["sampling"] == "as it is")
+    for axis, (across, up) in zip(axes, pairs, strict=True):
+        for family in FAMILIES:
+            points = [plain] + [row for row in rows if row["sampling"] == family]
+            axis.plot([q[across] for q in points], [q[up] for q in points], "o-", ms=3, label=family)
+        axis.plot(plain[across], plain[up], "ko", label="as it is")
+        axis.set(xlabel=across, ylabel=up)
+    axes[0].legend(fontsize=7)
+    fig.savefig(path, dpi=110)
+
+
 @torch.no_grad()
 def main() -> int:
     p = flags.Parser(description=__doc__.split("\n")[0])
+    add_flags(p, "sampling", images=2000)
     p.add_argument("--gpt", required=True, help="a class-conditional transformer")
-    p.add_argument("--data", required=True, help="as in train_vqgan.py; with train/ and val/")
-    p.add_argument("--judges", nargs="+", required=True, help="classifiers' files; the first knows the data's classes")
-    p.add_argument("--images", type=flags.positive, default=2000, help="of each setting")
-    p.add_argument("--table", type=Path, default=ROOT / "results" / "sampling.md", help="file to write")
-    p.add_argument("--figure", type=Path, default=ROOT / "figures" / "sampling.png", help="file to write")
     args = p.parse_args()
-
-    model = checkpoint.load(args.gpt)
-    _, val_set = data.open_data(args.data, model.config.n * model.vqgan.config.f)
-    judges = [metrics.load_features(name) for name in args.judges]
-    numbers = torch.tensor(match_classes(judges[0].classifier.classes, tuple(model.config.classes)))
-    x = torch.cat([b["image"] for b in data.held_out_batches(val_set, 100, args.images)])
-    real = [torch.cat([judge(part)[0] for part in x.split(100)]) for judge in judges]
+    model, rejector = checkpoint.load(args.gpt), load_classifier(metrics.SMALL)
+    judges = Judges(args.judges, args.data, model.config.n * model.vqgan.config.f, args.images)
     # What no transformer can better: the held-out images themselves through the first stage.
-    settings = {("reconstructions", ""): None, ("as it is", ""): (Sampling(), 1)}
-    settings |= {(family, label): how for family, found in FAMILIES.items() for label, how in found.items()}
-    rejector, rows = load_classifier(metrics.SMALL), {}
-    for name, how in settings.items():
-        if how is None:
-            images, classes = torch.cat([model.vqgan(part)[0] for part in x.split(100)]).clamp(-1, 1), None
-        else:
-            images, classes = draw(model, *how, args.images, rejector)
-        rows[name] = measure(images, classes, judges, real, numbers)
-        print(*name, {k: round(v, 3) for k, v in rows[name].items()}, flush=True)
-    args.table.write_text(table(rows) + f"\n\n{len(x)} images each.\n")
+    x_hat = torch.cat([model.vqgan(part)[0] for part in judges.x.split(100)])
+    rows = [{"sampling": "real images", **judges.floor()}]
+    rows.append({"sampling": "reconstructions", **judges.measure(x_hat, judges.c)})
+    for family, settings in ({"as it is": {"": (Sampling(), 1)}} | FAMILIES).items():
+        for label, (sampling, keep) in settings.items():
+            images, classes = draw(model, sampling, keep, args.images, rejector)
+            rows.append({"sampling": family, "at": label, **judges.measure(images, classes)})
+            print(rows[-1], flush=True)
+    write(args.table, rows)
     figure(rows, judges, args.figure)
     return 0
-
-
-def measure(images: Tensor, classes: Tensor | None, judges: list, real: list[Tensor], numbers: Tensor) -> dict:
-    """The numbers of images (N, 3, S, S); the first judge also says whether it sees the classes (N,) asked for."""
-    row = {}
-    for judge, known in zip(judges, real, strict=True):
-        seen = [judge(part) for part in images.split(100)]
-        features, probabilities = (torch.cat(parts) for parts in zip(*seen, strict=True))
-        row[f"Fréchet ({judge.name})"] = frechet_distance(known, features)
-        precision, recall = precision_recall(known, features)
-        row |= {f"precision ({judge.name})": precision, f"recall ({judge.name})": recall}
-        if judge is judges[0] and classes is not None:
-            row["class accuracy"] = (probabilities.argmax(1) == numbers[classes]).double().mean().item()
-    return row
-
-
-def table(rows: dict[tuple[str, str], dict[str, float]]) -> str:
-    names = list(rows["as it is", ""])
-    lines = ["| sampling | | " + " | ".join(names) + " |", "| --- " * (len(names) + 2) + "|"]
-    for (family, label), row in rows.items():
-        cells = [f"{row[name]:.3g}" if name in row else "" for name in names]
-        lines.append(f"| {family} | {label} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
-
-
-def figure(rows: dict, judges: list, path: Path) -> None:
-    """By each judge: Fréchet distance over class accuracy, and recall over precision; a curve a family."""
-    axis_names = [("class accuracy", f"Fréchet ({judge.name})") for judge in judges]
-    axis_names += [(f"precision ({judge.name})", f"recall ({judge.name})") for judge in judges]
-    fig, axes = plt.subplots(1, len(axis_names), figsize=(4 * len(axis_names), 3.4), layout="constrained")
-    for axis, (across, up) in zip(axes, axis_names, strict=True):
-        for family in FAMILIES:
-            # Each curve begins at the model as it is.
-            points = [rows["as it is", ""]] + [row for (name, _), row in rows.items() if name == family]
-            axis.plot([q[across] for q in points], [q[up] for q in points], "o-", ms=3, label=family)
-        axis.plot(rows["as it is", ""][across], rows["as it is", ""][up], "ko", label="as it is")
-        axis.set(xlabel=across, ylabel=up)
-    axes[0].legend(fontsize=7)
-    fig.savefig(path, dpi=130)
 
 
 if __name__ == "__main__":
