@@ -251,7 +251,7 @@ def evaluate_gpt(args, model: TwoStage, train_set, val_set, device: torch.device
 
 
 def compare_new_images(args, features, fake, train_set, val_set, config, device, table) -> None:
-    """Distances to the held-out images, and the check against learning by heart: nearest training images."""
+    """Distances to the held-out images, and the check for memorised images: nearest training images."""
 
     def shown(dataset):
         for batch in data.held_out_batches(dataset, args.batch_size, args.images):

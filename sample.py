@@ -44,7 +44,7 @@ def parse_flags():
     g.add_argument("-n", type=flags.positive, default=16, help="images, of each class or for each given image")
     g.add_argument("--classes", help="names or numbers, separated by commas (all)")
     g.add_argument("--complete", metavar="IMAGE", help="an image whose first rows are kept and the rest imagined")
-    g.add_argument("--keep", type=flags.fraction, default=0.5, help="share of the rows that --complete keeps")
+    g.add_argument("--keep", type=flags.fraction, default=0.5, help="fraction of the rows that --complete keeps")
     g.add_argument("--cond-image", metavar="IMAGE", help="what a spatially conditioned model starts from")
     g.add_argument("--size", type=size, metavar="HxW", help="in pixels; beyond the training size a window slides")
     g.add_argument("--stride", type=flags.positive, default=1, help="columns by which it moves; 4 is 4 times as fast")
@@ -55,7 +55,7 @@ def parse_flags():
         "--reject",
         type=flags.Number(float, most=1, above=0),
         metavar="RATE",
-        help="keep the best share, as a classifier judges",
+        help="keep this fraction: the images that a classifier is surest of",
     )
     g.add_argument(
         "--classifier", metavar="FILE", help="for --reject: of minvqgan.harness.classifier, or a torchvision name"

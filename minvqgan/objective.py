@@ -33,8 +33,8 @@ class ObjectiveConfig:
     loss: str = option("vqgan", "vqvae: squared error, no perceptual loss, no D", choices=("vqgan", "vqvae"))
     perceptual_weight: float = option(1.0, "of the perceptual loss beside L1", least=0)
     disc_loss: str = option("hinge", "the paper writes log, its code trains with hinge", choices=("hinge", "log"))
-    disc_weight: float = option(0.2, "of L_GAN, times lambda", least=0)
-    max_lambda: float = option(0.1, "cap of the adaptive weight lambda", least=0)
+    disc_weight: float = option(0.3, "of L_GAN, times lambda", least=0)
+    max_lambda: float = option(0.05, "cap of the adaptive weight lambda", least=0)
     # DEPARTURE: 1e-6 as in the paper; the official code has 1e-4.
     delta: float = option(1e-6, "added to the denominator of lambda", least=0)
 

@@ -189,9 +189,7 @@ class VectorQuantizer(nn.Module):
         else:  # two codes at one latent: the second is never chosen, and revived again
             chosen = torch.randint(len(candidates), (len(dead),)).to(z.device)
         replacement = candidates[chosen].to(self.codebook.weight.dtype)
-        if (
-            dist.is_initialized()
-        ):  # else each process would revive to its own latents, and the codebooks become different
+        if dist.is_initialized():  # else each process revives to its own latents, and the codebooks differ
             dist.broadcast(replacement, src=0)
         self.codebook.weight[dead] = replacement
         self.recent_use[dead] = 1 / self.codebook_size  # not dead again before it could be chosen

@@ -34,7 +34,7 @@ body { --code-font-size: 0.75rem; }
 .sidebar-drawer { width: max(15em, 50% - 34em); }
 article p, article li, article details { max-width: 46em; }
 article p { overflow: auto hidden; }
-div.math { padding-left: min(2em, 4vw); overflow: auto hidden; }
+div.math { padding-left: min(2em, 4vw); }
 div.math mjx-container { text-align: left !important; }
 article h1 { font-size: 2em; } article h2 { font-size: 1.5em; } article h3 { font-size: 1.2em; }
 article figure { margin: 0.5em 0 1.5em; }

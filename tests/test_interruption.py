@@ -1,6 +1,6 @@
 """Both training scripts, interrupted at random moments, over and over, end with the bits of the uninterrupted run.
 
-Five interruptions each; `KILLS=50 pytest tests/test_interruption.py` for the long run.
+Five interruptions each and one of two processes; `KILLS=50 pytest tests/test_interruption.py` for the long run.
 """
 
 import csv
@@ -13,7 +13,7 @@ import time
 
 import numpy as np
 import pytest
-from helpers import ROOT, assert_same_run, run_script
+from helpers import ROOT, assert_same_run, run_script, start_torchrun, torchrun
 from PIL import Image
 
 from minvqgan.harness import checkpoint
@@ -106,6 +106,35 @@ def test_any_interruption_ends_with_the_same_bits(script, tmp_path):
     assert_same_run(tmp_path / "whole" / "best.pt", tmp_path / "run" / "best.pt")
     assert rows(tmp_path / "whole") == rows(tmp_path / "run")
     assert not list((tmp_path / "run").glob(".*.part")), "half files are left"
+
+
+@pytest.mark.parametrize("script", ["train_vqgan.py", "train_gpt.py"])
+def test_two_processes_killed_end_with_the_same_bits(script, tmp_path):
+    """All processes at once, as a machine that loses its power does."""
+    kills = max(1, KILLS // 5)
+    words = [*(VQGAN if script == "train_vqgan.py" else GPT), str(40 * kills)]
+    if script == "train_gpt.py":
+        assert run_script(*VQGAN, "3", "--out", "first", cwd=tmp_path).returncode == 0
+    assert torchrun(2, *words, "--out", "whole", cwd=tmp_path).returncode == 0
+    last, reached, random_moment = tmp_path / "run" / "last.pt", 0, random.Random(script)
+    for _ in range(kills):
+        process = start_torchrun(2, *words, "--out", "run", *(["--resume"] if last.exists() else []), cwd=tmp_path)
+        after, began = reached + random_moment.randint(1, 30), time.time()
+        while process.poll() is None and max((int(r["step"]) for r in rows(tmp_path / "run")), default=0) < after:
+            time.sleep(0.02)
+            assert time.time() - began < 120
+        time.sleep(random_moment.uniform(0, 0.3))
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate(timeout=120)
+        step = checkpoint.read(last)["step"] if last.exists() else 0
+        assert step >= reached, "a checkpoint was replaced by an older one"
+        reached = step
+    if reached < 40 * kills:
+        resume = ["--resume"] if last.exists() else []
+        done = torchrun(2, *words, "--out", "run", *resume, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr[-3000:]
+    assert_same_run(tmp_path / "whole" / "last.pt", last)
+    assert rows(tmp_path / "whole") == rows(tmp_path / "run")
 
 
 LAUNCHES = {"two readers": [], "two processes": ["-m", "torch.distributed.run", "--nproc_per_node=2"]}

@@ -91,7 +91,7 @@ def assemble(
     """
     last = {grade_id(cell): i for i, cell in enumerate(notebook.cells) if cell.cell_type == "code"}
     if not any(name in last or f"{name}_check" in last for name in checks):
-        others = sorted(name.removesuffix("_check") for name in last if isinstance(name, str))
+        others = sorted({name.removesuffix("_check") for name in last if isinstance(name, str)})
         what = f"its exercises are {', '.join(others[:2])} ..." if others else "it has no exercises"
         raise Unreadable(f"another notebook: {what}")
     # Where the check stood, else below the function, else at the end.

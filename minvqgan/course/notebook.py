@@ -1,6 +1,7 @@
 """How the notebooks look: one style, a diagram of the system, source code shown from the installed package, figures
 with captions."""
 
+import csv
 import inspect
 import io
 import os
@@ -84,8 +85,30 @@ def show(figure, caption: str) -> None:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
     plt.close(figure)
-    display(Image(buffer.getvalue(), alt=caption))
+    _display(buffer.getvalue(), caption)
+
+
+def show_file(name: str, caption: str) -> None:
+    """A figure of long trainings, made by a script of results/."""
+    _display((PACKAGE.parent / "figures" / f"{name}.png").read_bytes(), caption)
+
+
+def _display(png: bytes, caption: str) -> None:
+    display(Image(png, alt=caption))
     display(Markdown(f"*{caption}.*"))
+
+
+def results(name: str) -> list[dict]:
+    """Rows of results/NAME.csv, numbers as numbers: what long trainings gave, measured by the script of that name."""
+    with (PACKAGE.parent / "results" / f"{name}.csv").open() as file:
+        return [{k: _number(v) for k, v in row.items() if v} for row in csv.DictReader(file)]
+
+
+def _number(text: str) -> float | str:
+    try:
+        return float(text)
+    except ValueError:
+        return text
 
 
 # Name -> (x, y, width, what stands in the box). One unit is the width of an arrow.

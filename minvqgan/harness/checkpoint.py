@@ -247,7 +247,7 @@ def load_vqgan(path: str | Path) -> VQGAN:
 
 
 def pack_two_stage(model: TwoStage) -> dict:
-    """Everything that `unpack_two_stage` needs: both first stages travel with the transformer, so one file samples."""
+    """Everything that `unpack_two_stage` needs: its first-stage models too, so one file samples."""
     condition = {"kind": model.condition.kind}
     if condition["kind"] == "class":
         condition["num_classes"] = model.condition.num_tokens

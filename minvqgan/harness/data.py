@@ -301,7 +301,7 @@ class TorchvisionImages(FolderImages):
         return _fit(image.convert("RGB"), self.resize, smooth=True)
 
 
-# Datasets by name: (class, arguments of the training part, of the held-out part).
+# Datasets by name: (class, arguments of the training set, of the held-out set).
 TORCHVISION = {
     "cifar10": ("CIFAR10", {"train": True}, {"train": False}),
     "cifar100": ("CIFAR100", {"train": True}, {"train": False}),
@@ -317,11 +317,11 @@ TORCHVISION_ROOT = Path("data")
 
 
 def _torchvision(name: str, image_size: int, resize: int, seed: int, flip: bool, coords: bool):
-    cls, *parts = TORCHVISION[name]
+    cls, *arguments = TORCHVISION[name]
     sets = []
-    for part in parts:
+    for kwargs in arguments:
         try:
-            wrapped = getattr(torchvision.datasets, cls)(TORCHVISION_ROOT, download=True, **part)
+            wrapped = getattr(torchvision.datasets, cls)(TORCHVISION_ROOT, download=True, **kwargs)
         except (OSError, RuntimeError) as error:  # no network, a moved mirror, a broken archive
             raise UserError(
                 f"{name} is not in ./{TORCHVISION_ROOT} and could not be downloaded ({error}); "
@@ -413,11 +413,11 @@ def _scan(root: Path, sources: tuple[str, ...]) -> tuple[list[dict[str, Path]], 
     return [{source: found[source][stem] for source in sources} for stem in sorted(first)], [""] * len(first), square
 
 
-Part = tuple[list[dict[str, Path]], list[str]]  # files and the class name of each
+Split = tuple[list[dict[str, Path]], list[str]]  # files and the class name of each
 
 
-def _split(files: list, names: list[str], seed: int) -> tuple[Part, Part]:
-    """(training part, held-out part) of a folder: 5 % are held out, one at least, the same ones for a seed. A class
+def _split(files: list, names: list[str], seed: int) -> tuple[Split, Split]:
+    """(training set, held-out set) of a folder: 5 % are held out, one at least, the same ones for a seed. A class
     keeps one image for training."""
     left, held_out = Counter(names), []
     order = [int(i) for i in np.random.default_rng(seed).permutation(len(files))]
@@ -426,16 +426,16 @@ def _split(files: list, names: list[str], seed: int) -> tuple[Part, Part]:
             held_out.append(i)
             left[names[i]] -= 1
     held_out = set(held_out or order[:1])
-    parts = ([i for i in range(len(files)) if (i in held_out) == want] for want in (False, True))
-    return tuple(([files[i] for i in part], [names[i] for i in part]) for part in parts)
+    chosen = ([i for i in range(len(files)) if (i in held_out) == want] for want in (False, True))
+    return tuple(([files[i] for i in numbers], [names[i] for i in numbers]) for numbers in chosen)
 
 
-def _of_known_classes(part: Part, known: set[str]) -> Part:
+def _of_known_classes(split: Split, known: set[str]) -> Split:
     """Without images of classes that the training set does not have: no model could know them."""
-    strange = sorted(set(part[1]) - known)
+    strange = sorted(set(split[1]) - known)
     if strange:
         say(f"skipped held-out images of classes without training images: {', '.join(strange)}")
-    pairs = [(file, name) for file, name in zip(*part, strict=True) if name in known]
+    pairs = [(file, name) for file, name in zip(*split, strict=True) if name in known]
     return [file for file, _ in pairs], [name for _, name in pairs]
 
 
@@ -450,26 +450,26 @@ def _folder(root: Path, image_size: int, resize: int, sources, num_labels, seed:
     if not split and (root / "train").is_dir():
         root = root / "train"  # else "train" would be the name of the only class
     coords, sources = "coords" in sources, tuple(s for s in sources if s != "coords")
-    scanned = [_scan(root / part, sources) for part in ("train", "val")] if split else [_scan(root, sources)]
+    scanned = [_scan(root / name, sources) for name in ("train", "val")] if split else [_scan(root, sources)]
     square = all(square for _, _, square in scanned)
-    parts = [(files, names) for files, names, _ in scanned]
+    splits = [(files, names) for files, names, _ in scanned]
     if split:
-        parts[1] = _of_known_classes(parts[1], set(parts[0][1]))
-    for (files, _), part in zip(parts, ("train", "val"), strict=False):
+        splits[1] = _of_known_classes(splits[1], set(splits[0][1]))
+    for (files, _), name in zip(splits, ("train", "val"), strict=False):
         if not files:
             raise UserError(
-                f"no readable image in {root / part if split else root} (looked for {', '.join(sorted(EXTENSIONS))})"
+                f"no readable image in {root / name if split else root} (looked for {', '.join(sorted(EXTENSIONS))})"
             )
     if not split:
-        if len(parts[0][0]) < 2:
+        if len(splits[0][0]) < 2:
             raise UserError(f"{root} holds one image; at least two are needed, one of them held out")
-        parts = _split(*parts[0], seed)
-    classes = tuple(sorted({name for _, names in parts for name in names}))
+        splits = _split(*splits[0], seed)
+    classes = tuple(sorted({name for _, names in splits for name in names}))
     sets = tuple(
         FolderImages(
             files, [classes.index(n) for n in names], classes, image_size, resize, num_labels, seed, flip, coords
         )
-        for files, names in parts
+        for files, names in splits
     )
     for images in sets:
         images.fixed = square and resize == image_size

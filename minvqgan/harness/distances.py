@@ -1,15 +1,15 @@
-"""Distances between sets of pictures, on the features that a network sees in them.
+"""Distances between sets of images, on the features of a network.
 
-One picture cannot be called "realistic" by a number, a set can: generated and real pictures pass through a network that
+One image cannot be called "realistic" by a number, a set can: generated and real images pass through a network that
 was trained to tell things apart, and what comes out, (N, d), is compared as two clouds of points.
 
     frechet_distance    between the Gaussians fitted to both clouds. On InceptionV3's features it is the FID (Heusel et
                         al. 2017, arXiv:1706.08500); on any other network's it is not, and must not be called so.
-    inception_score     does every picture belong clearly to one class, and all together to many? (Salimans et al. 2016,
+    inception_score     does every image belong clearly to one class, and all together to many? (Salimans et al. 2016,
                         arXiv:1606.03498)
-    precision_recall    which share of the generated lies among the real, which share of the real is reached
+    precision_recall    which fraction of the generated lies among the real, and of the real among the generated
                         (Kynkäänniemi et al. 2019, arXiv:1904.06991)
-    nearest             the training picture nearest to each sample: was it learned by heart?
+    nearest             the training image nearest to each sample: does the model memorise?
 """
 
 import torch
@@ -19,10 +19,10 @@ from torch import Tensor
 def frechet_distance(a: Tensor, b: Tensor) -> float:
     """|mean_a - mean_b|^2 + tr(A + B - 2 (A B)^(1/2)), A and B the covariances of a (N, d) and b (M, d).
 
-    It falls with the number of pictures: compare only values of equal N. Raises ValueError below two rows.
+    It falls with the number of images: compare only values of equal N. Raises ValueError below two rows.
     """
     if len(a) < 2 or len(b) < 2:
-        raise ValueError("a covariance needs at least two pictures")
+        raise ValueError("a covariance needs at least two images")
     a, b = a.double(), b.double()
     A, B = torch.cov(a.T).view(a.shape[1], -1), torch.cov(b.T).view(b.shape[1], -1)  # (d, d)
     # (A B)^(1/2) has the trace of (A^(1/2) B A^(1/2))^(1/2), which is symmetric: its eigenvalues are real and safe.
@@ -33,7 +33,7 @@ def frechet_distance(a: Tensor, b: Tensor) -> float:
 
 
 def inception_score(probabilities: Tensor) -> float:
-    """exp of the mean KL(p(class | picture) || p(class)); probabilities (N, classes) -> 1 to the number of classes."""
+    """exp of the mean KL(p(class | image) || p(class)); probabilities (N, classes) -> 1 to the number of classes."""
     p = probabilities.double()
     log_ratio = p.clamp_min(1e-30).log() - p.mean(0).clamp_min(1e-30).log()
     return (p * log_ratio).sum(1).mean().exp().item()
@@ -52,18 +52,19 @@ def _radii(a: Tensor, k: int) -> Tensor:
 def precision_recall(real: Tensor, fake: Tensor, k: int = 3) -> tuple[float, float]:
     """Features real (N, d), fake (M, d) -> (precision, recall).
 
-    A set's manifold is the union of balls around its points, each reaching to its k-th neighbour. Precision: share of
-    the fake within the real one; recall: share of the real within the fake one. Raises ValueError for up to k pictures.
+    A set's manifold is the union of balls around its points, each reaching to its k-th neighbour. Precision: the
+    fraction of the fake within the real one; recall: of the real within the fake one. Raises ValueError for up to k
+    images.
     """
     if min(len(real), len(fake)) <= k:
-        raise ValueError(f"more than k = {k} pictures are needed")
+        raise ValueError(f"more than k = {k} images are needed")
 
-    def share_within(points: Tensor, centres: Tensor) -> float:
+    def fraction_within(points: Tensor, centres: Tensor) -> float:
         radii = _radii(centres, k)
         return torch.cat([(d <= radii).any(1) for d in _distances(points, centres)]).double().mean().item()
 
     real, fake = real.double(), fake.double()
-    return share_within(fake, real), share_within(real, fake)
+    return fraction_within(fake, real), fraction_within(real, fake)
 
 
 def nearest(queries: Tensor, references: Tensor) -> tuple[Tensor, Tensor]:
@@ -73,5 +74,5 @@ def nearest(queries: Tensor, references: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def spread(values: Tensor) -> tuple[float, float]:
-    """Mean and its standard error over pictures, values (N,)."""
+    """Mean and its standard error over images, values (N,)."""
     return values.mean().item(), (values.double().std() / len(values) ** 0.5).item() if len(values) > 1 else 0.0

@@ -6,7 +6,7 @@ their layout.
 
 Both sides hold the same tensors in the same order, so a mapping is a list of pairs (official prefix, our prefix), made
 by walking a configuration the way the official constructors do. Every key is used, known to be unneeded, or reported: a
-checkpoint that was loaded "almost" gives pictures that are almost right, and costs days.
+checkpoint that was loaded "almost" gives images that are almost right, and costs days.
 """
 
 from collections.abc import Iterable
@@ -216,7 +216,7 @@ def gpt_config(config: dict) -> GPTConfig:
 def load_gpt(state: dict[str, Tensor], config: dict) -> GPT:
     """A GPT from the official GPT's `state_dict`. config: vocab_size, block_size, n_layer, n_head, n_embd.
 
-    Codes and condition share one range there, so every token is a code here and none is the condition's alone. The
+    Codes and condition use one range there, so every token is a code here and none is the condition's alone. The
     three layers query, key and value are one here; the saved causal masks (attn.mask) are not needed.
     """
     sizes = gpt_config(config)
@@ -387,7 +387,7 @@ def export_vqgan(model: VQGAN) -> tuple[dict[str, Tensor], dict]:
 
 def export(model: VQGAN | TwoStage, path: str | Path, config: str | Path) -> None:
     """Write a first-stage model as the official code would: {"state_dict"} and its yaml. Raises UserError for what has
-    no place there, as a transformer: its condition tokens are numbered behind the codes, there both share a range."""
+    no place there, as a transformer: its condition tokens are numbered behind the codes, there both use one range."""
     import yaml
 
     if not isinstance(model, VQGAN):

@@ -1,4 +1,4 @@
-"""Numbers into pictures: grids of images, maps of codes, curves of losses."""
+"""What a person looks at: grids of images, maps of codes, curves of losses."""
 
 from pathlib import Path
 

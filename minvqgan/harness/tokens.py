@@ -57,9 +57,11 @@ def mirrored(batch: dict) -> dict:
     return {k: v.flip(-1) if v.ndim > 1 and k != "coords" else v for k, v in batch.items()}
 
 
-def table(model: TwoStage, dataset, to_c, device, batch_size=100, workers=0, rank=0, world=1) -> tuple[Tensor, Tensor]:
+def table(model: TwoStage, dataset, to_c, device, workers=0, rank=0, world=1) -> tuple[Tensor, Tensor]:
     """Codes of the images rank, rank + world, ... of a dataset without random crops: s (N, V, T), r (N, V, R), int32,
     on the CPU. V = 2 views, as it is and mirrored, where the dataset is to be flipped, else 1."""
+    # As many images at a time as have 2^18 pixels, 256 of 32 px: --batch-size is for gradients, and may be small.
+    batch_size = max(1, 2**18 // (model.config.n * model.vqgan.config.f) ** 2)
     rows: list[tuple[Tensor, Tensor]] = []
     keys = [(i, None) for i in range(rank, len(dataset), world)]
     own = torch.Generator().manual_seed(0)
@@ -82,7 +84,7 @@ def kept_table(run: Run, model: TwoStage, dataset, to_c) -> tuple[Tensor, Tensor
     found = _found(path, identity, model, len(dataset)) if run.rank == 0 else None
     if not runtime.says_rank_0(found is not None):
         run.announce(f"computing the codes of {len(dataset)} images, once")
-        own = table(model, dataset, to_c, run.device, run.micro_batch, run.workers, run.rank, run.world)
+        own = table(model, dataset, to_c, run.device, run.workers, run.rank, run.world)
         s, r = (runtime.gathered(rows, run.rank, run.world) for rows in own)
         if run.rank == 0:
             path.parent.mkdir(parents=True, exist_ok=True)

@@ -148,7 +148,7 @@ def test_solutions_get_all_points(marked):
         ("leaves", 2, "marked"),
         ("truncated", 0, "unreadable"),
         ("list", 0, "unreadable"),
-        ("other", 0, "another notebook: its exercises are codebook_loss"),
+        ("other", 0, "another notebook: its exercises are Quantizer"),
         ("renamed", 4, "marked"),
         ("Ada Lovelace", 4, "marked"),
         ("cheat", 2, "marked"),

@@ -7,6 +7,7 @@ about trained models are left out.
 import json
 import os
 import re
+from itertools import pairwise
 
 import nbformat
 import pytest
@@ -56,7 +57,7 @@ def test_outputs_are_saved(path):
             assert "right: " in cell.outputs[0].text
     figures = 0
     for cell in code:  # below each figure its caption, which is also what those hear who cannot see it
-        for output, below in zip(cell.outputs, [*cell.outputs[1:], None], strict=True):
+        for output, below in pairwise([*cell.outputs, None]):
             if "image/png" in output.get("data", {}):
                 figures += 1
                 caption = output.metadata["image/png"]["alt"]

@@ -38,8 +38,10 @@ const inside = box => box.left >= -1 && box.right <= innerWidth + 1;
 return [...document.querySelectorAll("article *")].filter(e => {
     const box = e.getBoundingClientRect();
     if (!box.width || inside(box) || e.closest("mjx-assistive-mml")) return false;
-    for (let a = e; a.tagName != "ARTICLE"; a = a.parentElement)
-        if (["auto", "scroll"].includes(getComputedStyle(a).overflowX) && inside(a.getBoundingClientRect())) return false;
+    for (let a = e; a.tagName != "ARTICLE"; a = a.parentElement) {
+        const scrolls = ["auto", "scroll"].includes(getComputedStyle(a).overflowX);
+        if (scrolls && inside(a.getBoundingClientRect())) return false;
+    }
     return true;
 }).map(e => e.outerHTML.slice(0, 200));
 """

@@ -1,0 +1,73 @@
+"""What the tables of this folder share: judges, their numbers, and a file of them.
+
+A judge is a residual classifier of minvqgan.harness.classifier that no training has seen, itself trained on sharp
+images only. The first one knows the classes of the data. The perceptual network was trained on the same labels, so the
+two may share their taste; a judge of rotations never saw a label, and looks at shape and orientation more than at
+texture.
+"""
+
+import csv
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from minvqgan.harness import data, flags, metrics
+from minvqgan.harness.classifier import match_classes
+from minvqgan.harness.distances import frechet_distance, precision_recall
+
+
+def add_flags(p: flags.Parser, name: str, images: int) -> None:
+    root = Path(__file__).parent.parent
+    p.add_argument("--data", required=True, help="as in train_vqgan.py; with train/ and val/")
+    p.add_argument("--judges", nargs="+", required=True, help="classifiers' files; the first knows the data's classes")
+    p.add_argument("--images", type=flags.positive, default=images, help="held-out images")
+    p.add_argument("--table", type=Path, default=root / "results" / f"{name}.csv", help="file to write")
+    p.add_argument("--figure", type=Path, default=root / "figures" / f"{name}.png", help="file to write")
+
+
+class Judges:
+    """The judges' files and the held-out images x (N, 3, S, S) with their classes (N,)."""
+
+    def __init__(self, files: list[str], folder: str, size: int, count: int):
+        _, val_set = data.open_data(folder, size)
+        batches = list(data.held_out_batches(val_set, 100, count))
+        self.judges = [metrics.load_features(name) for name in files]
+        self.classes = val_set.classes
+        self.numbers = torch.tensor(match_classes(self.judges[0].classifier.classes, val_set.classes))
+        self.x, self.c = torch.cat([b["image"] for b in batches]), torch.cat([b["class"] for b in batches])
+        self.real = [self._seen(judge, self.x)[0] for judge in self.judges]
+
+    @staticmethod
+    def _seen(judge, images: Tensor) -> tuple[Tensor, Tensor]:
+        features, probabilities = zip(*[judge(part.clamp(-1, 1)) for part in images.split(100)], strict=True)
+        return torch.cat(features), torch.cat(probabilities)
+
+    def measure(self, images: Tensor, classes: Tensor) -> dict[str, float]:
+        """images (M, 3, S, S) beside the held-out ones; the first judge also says how many have their classes (M,)."""
+        row = {}
+        for judge, known in zip(self.judges, self.real, strict=True):
+            features, probabilities = self._seen(judge, images)
+            row[f"Fréchet ({judge.name})"] = frechet_distance(known, features)
+            precision, recall = precision_recall(known, features)
+            row |= {f"precision ({judge.name})": precision, f"recall ({judge.name})": recall}
+            if judge is self.judges[0]:
+                row["class accuracy"] = (probabilities.argmax(1) == self.numbers[classes]).double().mean().item()
+        return row
+
+    def floor(self) -> dict[str, float]:
+        """The held-out images themselves: how many the first judge has right, how far two halves of them are apart."""
+        right = self._seen(self.judges[0], self.x)[1].argmax(1) == self.numbers[self.c]
+        halves = zip(self.judges, self.real, strict=True)
+        return {f"Fréchet ({judge.name})": frechet_distance(f[::2], f[1::2]) for judge, f in halves} | {
+            "class accuracy": right.double().mean().item()
+        }
+
+
+def write(path: Path, rows: list[dict]) -> None:
+    """Rows of numbers and names as csv; a number that a row does not have stays empty."""
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    with path.open("w", newline="") as file:
+        table = csv.DictWriter(file, names)
+        table.writeheader()
+        table.writerows({k: f"{v:.4g}" if isinstance(v, float) else v for k, v in row.items()} for row in rows)

@@ -1,0 +1,87 @@
+"""Quality against variety (Sec. 4.4): what top-k, top-p, guidance and rejection do to class-conditional samples.
+
+    python results/sampling.py --gpt notebooks/checkpoints/cifar_gpt.pt --data cifar10_split --judges C.pt R.pt
+
+Equally many new images for each setting, from the same seeds, beside as many held-out images. Rejection keeps the
+images of which the package's small network is surest: another network than the judges (judging.py).
+"""
+
+import matplotlib
+import torch
+from judging import Judges, add_flags, write
+from torch import Tensor
+
+from minvqgan import Sampling
+from minvqgan.harness import checkpoint, flags, metrics, runtime
+from minvqgan.harness.classifier import load_classifier, match_classes
+from minvqgan.sampler import reject
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+FAMILIES = {  # name: {label: (sampling, fraction that is kept)}
+    "top-k": {f"{k}": (Sampling(top_k=k), 1) for k in (200, 100, 50, 20, 10)},
+    "top-p": {f"{p}": (Sampling(top_p=p), 1) for p in (0.98, 0.95, 0.9, 0.8, 0.7)},
+    "guidance": {f"{g}": (Sampling(guidance=g), 1) for g in (1.25, 1.5, 2, 3)},
+    "guidance, top-p 0.9": {f"{g}": (Sampling(guidance=g, top_p=0.9), 1) for g in (1.25, 1.5, 2, 2.5)},
+    "rejection, kept": {f"{rate}": (Sampling(), rate) for rate in (0.5, 0.25, 0.1, 0.05)},
+}
+
+
+def draw(model, sampling: Sampling, keep: float, n: int, rejector) -> tuple[Tensor, Tensor]:
+    """n images of the model's classes in turn, the surest `keep` of n / keep -> (n, 3, S, S), classes (n,)."""
+    images, classes = [], []
+    numbers = match_classes(rejector.classes, tuple(model.config.classes))
+    per_class = n // len(numbers)
+    for c in range(len(numbers)):
+        asked = torch.full((round(per_class / keep),), c)
+        x = model.sample(asked, seed=c * 100_000, sampling=sampling).clamp(-1, 1)
+        if keep < 1:
+            scores = torch.cat([rejector(part).log_softmax(1)[:, numbers[c]] for part in x.split(500)])
+            x = x[reject(scores, keep)[:per_class]]
+        images.append(x)
+        classes += [c] * len(x)
+    return torch.cat(images), torch.tensor(classes)
+
+
+def figure(rows: list[dict], judges: Judges, path) -> None:
+    """By each judge: Fréchet distance over class accuracy, and recall over precision; a curve a family."""
+    names = [judge.name for judge in judges.judges]
+    pairs = [("class accuracy", f"Fréchet ({name})") for name in names]
+    pairs += [(f"precision ({name})", f"recall ({name})") for name in names]
+    fig, axes = plt.subplots(1, len(pairs), figsize=(4 * len(pairs), 3.4), layout="constrained")
+    plain = next(row for row in rows if row["sampling"] == "as it is")
+    for axis, (across, up) in zip(axes, pairs, strict=True):
+        for family in FAMILIES:
+            points = [plain] + [row for row in rows if row["sampling"] == family]
+            axis.plot([q[across] for q in points], [q[up] for q in points], "o-", ms=3, label=family)
+        axis.plot(plain[across], plain[up], "ko", label="as it is")
+        axis.set(xlabel=across, ylabel=up)
+    axes[0].legend(fontsize=7)
+    fig.savefig(path, dpi=110)
+
+
+@torch.no_grad()
+def main() -> int:
+    p = flags.Parser(description=__doc__.split("\n")[0])
+    add_flags(p, "sampling", images=2000)
+    p.add_argument("--gpt", required=True, help="a class-conditional transformer")
+    args = p.parse_args()
+    model, rejector = checkpoint.load(args.gpt), load_classifier(metrics.SMALL)
+    judges = Judges(args.judges, args.data, model.config.n * model.vqgan.config.f, args.images)
+    # What no transformer can better: the held-out images themselves through the first stage.
+    x_hat = torch.cat([model.vqgan(part)[0] for part in judges.x.split(100)])
+    rows = [{"sampling": "real images", **judges.floor()}]
+    rows.append({"sampling": "reconstructions", **judges.measure(x_hat, judges.c)})
+    for family, settings in ({"as it is": {"": (Sampling(), 1)}} | FAMILIES).items():
+        for label, (sampling, keep) in settings.items():
+            images, classes = draw(model, sampling, keep, args.images, rejector)
+            rows.append({"sampling": family, "at": label, **judges.measure(images, classes)})
+            print(rows[-1], flush=True)
+    write(args.table, rows)
+    figure(rows, judges, args.figure)
+    return 0
+
+
+if __name__ == "__main__":
+    runtime.run(main)
