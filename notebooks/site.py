@@ -23,7 +23,8 @@ try:
 
     MATHJAX = Path(importlib.util.find_spec("sphinx-mathjax-offline").origin).parent / "static/mathjax/tex-svg.js"
 except (ImportError, AttributeError):
-    sys.exit('notebooks/site.py needs Sphinx, MyST-NB, Furo and MathJax: pip install -e ".[site]"')
+    print('notebooks/site.py needs Sphinx, MyST-NB, Furo and MathJax: pip install -e ".[site]"', file=sys.stderr)
+    sys.exit(2)
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -42,7 +43,6 @@ article figure img { display: block; margin-left: 0; }
 article figcaption { font-style: italic; text-align: left; }
 """
 CONFIG = {
-    "project": "minvqgan",
     "extensions": ["myst_nb", "sphinx.ext.mathjax"],
     "nb_execution_mode": "off",
     "nb_merge_streams": True,
@@ -118,7 +118,7 @@ def build(out: Path) -> None:
         app.connect("doctree-resolved", make_figures)
         app.build()
         if app.statuscode:
-            sys.exit("notebooks/site.py: the warnings above; nothing was written")
+            sys.exit(2)  # its warnings are printed
         shutil.copytree(html, out, dirs_exist_ok=True)
     print(f"open {out / 'index.html'}")
 
