@@ -55,6 +55,7 @@ CONFIG = {
     "html_css_files": ["site.css"],
     "html_copy_source": False,
     "html_use_index": False,
+    "html_show_search_summary": False,  # would fetch pages, which browsers refuse from a disk
     "html_show_copyright": False,
 }
 

@@ -49,7 +49,7 @@ FORMULAS = """
 return [...document.querySelectorAll("article .math")].map(e => {
     const svg = e.querySelector("mjx-container svg"), box = svg && svg.getBoundingClientRect();
     return {tex: e.textContent, shown: !!svg && box.width > 3 && box.height > 3,
-            error: !!e.querySelector("[data-mml-node=merror]")};
+            error: !!e.querySelector("[data-mml-node=merror], mjx-container [fill=red]")};  // red: an unknown command
 });
 """
 FIGURES = """
