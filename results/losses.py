@@ -59,7 +59,9 @@ def measure(args, judges: Judges) -> tuple[list[dict], dict[str, Tensor]]:
                 continue
             model = checkpoint.load_vqgan(path)
             x_hat = torch.cat([model(part)[0] for part in x.split(100)])
-            errors = {name: value.mean().item() for name, value in metrics.image_metrics(x, x_hat, None).items()}
+            errors = {
+                name.upper(): value.mean().item() for name, value in metrics.image_metrics(x, x_hat, None).items()
+            }
             rows.append({"loss": loss, "seed": seed, **errors, **judges.measure(x_hat, judges.c)})
             shown.setdefault(loss, x_hat[some])
             print(rows[-1], flush=True)
