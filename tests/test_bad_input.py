@@ -423,6 +423,24 @@ def test_a_link_at_the_temporary_name_is_not_followed(house, tmp_path):
     assert (tmp_path / "mine").read_text() == "mine"
 
 
+def test_links_and_pipes_in_a_run_folder_are_not_written_through(house, tmp_path):
+    (tmp_path / "mine").write_text("mine")
+    run = shutil.copytree(house / "rgb", tmp_path / "run")
+    for name in ("loss.png", "best.pt", "metrics.csv", "config.json", "images/step_0000005.png"):
+        (run / name).unlink(missing_ok=True)
+        (run / name).symlink_to(tmp_path / "mine")
+    (run / ".lock").unlink()
+    os.mkfifo(run / ".lock")  # opened for writing alone it would wait for a reader, for ever
+    words = ["train_vqgan.py", "--resume", "--out", run, "--steps"]
+    done = run_script(*words, "5", cwd=house)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert (run / "images" / "step_0000005.png").is_file() and (tmp_path / "mine").read_text() == "mine"
+    (run / ".lock").unlink()
+    (run / ".lock").symlink_to(tmp_path / "made")
+    assert_one_line_error(run_inside(*words, "6", cwd=house), "cannot write", ".lock")
+    assert not (tmp_path / "made").exists()
+
+
 # What would be written over.
 
 
