@@ -86,7 +86,7 @@ def main() -> int:
     p.add_argument("--train", action="store_true", help="train the models that are missing")
     p.add_argument("--steps", type=flags.positive, default=1800, help="of each training")
     p.add_argument("--seeds", type=flags.natural, nargs="+", default=[0, 1], help="of the trainings")
-    p.add_argument("--flags", default="", help="more flags for each training")
+    p.add_argument("--flags", type=str, default="", help="more flags for each training")
     args = p.parse_args()
     if args.train:
         for seed in args.seeds:

@@ -403,6 +403,17 @@ def test_edited_checkpoints(house, tmp_path):
         assert [p.name for p in (tmp_path / "run").iterdir()] == ["last.pt"]
 
 
+def test_floats_of_eight_bits_are_refused(house, tmp_path):
+    """torch has no `isfinite` for them."""
+    (tmp_path / "run").mkdir()
+    opt = checkpoint.read(house / "rgb" / "last.pt")["opt_g"]
+    first = opt["state"][0] | {"exp_avg": opt["state"][0]["exp_avg"].to(torch.float8_e4m3fn)}
+    changes = {"opt_g": opt | {"state": opt["state"] | {0: first}}}
+    edited(house / "rgb" / "last.pt", tmp_path / "run" / "last.pt", **changes)
+    words = ["train_vqgan.py", "--resume", "--steps", "9", "--out", tmp_path / "run"]
+    assert_one_line_error(run_inside(*words, cwd=house), "opt_g.state.0.exp_avg is no plain tensor", "float8")
+
+
 def test_a_link_at_the_temporary_name_is_not_followed(house, tmp_path):
     (tmp_path / "mine").write_text("mine")
     (tmp_path / "run").mkdir()
@@ -410,6 +421,24 @@ def test_a_link_at_the_temporary_name_is_not_followed(house, tmp_path):
         (tmp_path / "run" / f".{name}.part").symlink_to(tmp_path / "mine")
     assert run_inside(*STAGE_ONE, "--out", tmp_path / "run", cwd=house).returncode == 0
     assert (tmp_path / "mine").read_text() == "mine"
+
+
+def test_links_and_pipes_in_a_run_folder_are_not_written_through(house, tmp_path):
+    (tmp_path / "mine").write_text("mine")
+    run = shutil.copytree(house / "rgb", tmp_path / "run")
+    for name in ("loss.png", "best.pt", "metrics.csv", "config.json", "images/step_0000005.png"):
+        (run / name).unlink(missing_ok=True)
+        (run / name).symlink_to(tmp_path / "mine")
+    (run / ".lock").unlink()
+    os.mkfifo(run / ".lock")  # opened for writing alone it would wait for a reader, for ever
+    words = ["train_vqgan.py", "--resume", "--out", run, "--steps"]
+    done = run_script(*words, "5", cwd=house)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert (run / "images" / "step_0000005.png").is_file() and (tmp_path / "mine").read_text() == "mine"
+    (run / ".lock").unlink()
+    (run / ".lock").symlink_to(tmp_path / "made")
+    assert_one_line_error(run_inside(*words, "6", cwd=house), "cannot write", ".lock")
+    assert not (tmp_path / "made").exists()
 
 
 # What would be written over.
@@ -509,6 +538,10 @@ def test_flags_that_nobody_means(house, tmp_path):
         ([*READERS["train_gpt"], "--data", " "], "--data: the name is empty"),
         ([*READERS["evaluate"], "--data", ""], "--data: the name is empty"),
         ([*STAGE_ONE, "--out", ""], "--out: the name is empty"),
+        (["evaluate.py", "--vqgan", ""], "--vqgan: the name is empty"),
+        ([*sample, "none/best.pt", "--complete", ""], "--complete: the name is empty"),
+        ([*sample, "none/best.pt", "--steps-gif", ""], "--steps-gif: the name is empty"),
+        ([*sample, "none/best.pt", "--n\x1b[31m", "1"], "unknown flag --n?[31m"),
         ([*sample, "none/best.pt", "--out", ""], "--out: the name is empty"),
         ([*READERS["train_vqgan"], "--data", "~nobody-at-all/x"], "there is no user of that name"),
         ([*READERS["train_vqgan"], "--seed", str(2**64)], "--seed: 18446744073709551616 is more than"),

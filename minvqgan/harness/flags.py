@@ -10,7 +10,7 @@ from pathlib import Path
 
 from ..sampler import Sampling
 from . import checkpoint, schema
-from .runtime import UserError
+from .runtime import UserError, printable
 
 
 class Help(argparse.ArgumentDefaultsHelpFormatter):
@@ -26,6 +26,7 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, description: str | None = None, **kwargs):
         first_line = (description or "").split("\n")[0]  # python -OO leaves no docstrings
         super().__init__(description=first_line, formatter_class=Help, allow_abbrev=False, **kwargs)
+        self.register("type", None, path)  # flags without a type are names, too
 
     def parse_known_args(self, args=None, namespace=None):
         for word in sys.argv[1:] if args is None else args:
@@ -38,7 +39,7 @@ class Parser(argparse.ArgumentParser):
             wrong = message.split(": ", 1)[1].split()[0]
             near = difflib.get_close_matches(wrong, self._option_string_actions, n=1)
             message = f"unknown flag {wrong}" + (f"; did you mean {near[0]}?" if near else "; see --help")
-        print(f"error: {message}", file=sys.stderr)
+        print(f"error: {printable(message)}", file=sys.stderr)
         raise SystemExit(2)
 
 

@@ -9,6 +9,7 @@ from torch import Tensor
 from torchvision.utils import make_grid
 
 from ..vqgan import VQGAN
+from . import runtime
 
 
 def to_pixels(x: Tensor) -> Tensor:
@@ -60,9 +61,15 @@ def grid(rows: list[Tensor]) -> Image.Image:
     return to_image(make_grid(cells, nrow=longest, pad_value=1.0))
 
 
+def save(image: Image.Image, path: Path) -> None:
+    """Write a PNG, in the place of a link of that name and not through it: it may be a stranger's folder."""
+    with runtime.written_whole(path) as file:
+        image.save(file, "PNG")
+
+
 def save_grid(path: Path, rows: list[Tensor]) -> None:
     """Write rows of images, each (n, 3, H, W) in [-1, 1], as one PNG."""
-    grid(rows).save(path)
+    save(grid(rows), path)
 
 
 def plot_columns(path: Path, rows: list[dict], panels: list[list[str]], mark: int | None = None) -> None:
@@ -86,5 +93,6 @@ def plot_columns(path: Path, rows: list[dict], panels: list[list[str]], mark: in
         ax.set_xlabel("step")
         ax.legend(fontsize=7)
     figure.tight_layout()
-    figure.savefig(path, dpi=110)
+    with runtime.written_whole(path) as file:
+        figure.savefig(file, format="png", dpi=110)
     plt.close(figure)

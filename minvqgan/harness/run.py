@@ -297,7 +297,8 @@ def _locked(out: Path):
         import fcntl
     except ImportError:  # Windows
         return None
-    file = open(out / ".lock", "ab")  # noqa: SIM115  as long as the process lives
+    # Open as long as the process lives. A folder from a stranger may hold a link or a pipe of this name.
+    file = os.open(out / ".lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not flock: the readers that are forked would inherit it
     except BlockingIOError:

@@ -63,11 +63,16 @@ def flag(value, where: str) -> None:
         raise Misfit(f"{where} is {shown(value)}, not true or false")
 
 
+def _is_tiny(value: Tensor) -> bool:
+    """Floats of 8 bits or fewer: torch cannot even say whether they are finite."""
+    return value.is_floating_point() and value.element_size() < 2
+
+
 def plain_tensor(value, where: str) -> None:
     """A dense one, in memory of its own."""
     if not isinstance(value, Tensor):
         raise Misfit(f"{where} is {shown(value)}, not a tensor")
-    if value.layout != torch.strided or value.is_meta or value.is_quantized or value.is_complex():
+    if value.layout != torch.strided or value.is_meta or value.is_quantized or value.is_complex() or _is_tiny(value):
         raise Misfit(f"{where} is no plain tensor but {value.dtype}, {value.layout}, on {value.device}")
     if value.numel() * value.element_size() > value.untyped_storage().nbytes():
         raise Misfit(f"{where} overlaps itself")
