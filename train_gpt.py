@@ -156,6 +156,7 @@ def main() -> int:
     train_set, val_set = data.open_data(
         args.data, args.image_size, args.resize, sources, num_labels, args.seed, args.flip
     )
+    data.check_outside(args.out, args.data)
     if not saved:
         model = build(args, vqgan, condition, tuple(train_set.classes))
     else:

@@ -177,6 +177,7 @@ def main() -> int:
     train_set, val_set = data.open_data(
         args.data, args.image_size, args.resize, sources, args.num_labels, args.seed, args.flip
     )
+    data.check_outside(args.out, args.data)
     perceptual = metrics.load_perceptual(args.perceptual, args.image_size) if uses_disc(args) else None
     vqgan, disc, perceptual, opt_g, opt_d = build(args, in_channels, perceptual, run.device)
     objective = flags.config(ObjectiveConfig, args)

@@ -467,6 +467,30 @@ def test_outputs_never_replace_an_input(house, tmp_path):
     assert_one_line_error(done, "rgb/best.pt holds a vqgan, not a classifier")
 
 
+@pytest.mark.parametrize("script", ["train_vqgan", "train_gpt"])
+def test_a_run_folder_among_the_images(house, tmp_path, script):
+    """Resumed, the run would have trained on its own reconstructions."""
+    make_photos(tmp_path / "photos", n=4)
+    for part in ("train", "val"):
+        make_photos(tmp_path / "parted" / part, n=4)
+    (tmp_path / "link").symlink_to("photos")
+    inside = {"photos": "photos", "photos/": "photos/run", "link": "photos/run", "parted": "parted/val"}
+    for folder, out in inside.items():
+        words = [*READERS[script], "--data", tmp_path / folder, "--out", tmp_path / out]
+        assert_one_line_error(run_inside(*words, cwd=house), "lies in --data", "choose another")
+        assert not (tmp_path / out / "config.json").exists()
+    words = [*READERS[script], "--data", tmp_path / "parted", "--out", tmp_path / "parted" / "run"]
+    assert run_inside(*words, cwd=house).returncode == 0
+
+
+def test_a_classifier_that_knows_some_classes_only(house, tmp_path):
+    """Equally many classes, most of the same names: by place each would be taken for its neighbour."""
+    names = list(data.open_data("shapes", 16)[0].classes)
+    save_classifier(tmp_path / "other.pt", Classifier((*names[1:], "another")))
+    sample = ["sample.py", *"-n 1 --gpt class/best.pt --reject 0.5 --classifier".split(), tmp_path / "other.pt"]
+    assert_refused(house, sample, f"does not know the class {names[0]!r}")
+
+
 @pytest.mark.parametrize("name", ["best.pt", "config.json", "metrics.csv", "images"])
 @pytest.mark.parametrize("script", READERS)
 def test_foreign_files_in_the_run_folder(house, tmp_path, script, name):

@@ -122,11 +122,11 @@ def save_classifier(path: str | Path, model: Classifier, **more) -> None:
 
 
 def match_classes(known: tuple[str, ...], asked: tuple[str, ...]) -> list[int]:
-    """For each class of a model its number in a classifier: by name, or by place where both have equally many. Raises
-    UserError for a class that the classifier does not know."""
+    """For each class of a model its number in a classifier: by name, or by place where both have equally many and no
+    name in common, as with numbers for names. Raises UserError for a class that the classifier does not know."""
     if set(asked) <= set(known):
         return [known.index(name) for name in asked]
-    if len(known) == len(asked):
+    if len(known) == len(asked) and not set(known) & set(asked):
         return list(range(len(asked)))
     missing = next(name for name in asked if name not in known)
     raise UserError(f"the classifier does not know the class {missing!r} ({', '.join(known[:10])})")

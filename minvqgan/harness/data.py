@@ -512,6 +512,15 @@ def open_data(
     return _folder(root, image_size, resize, sources, num_labels, seed, flip)
 
 
+def check_outside(out: str, name: str) -> None:
+    """Raises UserError for a run folder among the images: resumed, it would train on its own pictures."""
+    root = Path(os.path.expanduser(name))
+    searched = [root / "train", root / "val"] if (root / "train").is_dir() else [root] if root.is_dir() else []
+    place = Path(os.path.realpath(out))  # `resolve` raises for a loop of links
+    if name != "shapes" and any(place.is_relative_to(os.path.realpath(folder)) for folder in searched):
+        raise UserError(f"--out {out} lies in --data {name}, and its pictures would join the images; choose another")
+
+
 def check_classes(name: str, found: tuple[str, ...], known: tuple[str, ...], count: int) -> None:
     """Raises UserError where the classes of a dataset are not those that a model was trained on: another folder among
     them would shift all numbers behind it. Numbers for names, as the official models have, say only how many."""
