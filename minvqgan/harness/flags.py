@@ -179,8 +179,10 @@ def _check_saved(p: Parser, saved: dict, path: Path) -> None:
         odd = ", ".join(sorted(saved.keys() ^ actions.keys()))
         raise UserError(f"{path}: its flags are not of this version ({odd[:80]})")
     for name, value in saved.items():
-        items = value if actions[name].nargs in ("+", "*") and isinstance(value, list) else [value]
-        if not all(_fits(actions[name], item) for item in items):
+        several = actions[name].nargs in ("+", "*")
+        items = value if several and isinstance(value, (list, tuple)) else [value]
+        fits = isinstance(value, (list, tuple)) == several and (items or actions[name].nargs == "*")
+        if not fits or not all(_fits(actions[name], item) for item in items):
             raise UserError(f"{path}: the flag --{name.replace('_', '-')} is {schema.shown(value)}")
 
 
