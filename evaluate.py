@@ -83,7 +83,8 @@ def prepare_out(folder: Path) -> None:
     there = [name for name in ("metrics.json", "neighbours.png") if (folder / name).exists()]
     if there:
         try:
-            own = json.loads((folder / "metrics.json").read_text()).keys() == {"flags", "metrics"}
+            path = folder / "metrics.json"
+            own = path.is_file() and json.loads(path.read_text()).keys() == {"flags", "metrics"}
         except (OSError, ValueError, AttributeError, RecursionError):
             own = False
         if not own:

@@ -304,7 +304,7 @@ def write(args, model: TwoStage, rows: list[torch.Tensor], start: Start) -> None
         for number, images in zip(start.classes, shown, strict=True):
             for i, image in enumerate(images):
                 name = f"{names[number]}_{i:04d}.png" if number is not None else f"{i:04d}.png"
-                pictures.to_image(image).save(out / name)
+                pictures.to_image(image).save(pictures.unlinked(out / name))
     else:
         out.parent.mkdir(parents=True, exist_ok=True)
         if len(shown) == 1:  # without classes as square as can be
@@ -332,7 +332,8 @@ def save_steps(path: Path, model: TwoStage, rows: list[torch.Tensor], frames: in
     steps = [h * w * t // frames for t in range(frames + 1)]
     path.parent.mkdir(parents=True, exist_ok=True)
     images = [pictures.grid([torch.where(when < t, row[:16], torch.tensor(0.0)) for row in rows]) for t in steps]
-    images[0].save(path, save_all=True, append_images=images[1:] + [images[-1]] * 12, duration=120, loop=0)
+    how = {"append_images": images[1:] + [images[-1]] * 12, "duration": 120, "loop": 0}
+    images[0].save(pictures.unlinked(path), save_all=True, **how)
 
 
 if __name__ == "__main__":

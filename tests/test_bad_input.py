@@ -415,6 +415,30 @@ def test_a_link_at_the_temporary_name_is_not_followed(house, tmp_path):
     assert (tmp_path / "mine").read_text() == "mine"
 
 
+def test_links_and_pipes_in_a_run_folder_from_elsewhere(house, tmp_path):
+    """An archive can hold them. What a link points to is not written to, and what nobody reads is not waited for."""
+    (tmp_path / "mine").write_text("mine")
+    shutil.copytree(house / "rgb", tmp_path / "run")
+    run = tmp_path / "run"
+    for name in ("loss.png", "images/step_0000006.png"):
+        (run / name).unlink(missing_ok=True)
+        (run / name).symlink_to(tmp_path / "mine")
+    for name in (".lock", "metrics.csv"):
+        (run / name).unlink(missing_ok=True)
+        os.mkfifo(run / name)
+    done = run_script("train_vqgan.py", "--resume", "--steps", "6", "--out", run, cwd=house, timeout=60)
+    assert done.returncode == 0, done.stderr[-2000:]
+    (run / ".lock").unlink()
+    (run / ".lock").symlink_to(tmp_path / "made")
+    done = run_inside("train_vqgan.py", "--resume", "--steps", "7", "--out", run, cwd=house)
+    assert_one_line_error(done, "cannot write", ".lock")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "0000.png").symlink_to(tmp_path / "mine")
+    done = run_inside("sample.py", "-n", "1", "--gpt", "none/best.pt", "--out", tmp_path / "out", cwd=house)
+    assert done.returncode == 0 and (tmp_path / "out" / "0000.png").is_file()
+    assert (tmp_path / "mine").read_text() == "mine" and not (tmp_path / "made").exists()
+
+
 # What would be written over.
 
 

@@ -60,9 +60,16 @@ def grid(rows: list[Tensor]) -> Image.Image:
     return to_image(make_grid(cells, nrow=longest, pad_value=1.0))
 
 
+def unlinked(path: Path) -> Path:
+    """The path, for writing to. A link there, in a folder that came from elsewhere, is removed and not followed."""
+    if path.is_symlink():
+        path.unlink()
+    return path
+
+
 def save_grid(path: Path, rows: list[Tensor]) -> None:
     """Write rows of images, each (n, 3, H, W) in [-1, 1], as one PNG."""
-    grid(rows).save(path)
+    grid(rows).save(unlinked(path))
 
 
 def plot_columns(path: Path, rows: list[dict], panels: list[list[str]], mark: int | None = None) -> None:
@@ -86,5 +93,5 @@ def plot_columns(path: Path, rows: list[dict], panels: list[list[str]], mark: in
         ax.set_xlabel("step")
         ax.legend(fontsize=7)
     figure.tight_layout()
-    figure.savefig(path, dpi=110)
+    figure.savefig(unlinked(path), dpi=110)
     plt.close(figure)

@@ -283,7 +283,8 @@ def _check_empty(out: Path, flags) -> None:
     if not there:
         return
     try:  # ended before its first save, a run leaves these; its config.json was written first
-        own = json.loads((out / "config.json").read_text())["flags"].keys() == flags
+        path = out / "config.json"
+        own = path.is_file() and json.loads(path.read_text())["flags"].keys() == flags
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         own = False
     if not own:
@@ -297,7 +298,9 @@ def _locked(out: Path):
         import fcntl
     except ImportError:  # Windows
         return None
-    file = open(out / ".lock", "ab")  # noqa: SIM115  as long as the process lives
+    # Open as long as the process lives. A link is not followed, and a pipe, of which nobody reads, is not waited for.
+    how = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW
+    file = open(out / ".lock", "rb", buffering=0, opener=lambda path, _: os.open(path, how, 0o666))  # noqa: SIM115
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not flock: the readers that are forked would inherit it
     except BlockingIOError:
@@ -325,7 +328,7 @@ class MetricsFile:
     def rows(self) -> list[dict]:
         """The rows that can be read. `damaged` counts the others."""
         self.damaged = 0
-        if not self.path.exists():
+        if not self.path.is_file():
             return []
         lines = [line.split(",") for line in self.path.read_text(errors="replace").splitlines()]
         header = lines[0] if lines and {"step"} <= set(lines[0]) <= set(self.columns) else self.columns
