@@ -33,7 +33,7 @@ def parse_flags():
     which.add_argument("--vqgan", metavar="FILE", help="a first stage: how well does it reconstruct?")
     which.add_argument("--gpt", metavar="FILE", help="both stages: how likely are held-out images, how good new ones?")
     g.add_argument("--official-config", metavar="YAML", help="the file is of the paper's authors; its yaml")
-    g.add_argument("--data", type=flags.path, help="as in train_vqgan.py (what the model was trained on)")
+    g.add_argument("--data", help="as in train_vqgan.py (what the model was trained on)")
     g.add_argument("--image-size", type=flags.size, help="side of the images (the model's)")
     g.add_argument("--resize", type=flags.size, help="scale the shorter side to this, then crop (the model's)")
     g.add_argument("--images", type=flags.positive, default=10_000, help="held-out images used, at most")
@@ -51,7 +51,7 @@ def parse_flags():
     g.add_argument("--batch-size", type=flags.positive, default=50, help="images at a time")
     g.add_argument("--seed", type=flags.seed, default=0, help="of the new images")
     g.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
-    g.add_argument("--out", type=flags.path, default="runs/evaluation", help="folder of metrics.json and the images")
+    g.add_argument("--out", default="runs/evaluation", help="folder of metrics.json and the images")
     return p.parse_args()
 
 
@@ -83,7 +83,8 @@ def prepare_out(folder: Path) -> None:
     there = [name for name in ("metrics.json", "neighbours.png") if (folder / name).exists()]
     if there:
         try:
-            own = json.loads((folder / "metrics.json").read_text()).keys() == {"flags", "metrics"}
+            path = folder / "metrics.json"
+            own = path.is_file() and json.loads(path.read_text()).keys() == {"flags", "metrics"}
         except (OSError, ValueError, AttributeError, RecursionError):
             own = False
         if not own:

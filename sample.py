@@ -65,9 +65,7 @@ def parse_flags():
     g.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
 
     g = p.add_argument_group("where")
-    g.add_argument(
-        "--out", type=flags.path, default="samples.png", help="a PNG for one grid, or a folder for single files"
-    )
+    g.add_argument("--out", default="samples.png", help="a PNG for one grid, or a folder for single files")
     g.add_argument("--steps-gif", metavar="FILE", help="an animation of the images as their codes arrive")
     return p.parse_args()
 

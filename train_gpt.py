@@ -56,7 +56,7 @@ def parse_flags():
     g = p.add_argument_group("data and condition")
     g.add_argument("--vqgan", default="runs/vqgan/last.pt", help="checkpoint of train_vqgan.py: the first-stage model")
     g.add_argument("--official-config", metavar="YAML", help="--vqgan is a checkpoint of the paper's authors; its yaml")
-    g.add_argument("--data", type=flags.path, help="as in train_vqgan.py (what the first-stage model was trained on)")
+    g.add_argument("--data", help="as in train_vqgan.py (what the first-stage model was trained on)")
     g.add_argument("--image-size", type=flags.size, help="side of the images or crops (the first-stage model's)")
     g.add_argument(
         "--resize", type=flags.size, help="scale the shorter side to this, then crop (the first-stage model's)"

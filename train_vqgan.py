@@ -84,7 +84,7 @@ def parse_flags():
     p = flags.Parser(description=__doc__)
     t = flags.add_run_flags(p, PRESETS, out="runs/vqgan")
     g = p.add_argument_group("data")
-    g.add_argument("--data", type=flags.path, default="shapes", help="folder, `shapes`, or a torchvision dataset")
+    g.add_argument("--data", default="shapes", help="folder, `shapes`, or a torchvision dataset")
     g.add_argument("--input", default="rgb", choices=data.KINDS, help="what the images are read as")
     g.add_argument("--num-labels", type=flags.size, help="number of labels, for --input labels")
     g.add_argument("--resize", type=flags.size, help="scale the shorter side to this, then crop (the image size)")

@@ -60,7 +60,8 @@ def filter_logits(logits: Tensor, top_k: int | None, top_p: float | None) -> Ten
     left = torch.full_like(likeliest[:, :1], k, dtype=torch.long)  # (B, 1), how many codes stay
     if top_p < 1:
         p = likeliest.softmax(1)
-        left = (p.cumsum(1) - p < top_p).sum(1, keepdim=True)  # while all likelier codes do not reach top_p
+        # While all likelier codes do not reach top_p; a top_p that is 0 in float32 is reached by none.
+        left = (p.cumsum(1) - p < top_p).sum(1, keepdim=True).clamp_min(1)
     last = likeliest.gather(1, left - 1)  # (B, 1), the lowest logit that stays
     above, equal = logits > last, logits == last
     first = equal.cumsum(1) <= left - above.sum(1, keepdim=True)  # a threshold alone would let all equal ones stay

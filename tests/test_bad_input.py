@@ -390,6 +390,9 @@ def test_edited_checkpoints(house, tmp_path):
         ({"flags": [1, 2]}, "flags is a list"),
         ({"flags": content["flags"] | {"val_every": 0}}, "--val-every is 0"),
         ({"flags": content["flags"] | {"seed": True}}, "--seed is True"),
+        ({"flags": content["flags"] | {"ch_mult": []}}, "--ch-mult is a list"),
+        ({"flags": content["flags"] | {"ch_mult": 2}}, "--ch-mult is 2"),
+        ({"flags": content["flags"] | {"lr": [0.1]}}, "--lr is a list"),
         ({"flags": content["flags"] | {"evil": 1}}, "not of this version (evil)"),
         ({"random": [{"cpu": torch.zeros(7, dtype=torch.uint8), "cuda": []}]}, "no state of a random generator"),
         ({"best": float("nan")}, "best is nan"),
@@ -439,6 +442,30 @@ def test_links_and_pipes_in_a_run_folder_are_not_written_through(house, tmp_path
     (run / ".lock").symlink_to(tmp_path / "made")
     assert_one_line_error(run_inside(*words, "6", cwd=house), "cannot write", ".lock")
     assert not (tmp_path / "made").exists()
+
+
+def test_links_and_pipes_in_a_run_folder_from_elsewhere(house, tmp_path):
+    """An archive can hold them. What a link points to is not written to, and what nobody reads is not waited for."""
+    (tmp_path / "mine").write_text("mine")
+    shutil.copytree(house / "rgb", tmp_path / "run")
+    run = tmp_path / "run"
+    for name in ("loss.png", "images/step_0000006.png"):
+        (run / name).unlink(missing_ok=True)
+        (run / name).symlink_to(tmp_path / "mine")
+    for name in (".lock", "metrics.csv"):
+        (run / name).unlink(missing_ok=True)
+        os.mkfifo(run / name)
+    done = run_script("train_vqgan.py", "--resume", "--steps", "6", "--out", run, cwd=house, timeout=60)
+    assert done.returncode == 0, done.stderr[-2000:]
+    (run / ".lock").unlink()
+    (run / ".lock").symlink_to(tmp_path / "made")
+    done = run_inside("train_vqgan.py", "--resume", "--steps", "7", "--out", run, cwd=house)
+    assert_one_line_error(done, "cannot write", ".lock")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "0000.png").symlink_to(tmp_path / "mine")
+    done = run_inside("sample.py", "-n", "1", "--gpt", "none/best.pt", "--out", tmp_path / "out", cwd=house)
+    assert done.returncode == 0 and (tmp_path / "out" / "0000.png").is_file()
+    assert (tmp_path / "mine").read_text() == "mine" and not (tmp_path / "made").exists()
 
 
 # What would be written over.
@@ -567,6 +594,10 @@ def test_flags_that_nobody_means(house, tmp_path):
         ([*sample, "none/best.pt", "--steps-gif", ""], "--steps-gif: the name is empty"),
         ([*sample, "none/best.pt", "--n\x1b[31m", "1"], "unknown flag --n?[31m"),
         ([*sample, "none/best.pt", "--out", ""], "--out: the name is empty"),
+        (["evaluate.py", "--vqgan", ""], "--vqgan: the name is empty"),
+        ([*EVALUATE, "--gpt", "class/best.pt", "--classifier", ""], "--classifier: the name is empty"),
+        ([*sample, "none/best.pt", "--complete", ""], "--complete: the name is empty"),
+        ([*STAGE_TWO, *"--cond none --out new --official-config".split(), ""], "--official-config: the name is empty"),
         ([*READERS["train_vqgan"], "--data", "~nobody-at-all/x"], "there is no user of that name"),
         ([*READERS["train_vqgan"], "--seed", str(2**64)], "--seed: 18446744073709551616 is more than"),
         ([*sample, "none/best.pt", "--seed", str(2**63)], "--seed: 9223372036854775808 is more than"),

@@ -83,6 +83,8 @@ def test_files_that_do_not_fit(saved, tmp_path):
     refused("model.to_code.bias overlaps itself", model=state | {"to_code.bias": torch.zeros(1).expand(4)})
     refused("model.to_code.bias is no plain tensor", model=state | {"to_code.bias": torch.zeros(4).to_sparse()})
     refused("model.to_code.bias is no plain tensor", model=state | {"to_code.bias": torch.zeros(4, device="meta")})
+    for dtype in (torch.float8_e4m3fn, torch.uint16, torch.complex64):  # torch cannot compare with some of them
+        refused("model.to_code.bias is no plain tensor", model=state | {"to_code.bias": torch.zeros(4).to(dtype)})
     refused("model.to_code.bias holds numbers that are", model=state | {"to_code.bias": torch.full((4,), torch.inf)})
     refused("not a dict of names", model=[1, 2])
     with pytest.raises(UserError, match="no checkpoint at"):

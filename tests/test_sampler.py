@@ -50,7 +50,7 @@ def test_choice_by_the_slow_definition(top_k, top_p):
         assert codes == [slow_choice(*row, temperature, top_k, top_p) for row in rows]
 
 
-@pytest.mark.parametrize("top_p", [0.01, 0.3, 0.7, 0.95, 1.0])
+@pytest.mark.parametrize("top_p", [1e-300, 0.01, 0.3, 0.7, 0.95, 1.0])
 def test_top_p_by_the_slow_definition(top_p):
     torch.manual_seed(0)
     logits = torch.randn(50, 12) * 2

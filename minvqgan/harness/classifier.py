@@ -163,8 +163,8 @@ def accuracy(model: nn.Module, pairs: Iterator[tuple[Tensor, Tensor]], device: t
 
 def parse_flags():
     p = flags.Parser(prog="python -m minvqgan.harness.classifier", description=__doc__)
-    p.add_argument("--data", type=flags.path, default="shapes", help="as in train_vqgan.py")
-    p.add_argument("--out", type=flags.path, default="runs/classifier.pt", help="file to write")
+    p.add_argument("--data", default="shapes", help="as in train_vqgan.py")
+    p.add_argument("--out", default="runs/classifier.pt", help="file to write")
     p.add_argument("--task", choices=["classes", "rotations"], default="classes", help="what is told apart")
     p.add_argument("--network", choices=NETWORKS, default="residual", help="residual: a judge, small: perceptual")
     p.add_argument("--image-size", type=flags.size, default=32, help="side of the images")

@@ -26,13 +26,18 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, description: str | None = None, **kwargs):
         first_line = (description or "").split("\n")[0]  # python -OO leaves no docstrings
         super().__init__(description=first_line, formatter_class=Help, allow_abbrev=False, **kwargs)
-        self.register("type", None, path)  # flags without a type are names, too
 
     def parse_known_args(self, args=None, namespace=None):
         for word in sys.argv[1:] if args is None else args:
             if word.startswith("-") and word.endswith("--") and word != "--":
                 self.error(f"{word[:-2]} has no value")  # argparse would give an empty list, whatever the type
-        return super().parse_known_args(args, namespace)
+        known, others = super().parse_known_args(args, namespace)
+        for action in self._actions:
+            value = getattr(known, action.dest, None)
+            # An empty name is the current folder to some functions, and a flag that was not given to others.
+            if isinstance(value, str) and not value.strip() and value != action.default:
+                self.error(f"argument {action.option_strings[0]}: the name is empty")
+        return known, others
 
     def error(self, message: str):
         if message.startswith("unrecognized arguments: "):
@@ -79,13 +84,6 @@ fraction, weight, rate = Number(float, 0, 1), Number(float, 0), Number(float, ab
 seed = Number(int, 0, 2**63 - 1)
 
 
-def path(text: str) -> str:
-    """Type of a flag: a name. An empty one would be the current folder."""
-    if not text.strip():
-        raise argparse.ArgumentTypeError("the name is empty")
-    return text
-
-
 def add_fields(group, config_class: type) -> None:
     """A flag for each field of a config dataclass that was made by `options.option`."""
     types = typing.get_type_hints(config_class)
@@ -130,7 +128,7 @@ MAY_CHANGE += "tensorboard out preset lr disc_lr accumulate".split()
 def add_run_flags(p: Parser, presets: dict, out: str):
     """The flags that both training scripts have, under one name. Returns their group, for more."""
     g = p.add_argument_group("run")
-    g.add_argument("--out", type=path, default=out, help="run folder")
+    g.add_argument("--out", default=out, help="run folder")
     g.add_argument("--preset", default="tiny", choices=presets, help="defaults of all flags")
     g.add_argument("--resume", action="store_true", help="continue the run in --out, with its flags")
     g.add_argument("--seed", type=seed, default=0, help="of the weights, the data order and the crops")
@@ -181,8 +179,10 @@ def _check_saved(p: Parser, saved: dict, path: Path) -> None:
         odd = ", ".join(sorted(saved.keys() ^ actions.keys()))
         raise UserError(f"{path}: its flags are not of this version ({odd[:80]})")
     for name, value in saved.items():
-        items = value if actions[name].nargs in ("+", "*") and isinstance(value, list) else [value]
-        if not all(_fits(actions[name], item) for item in items):
+        several = actions[name].nargs in ("+", "*")
+        items = value if several and isinstance(value, (list, tuple)) else [value]
+        fits = isinstance(value, (list, tuple)) == several and (items or actions[name].nargs == "*")
+        if not fits or not all(_fits(actions[name], item) for item in items):
             raise UserError(f"{path}: the flag --{name.replace('_', '-')} is {schema.shown(value)}")
 
 

@@ -283,7 +283,8 @@ def _check_empty(out: Path, flags) -> None:
     if not there:
         return
     try:  # ended before its first save, a run leaves these; its config.json was written first
-        own = json.loads((out / "config.json").read_text())["flags"].keys() == flags
+        path = out / "config.json"
+        own = path.is_file() and json.loads(path.read_text())["flags"].keys() == flags
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         own = False
     if not own:
@@ -326,7 +327,7 @@ class MetricsFile:
     def rows(self) -> list[dict]:
         """The rows that can be read. `damaged` counts the others."""
         self.damaged = 0
-        if not self.path.exists():
+        if not self.path.is_file():
             return []
         lines = [line.split(",") for line in self.path.read_text(errors="replace").splitlines()]
         header = lines[0] if lines and {"step"} <= set(lines[0]) <= set(self.columns) else self.columns

@@ -21,6 +21,9 @@ Check = Callable[[object, str], None]
 LARGEST = 2**20  # of any size in a configuration: products of two and a kernel still fit in 64 bits
 MOST = 2**40  # of what is counted: a step times a batch still fits
 CHANNELS = 2**16  # of a layer, ch times its factor
+# Of tensors. torch has more, of 8 bits and unsigned ones, with which it cannot even compare.
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+DTYPES += (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
 class Misfit(ValueError):
@@ -63,16 +66,11 @@ def flag(value, where: str) -> None:
         raise Misfit(f"{where} is {shown(value)}, not true or false")
 
 
-def _is_tiny(value: Tensor) -> bool:
-    """Floats of 8 bits or fewer: torch cannot even say whether they are finite."""
-    return value.is_floating_point() and value.element_size() < 2
-
-
 def plain_tensor(value, where: str) -> None:
     """A dense one, in memory of its own."""
     if not isinstance(value, Tensor):
         raise Misfit(f"{where} is {shown(value)}, not a tensor")
-    if value.layout != torch.strided or value.is_meta or value.is_quantized or value.is_complex() or _is_tiny(value):
+    if value.layout != torch.strided or value.is_meta or value.dtype not in DTYPES:
         raise Misfit(f"{where} is no plain tensor but {value.dtype}, {value.layout}, on {value.device}")
     if value.numel() * value.element_size() > value.untyped_storage().nbytes():
         raise Misfit(f"{where} overlaps itself")
