@@ -24,7 +24,7 @@ FAMILIES = {  # name: {label: (sampling, fraction that is kept)}
     "top-p": {f"{p}": (Sampling(top_p=p), 1) for p in (0.98, 0.95, 0.9, 0.8, 0.7)},
     "guidance": {f"{g}": (Sampling(guidance=g), 1) for g in (1.25, 1.5, 2, 3)},
     "guidance, top-p 0.9": {f"{g}": (Sampling(guidance=g, top_p=0.9), 1) for g in (1.25, 1.5, 2, 2.5)},
-    "rejection, kept": {f"{rate}": (Sampling(), rate) for rate in (0.5, 0.25, 0.1, 0.05)},
+    "rejection, kept": {f"{rate}": (Sampling(), rate) for rate in (0.5, 0.25, 0.1)},
 }
 
 
