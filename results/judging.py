@@ -15,6 +15,7 @@ from torch import Tensor
 from minvqgan.harness import data, flags, metrics
 from minvqgan.harness.classifier import match_classes
 from minvqgan.harness.distances import frechet_distance, precision_recall
+from minvqgan.harness.runtime import UserError
 
 
 def add_flags(p: flags.Parser, name: str, images: int) -> None:
@@ -31,6 +32,8 @@ class Judges:
 
     def __init__(self, files: list[str], folder: str, size: int, count: int):
         _, val_set = data.open_data(folder, size)
+        if min(count, len(val_set)) < 8:  # distances between halves need four each
+            raise UserError(f"{min(count, len(val_set))} held-out images are too few to judge by; give 8 at least")
         batches = list(data.held_out_batches(val_set, 100, count))
         self.judges = [metrics.load_features(name) for name in files]
         self.classes = val_set.classes

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from minvqgan.harness import checkpoint, flags, metrics, runtime
 from minvqgan.harness.pictures import to_pixels
+from minvqgan.harness.runtime import UserError
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -39,12 +40,14 @@ def folder(runs: Path, loss: str, seed: int) -> Path:
 
 def train(args, loss: str, seed: int) -> None:
     out = folder(args.runs, loss, seed)
-    words = f"--data {args.data} --steps {args.steps} --seed {seed} --out {out} {LOSSES[loss]} {args.flags}".split()
+    words = ["--data", args.data, "--out", str(out)]  # names may hold spaces
+    words += f"--steps {args.steps} --seed {seed} {LOSSES[loss]} {args.flags}".split()
     if (out / "last.pt").exists():
         if checkpoint.read(out / "last.pt")["step"] >= args.steps:
             return
         words.append("--resume")
-    subprocess.run([sys.executable, ROOT / "train_vqgan.py", *words], check=True)
+    if subprocess.run([sys.executable, ROOT / "train_vqgan.py", *words]).returncode:
+        raise UserError(f"the training of {out} did not end, see above")
 
 
 @torch.no_grad()
@@ -80,7 +83,7 @@ def figure(shown: dict[str, Tensor], path: Path) -> None:
 
 
 def main() -> int:
-    p = flags.Parser(description=__doc__.split("\n")[0])
+    p = flags.Parser(description=__doc__)
     add_flags(p, "losses", images=5000)
     p.add_argument("--runs", type=Path, default=Path("runs/losses"), help="folder of the run folders")
     p.add_argument("--train", action="store_true", help="train the models that are missing")

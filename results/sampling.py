@@ -14,7 +14,9 @@ from torch import Tensor
 from minvqgan import Sampling
 from minvqgan.harness import checkpoint, flags, metrics, runtime
 from minvqgan.harness.classifier import load_classifier, match_classes
+from minvqgan.harness.runtime import UserError
 from minvqgan.sampler import reject
+from minvqgan.two_stage import TwoStage
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -63,11 +65,15 @@ def figure(rows: list[dict], judges: Judges, path) -> None:
 
 @torch.no_grad()
 def main() -> int:
-    p = flags.Parser(description=__doc__.split("\n")[0])
+    p = flags.Parser(description=__doc__)
     add_flags(p, "sampling", images=2000)
     p.add_argument("--gpt", required=True, help="a class-conditional transformer")
     args = p.parse_args()
     model, rejector = checkpoint.load(args.gpt), load_classifier(metrics.SMALL)
+    if not isinstance(model, TwoStage) or model.condition.kind != "class":
+        raise UserError(f"{args.gpt} is no class-conditional transformer")
+    if args.images < model.condition.num_tokens:
+        raise UserError(f"--images {args.images} are fewer than the model's {model.condition.num_tokens} classes")
     judges = Judges(args.judges, args.data, model.config.n * model.vqgan.config.f, args.images)
     # What no transformer can better: the held-out images themselves through the first stage.
     x_hat = torch.cat([model.vqgan(part)[0] for part in judges.x.split(100)])

@@ -687,6 +687,31 @@ def test_a_reader_that_leaves_does_not_end_a_run(house, tmp_path):
     assert checkpoint.read(tmp_path / "run" / "last.pt")["step"] == 12
 
 
+def test_a_script_without_an_output(house, tmp_path):
+    """Started with its output closed, as some services do: Python then has no stream at all."""
+    words = f"{sys.executable} {ROOT / 'sample.py'} -n 1 --gpt none/best.pt --out {tmp_path / 'new.png'} >&-"
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(["bash", "-c", words], cwd=house, env=env, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr[-2000:]
+    assert (tmp_path / "new.png").exists()
+
+
+def test_evidence_that_cannot_be_made(house, tmp_path):
+    """The scripts in results/."""
+    end = ["--data", "shapes", "--judges", "judge.pt", "--table", tmp_path / "t.csv", "--figure", tmp_path / "f.png"]
+    for words, answer in (
+        (["losses.py", "--images", "3"], "3 held-out images are too few"),
+        (["losses.py", "--train", "--seeds", "0", "--steps", "1", "--runs", tmp_path, "--flags", "--ch 0"], "did not"),
+        (["sampling.py", "--gpt", "rgb/last.pt"], "rgb/last.pt is no class-conditional"),
+        (["sampling.py", "--gpt", "none/best.pt"], "none/best.pt is no class-conditional"),
+        (["sampling.py", "--gpt", "class/best.pt", "--images", "5"], "fewer than the model's 6 classes"),
+    ):
+        done = run_script(f"results/{words[0]}", *words[1:], *end, cwd=house)
+        assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr[-2000:]
+        assert done.stderr.splitlines()[-1].startswith("error: ") and answer in done.stderr
+    assert not list(tmp_path.glob("*.csv"))
+
+
 def test_an_error_of_all_processes_is_said_once(house, tmp_path):
     done = torchrun(2, *READERS["train_vqgan"], "--data", tmp_path / "nowhere", cwd=house)
     assert done.returncode == 1 and done.stderr.count("error: --data") == 1

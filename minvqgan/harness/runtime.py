@@ -50,7 +50,9 @@ def run(main: Callable[[], int | None]) -> None:
     Under torchrun the line comes from the first process; torchrun itself then ends with code 1 and a trace of its own.
     """
     code: int | None = 2
-    sys.stdout, sys.stderr = Unbroken(sys.stdout), Unbroken(sys.stderr)
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name) or open(os.devnull, "w")  # noqa: SIM115  None where it was closed (`>&-`)
+        setattr(sys, name, Unbroken(stream))
     try:
         code = main()
     except UserError as error:
