@@ -42,6 +42,7 @@ class Judges:
         self.real = [self._seen(judge, self.x)[0] for judge in self.judges]
 
     @staticmethod
+    @torch.no_grad()
     def _seen(judge, images: Tensor) -> tuple[Tensor, Tensor]:
         features, probabilities = zip(*[judge(part.clamp(-1, 1)) for part in images.split(100)], strict=True)
         return torch.cat(features), torch.cat(probabilities)
