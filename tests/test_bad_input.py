@@ -533,6 +533,16 @@ def test_foreign_files_in_the_run_folder(house, tmp_path, script, name):
     assert list((tmp_path / "run").iterdir()) == [path]
 
 
+def test_codes_of_something_else_are_not_written_over(house, tmp_path):
+    path = tmp_path / "run" / "codes.pt"
+    path.parent.mkdir()
+    torch.save([1, 2], path)
+    before = path.read_bytes()
+    done = run_inside(*READERS["train_gpt"], "--out", path.parent, cwd=house)
+    assert_one_line_error(done, "--out", "holds codes.pt of something else")
+    assert path.read_bytes() == before and list(path.parent.iterdir()) == [path]
+
+
 HOLDS = """
 import fcntl, sys
 file = open(sys.argv[1], "ab")
@@ -642,6 +652,7 @@ def test_bombs_are_refused(house, tmp_path, words):
         "evaluate.py --gpt none/best.pt --perceptual none --features judge.pt -n 100000000000",
         "train_vqgan.py --image-size 100000 --out new",
         "train_vqgan.py --batch-size 1000000000 --out new",
+        "train_vqgan.py --input labels --num-labels 1000000 --image-size 256 --out new",
     ],
 )
 def test_requests_beyond_memory(house, words):
