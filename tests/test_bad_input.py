@@ -588,6 +588,20 @@ def test_damaged_metrics_do_not_stop_a_run(house, tmp_path):
     assert "2 lines of" in done.stdout and (tmp_path / "run" / "metrics.csv.damaged").exists()
 
 
+@pytest.mark.parametrize("out", ["--out taken/x.png", "--out taken", "--out x.png --steps-gif taken/x.gif"])
+def test_names_that_cannot_be_written_are_found_before_the_work(house, tmp_path, out, monkeypatch):
+    """Hours of sampling, or of training a classifier, were lost to them."""
+    (tmp_path / "taken").write_text("mine")
+    monkeypatch.setattr("minvqgan.two_stage.TwoStage.sample_indices", None)
+    gpt = ["--gpt", house / "none" / "best.pt"]
+    assert_one_line_error(run_inside("sample.py", *gpt, *out.split(), cwd=tmp_path), "cannot write", "taken")
+    assert [path.name for path in tmp_path.iterdir()] == ["taken"]
+    words = ["-m", "minvqgan.harness.classifier", "--steps", "1000000000", "--out", "taken/judge.pt"]
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    how = {"cwd": tmp_path, "env": env, "capture_output": True, "text": True, "timeout": 60}
+    assert_one_line_error(subprocess.run([sys.executable, *words], **how), "cannot write", "taken")
+
+
 # Odd flags.
 
 
