@@ -688,12 +688,14 @@ def test_optimized_python_and_terminals_without_letters(house, tmp_path):
         make_photos(tmp_path / "photos" / name, n=4, size=(20, 20))
     odd = "export PYTHONOPTIMIZE=2 PYTHONIOENCODING=ascii"
     words = [*STAGE_TWO, "--data", tmp_path / "photos", "--out", tmp_path / "run"]
-    assert run_script(*words, cwd=house, limit=odd).returncode == 0
+    assert run_script(*words, cwd=house, limit=f"{odd} MPLBACKEND=nonsense").returncode == 0
     gpt = ["--gpt", tmp_path / "run" / "best.pt"]
     for words in (
         ["sample.py", *gpt, "-n", "1", "--out", tmp_path / "out"],
         ["evaluate.py", *gpt, "-n", "4", "--perceptual", "none", "--features", "none", "--out", tmp_path / "e"],
         ["train_vqgan.py", "--help"],
+        ["results/losses.py", "--help"],
+        ["notebooks/coursework.py", "--help"],
     ):
         done = run_script(*words, cwd=house, limit=odd)
         assert done.returncode == 0, done.stderr[-2000:]
@@ -742,6 +744,11 @@ def test_an_error_of_all_processes_is_said_once(house, tmp_path):
     assert done.returncode == 1 and done.stderr.count("error: --data") == 1
     done = torchrun(2, *READERS["evaluate"], cwd=house)
     assert done.returncode == 1 and done.stderr.count("error: evaluate.py runs in one process") == 1
+
+
+def test_half_of_what_torchrun_sets(house):
+    done = run_script("sample.py", "--gpt", "none/best.pt", cwd=house, limit="export RANK=0")
+    assert_one_line_error(done, "RANK is set, but not MASTER_ADDR, MASTER_PORT, WORLD_SIZE", "unset RANK")
 
 
 AUDITED = """
@@ -813,3 +820,10 @@ def hostile_images(folder) -> None:
     (folder / "$(touch executed).jpg").write_bytes(eps)
     (folder / "up").symlink_to("/")
     os.mkfifo(folder / "pipe.png")
+
+
+@pytest.mark.parametrize("closed", [">&- 2>&-", ">/dev/full 2>/dev/full"])
+def test_nowhere_to_write_to_does_not_end_a_run(house, tmp_path, closed):
+    done = run_script(*STAGE_ONE, "--out", tmp_path / "run", cwd=house, limit=f"exec {closed}")
+    assert done.returncode == 0
+    assert checkpoint.read(tmp_path / "run" / "last.pt")["step"] == 4
