@@ -278,7 +278,7 @@ def compare_new_images(args, features, fake, train_set, val_set, config, device,
 
 def main() -> int:
     args = parse_flags()
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+    if os.environ.get("WORLD_SIZE", "1") != "1":
         raise UserError("evaluate.py runs in one process: start it by python, not by torchrun")
     device = runtime.pick_device(args.device)
     model = official.open_model(args.vqgan or args.gpt, args.official_config)

@@ -10,6 +10,7 @@ arXiv:2012.09841).
 """
 
 import math
+import os
 import re
 import sys
 import time
@@ -258,6 +259,8 @@ def main() -> int:
         number_of = match_classes(classifier.classes, class_names(model))
         per_row = math.ceil(min(args.n / args.reject, flags.positive.most))
     check_request(model, start, per_row, world)
+    if rank == 0:
+        make_folders(args)
 
     h, w = start.height // model.vqgan.config.f, start.width // model.vqgan.config.f
     given = None if start.x is None else model.vqgan.encode_indices(start.x.to(device))  # (1, h, w)
@@ -293,20 +296,32 @@ def main() -> int:
     return 0
 
 
+def is_folder(out: Path) -> bool:
+    return out.suffix.lower() != ".png"
+
+
+def make_folders(args) -> None:
+    """Where the images will be written, before anything is sampled: a wrong name would waste it."""
+    out = Path(args.out)
+    folders = [out if is_folder(out) else out.parent, *(Path(gif).parent for gif in [args.steps_gif] if gif)]
+    for folder in folders:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK):
+            raise UserError(f"cannot write to the folder {folder}")
+
+
 def write(args, model: TwoStage, rows: list[torch.Tensor], start: Start) -> None:
     """The grid or the single files, and the animation."""
     kind = model.vqgan.config.input_kind
     names = file_names(class_names(model)) if start.classes != [None] else []
     shown = [pictures.to_rgb(images, kind).cpu() for images in rows]
     out = Path(args.out)
-    if out.suffix.lower() != ".png":
-        out.mkdir(parents=True, exist_ok=True)
+    if is_folder(out):
         for number, images in zip(start.classes, shown, strict=True):
             for i, image in enumerate(images):
                 name = f"{names[number]}_{i:04d}.png" if number is not None else f"{i:04d}.png"
                 pictures.save(pictures.to_image(image), out / name)
     else:
-        out.parent.mkdir(parents=True, exist_ok=True)
         if len(shown) == 1:  # without classes as square as can be
             per_line = math.ceil(len(shown[0]) ** 0.5)
             lines = list(shown[0].split(per_line))
@@ -330,7 +345,6 @@ def save_steps(path: Path, model: TwoStage, rows: list[torch.Tensor], frames: in
         rank = model.order.cpu().argsort().view(h, w)  # when each position's turn comes
     when = rank.repeat_interleave(f, 0).repeat_interleave(f, 1)  # (H, W)
     steps = [h * w * t // frames for t in range(frames + 1)]
-    path.parent.mkdir(parents=True, exist_ok=True)
     images = [pictures.grid([torch.where(when < t, row[:16], torch.tensor(0.0)) for row in rows]) for t in steps]
     how = {"save_all": True, "append_images": images[1:] + [images[-1]] * 12, "duration": 120, "loop": 0}
     with runtime.written_whole(path) as file:

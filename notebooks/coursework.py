@@ -189,7 +189,7 @@ def mark(course: Path) -> None:
 
 
 def main(words: list[str] | None = None) -> None:
-    p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    p = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     p.add_argument("course", type=Path, help="folder to make, or to continue with")
     p.add_argument("--plain", action="store_true", help="whole notebooks without solutions, with all hints")
     p.add_argument("--hints", type=int, choices=(0, 1, 2), help="hints for each; the third is the answer (default: 2)")

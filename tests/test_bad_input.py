@@ -533,6 +533,16 @@ def test_foreign_files_in_the_run_folder(house, tmp_path, script, name):
     assert list((tmp_path / "run").iterdir()) == [path]
 
 
+def test_codes_of_something_else_are_not_written_over(house, tmp_path):
+    path = tmp_path / "run" / "codes.pt"
+    path.parent.mkdir()
+    torch.save([1, 2], path)
+    before = path.read_bytes()
+    done = run_inside(*READERS["train_gpt"], "--out", path.parent, cwd=house)
+    assert_one_line_error(done, "--out", "holds codes.pt of something else")
+    assert path.read_bytes() == before and list(path.parent.iterdir()) == [path]
+
+
 HOLDS = """
 import fcntl, sys
 file = open(sys.argv[1], "ab")
@@ -576,6 +586,20 @@ def test_damaged_metrics_do_not_stop_a_run(house, tmp_path):
     done = run_inside("train_vqgan.py", "--resume", "--steps", "6", "--out", tmp_path / "run", cwd=house)
     assert done.returncode == 0, done.stderr[-2000:]
     assert "2 lines of" in done.stdout and (tmp_path / "run" / "metrics.csv.damaged").exists()
+
+
+@pytest.mark.parametrize("out", ["--out taken/x.png", "--out taken", "--out x.png --steps-gif taken/x.gif"])
+def test_names_that_cannot_be_written_are_found_before_the_work(house, tmp_path, out, monkeypatch):
+    """Hours of sampling, or of training a classifier, were lost to them."""
+    (tmp_path / "taken").write_text("mine")
+    monkeypatch.setattr("minvqgan.two_stage.TwoStage.sample_indices", None)
+    gpt = ["--gpt", house / "none" / "best.pt"]
+    assert_one_line_error(run_inside("sample.py", *gpt, *out.split(), cwd=tmp_path), "cannot write", "taken")
+    assert [path.name for path in tmp_path.iterdir()] == ["taken"]
+    words = ["-m", "minvqgan.harness.classifier", "--steps", "1000000000", "--out", "taken/judge.pt"]
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    how = {"cwd": tmp_path, "env": env, "capture_output": True, "text": True, "timeout": 60}
+    assert_one_line_error(subprocess.run([sys.executable, *words], **how), "cannot write", "taken")
 
 
 # Odd flags.
@@ -642,6 +666,7 @@ def test_bombs_are_refused(house, tmp_path, words):
         "evaluate.py --gpt none/best.pt --perceptual none --features judge.pt -n 100000000000",
         "train_vqgan.py --image-size 100000 --out new",
         "train_vqgan.py --batch-size 1000000000 --out new",
+        "train_vqgan.py --input labels --num-labels 1000000 --image-size 256 --out new",
     ],
 )
 def test_requests_beyond_memory(house, words):
@@ -663,12 +688,14 @@ def test_optimized_python_and_terminals_without_letters(house, tmp_path):
         make_photos(tmp_path / "photos" / name, n=4, size=(20, 20))
     odd = "export PYTHONOPTIMIZE=2 PYTHONIOENCODING=ascii"
     words = [*STAGE_TWO, "--data", tmp_path / "photos", "--out", tmp_path / "run"]
-    assert run_script(*words, cwd=house, limit=odd).returncode == 0
+    assert run_script(*words, cwd=house, limit=f"{odd} MPLBACKEND=nonsense").returncode == 0
     gpt = ["--gpt", tmp_path / "run" / "best.pt"]
     for words in (
         ["sample.py", *gpt, "-n", "1", "--out", tmp_path / "out"],
         ["evaluate.py", *gpt, "-n", "4", "--perceptual", "none", "--features", "none", "--out", tmp_path / "e"],
         ["train_vqgan.py", "--help"],
+        ["results/losses.py", "--help"],
+        ["notebooks/coursework.py", "--help"],
     ):
         done = run_script(*words, cwd=house, limit=odd)
         assert done.returncode == 0, done.stderr[-2000:]
@@ -717,6 +744,11 @@ def test_an_error_of_all_processes_is_said_once(house, tmp_path):
     assert done.returncode == 1 and done.stderr.count("error: --data") == 1
     done = torchrun(2, *READERS["evaluate"], cwd=house)
     assert done.returncode == 1 and done.stderr.count("error: evaluate.py runs in one process") == 1
+
+
+def test_half_of_what_torchrun_sets(house):
+    done = run_script("sample.py", "--gpt", "none/best.pt", cwd=house, limit="export RANK=0")
+    assert_one_line_error(done, "RANK is set, but not MASTER_ADDR, MASTER_PORT, WORLD_SIZE", "unset RANK")
 
 
 AUDITED = """
@@ -788,3 +820,10 @@ def hostile_images(folder) -> None:
     (folder / "$(touch executed).jpg").write_bytes(eps)
     (folder / "up").symlink_to("/")
     os.mkfifo(folder / "pipe.png")
+
+
+@pytest.mark.parametrize("closed", [">&- 2>&-", ">/dev/full 2>/dev/full"])
+def test_nowhere_to_write_to_does_not_end_a_run(house, tmp_path, closed):
+    done = run_script(*STAGE_ONE, "--out", tmp_path / "run", cwd=house, limit=f"exec {closed}")
+    assert done.returncode == 0
+    assert checkpoint.read(tmp_path / "run" / "last.pt")["step"] == 4

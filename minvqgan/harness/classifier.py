@@ -189,6 +189,7 @@ def main() -> int:
     classes = ROTATIONS if rotations else train_set.classes
     if len(classes) < 2:
         raise UserError(f"{args.data} has no classes (subfolders); --task rotations needs none")
+    Path(args.out).parent.mkdir(parents=True, exist_ok=True)  # before the training, which a wrong name would waste
     amp = runtime.pick_amp(args.amp, device)
     torch.manual_seed(args.seed)
     model = Classifier(classes, args.network).to(device, memory_format=torch.channels_last)
@@ -209,7 +210,6 @@ def main() -> int:
         bar.set_postfix(loss=f"{loss.item():.3f}")
     held_out = (task_of(batch, rotations) for batch in data.held_out_batches(val_set, 100, 5000))
     right = accuracy(model.eval(), held_out, device)
-    Path(args.out).parent.mkdir(parents=True, exist_ok=True)
     save_classifier(args.out, model, accuracy=right, flags=vars(args))
     print(f"{right:.1%} of the held-out images recognised: {args.out}")
     return 0

@@ -1,5 +1,6 @@
 """What a person looks at: grids of images, maps of codes, curves of losses."""
 
+import os
 from pathlib import Path
 
 import torch
@@ -74,6 +75,7 @@ def save_grid(path: Path, rows: list[Tensor]) -> None:
 
 def plot_columns(path: Path, rows: list[dict], panels: list[list[str]], mark: int | None = None) -> None:
     """Curves of metrics.csv over the steps, one panel a list of columns; `mark`: a step to draw a line at."""
+    os.environ["MPLBACKEND"] = "agg"  # one of the user's may not exist here, and would end the import
     import matplotlib
 
     matplotlib.use("Agg")

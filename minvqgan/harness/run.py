@@ -61,7 +61,10 @@ class Run:
             )
         self.micro_batch = args.batch_size // (self.world * args.accumulate)
         images = f"{self.micro_batch} images of --image-size {args.image_size}"
-        runtime.check_memory(self.micro_batch * 3 * (args.image_size or 1) ** 2, images, "a smaller --batch-size")
+        channels = max(3, getattr(args, "num_labels", None) or 0)
+        runtime.check_memory(
+            self.micro_batch * channels * (args.image_size or 1) ** 2, images, "a smaller --batch-size"
+        )
         self.last, self.step, self.seconds_before, self.best, self.best_step = False, 0, 0.0, math.inf, 0
         self.state: dict = {}
         self.mark: int | None = None  # a step at which loss.png has a line
@@ -280,15 +283,25 @@ def _check_empty(out: Path, flags) -> None:
     if (out / "last.pt").exists():
         raise UserError(f"{out} already holds a run; add --resume to continue it, or choose another --out")
     there = [n for n in ("best.pt", "config.json", "metrics.csv", "loss.png", "images") if (out / n).exists()]
-    if not there:
+    if _is_foreign(out / "codes.pt"):
+        there.append("codes.pt")
+    elif not there:
         return
     try:  # ended before its first save, a run leaves these; its config.json was written first
         path = out / "config.json"
         own = path.is_file() and json.loads(path.read_text())["flags"].keys() == flags
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         own = False
-    if not own:
+    if not own or "codes.pt" in there:
         raise UserError(f"--out {out} holds {', '.join(there)} of something else, which would be written over")
+
+
+def _is_foreign(path: Path) -> bool:
+    """Is there something that is not the codes of `tokens.kept_table`? Those alone may be made anew."""
+    try:
+        return path.exists() and not checkpoint.read(path, "codes")
+    except UserError:
+        return True
 
 
 def _locked(out: Path):

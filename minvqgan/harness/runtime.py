@@ -88,8 +88,9 @@ def _wait_for_rank_0() -> None:
 
 
 class Unbroken:
-    """A stream that no reader can break: what nobody reads any more (`| head -1`) is dropped, and what its encoding
-    does not have is written as an escape. A run of days must not end for its progress bar."""
+    """A stream that nothing breaks: what cannot be written any more (`| head -1`, a terminal that was closed, a log on
+    a full disk, `>&-`) is dropped, and what its encoding does not have is written as an escape. A run of days must not
+    end for its progress bar."""
 
     def __init__(self, stream):
         self._stream = stream
@@ -102,7 +103,7 @@ class Unbroken:
     def _unbroken(self, function, *args):
         try:
             return function(*args)
-        except BrokenPipeError:
+        except OSError:
             os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())  # for what is buffered, too
         return None
 
@@ -173,6 +174,9 @@ def init_processes(device: torch.device) -> tuple[int, int]:
     """(rank, world size): (0, 1) alone, else as torchrun says."""
     if "RANK" not in os.environ:
         return 0, 1
+    missing = {"WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} - os.environ.keys()
+    if missing:
+        raise UserError(f"RANK is set, but not {', '.join(sorted(missing))}: start by torchrun, or unset RANK")
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     return dist.get_rank(), dist.get_world_size()
 
