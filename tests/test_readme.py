@@ -81,6 +81,7 @@ def folder(tmp_path_factory):
         assert done.returncode == 0, done.stderr
     shutil.copy(folder / "runs" / "vqgan" / "last.pt", folder / "V.pt")
     shutil.copy(folder / "labels" / "last.pt", folder / "LABELS.pt")
+    shutil.copytree(ROOT / "notebooks" / "checkpoints", folder / "notebooks" / "checkpoints")
     return folder
 
 
@@ -178,7 +179,7 @@ def test_every_flag_it_names_exists():
     """Also those of the tables, which no command of the README uses."""
     sources = [ROOT / f"{name}.py" for name in ("train_vqgan", "train_gpt", "sample", "evaluate")]
     sources += [ROOT / "minvqgan" / "harness" / f"{name}.py" for name in ("flags", "classifier", "official")]
-    sources.append(ROOT / "tests" / "benchmarks" / "report.py")
+    sources += [ROOT / "tests" / "benchmarks" / "report.py", *(ROOT / "results").glob("*.py")]
     known = {flag for path in sources for flag in re.findall(r'"(--[a-z0-9-]+)"', path.read_text())}
     for config in (VQGANConfig, ObjectiveConfig, GPTConfig, TwoStageConfig):
         known |= {"--" + field.name.replace("_", "-") for field in dataclasses.fields(config)}
