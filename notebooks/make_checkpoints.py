@@ -1,4 +1,4 @@
-"""Train the models that the notebooks load: about half an hour on two CPU cores, and an hour for those of CIFAR-10.
+"""Train the models that the notebooks load; those of CIFAR-10 take an hour of one busy CPU core.
 
     python notebooks/make_checkpoints.py                        -> notebooks/checkpoints/gpt.pt, spatial.pt
     python notebooks/make_checkpoints.py --cifar cifar10_split  -> cifar_vqvae.pt, cifar_vqgan.pt, cifar_gpt.pt too

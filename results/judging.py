@@ -3,7 +3,12 @@
 A judge is a residual classifier of minvqgan.harness.classifier that no training has seen, itself trained on sharp
 images only. The first one knows the classes of the data. The perceptual network was trained on the same labels, so the
 two may share their taste; a judge of rotations never saw a label, and looks at shape and orientation more than at
-texture.
+texture. Those of the tables (80.6 and 65.5 % right on held-out images) come from
+
+    python -m minvqgan.harness.classifier --data cifar10_split --steps 2800 --amp --out classes.pt
+    python -m minvqgan.harness.classifier --data cifar10_split --steps 1500 --seed 1 --task rotations --amp --out r.pt
+
+where cifar10_split holds train/ (45,000 images) and val/ (5,000) with a subfolder a class.
 """
 
 import csv

@@ -84,11 +84,11 @@ def figure(shown: dict[str, Tensor], path: Path) -> None:
 
 def main() -> int:
     p = flags.Parser(description=__doc__)
-    add_flags(p, "losses", images=5000)
+    add_flags(p, "losses", images=2500)
     p.add_argument("--runs", type=Path, default=Path("runs/losses"), help="folder of the run folders")
     p.add_argument("--train", action="store_true", help="train the models that are missing")
     p.add_argument("--steps", type=flags.positive, default=1800, help="of each training")
-    p.add_argument("--seeds", type=flags.natural, nargs="+", default=[0, 1], help="of the trainings")
+    p.add_argument("--seeds", type=flags.natural, nargs="+", default=[0], help="of the trainings")
     p.add_argument("--flags", type=str, default="", help="more flags for each training")
     args = p.parse_args()
     if args.train:

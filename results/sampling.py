@@ -66,7 +66,7 @@ def figure(rows: list[dict], judges: Judges, path) -> None:
 @torch.no_grad()
 def main() -> int:
     p = flags.Parser(description=__doc__)
-    add_flags(p, "sampling", images=2000)
+    add_flags(p, "sampling", images=1000)
     p.add_argument("--gpt", required=True, help="a class-conditional transformer")
     args = p.parse_args()
     model, rejector = checkpoint.load(args.gpt), load_classifier(metrics.SMALL)

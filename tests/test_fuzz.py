@@ -184,6 +184,31 @@ ODD_VALUES = [
 ]  # fmt: skip
 
 
+def spoilt(content: dict, place: int, value, way: str, other: int = 0) -> dict:
+    """The content of a checkpoint with one thing in it replaced, deleted, swapped with another, or a tensor of another
+    dtype or shape."""
+    everything = places(content)
+    *at, key = everything[place % len(everything)]
+    holder = content
+    for step in at:
+        holder = holder[step]
+    is_tensor = isinstance(holder[key], torch.Tensor)
+    if way == "delete":
+        del holder[key]
+    elif way == "swap":
+        twin = list(holder)[other % len(holder)]
+        holder[key], holder[twin] = holder[twin], holder[key]
+    elif way == "dtype" and is_tensor:
+        kinds = (torch.float64, torch.float16, torch.bfloat16, torch.int32, torch.complex64)
+        holder[key] = holder[key].to(kinds[(other or place) % 5])
+    elif way == "shape" and is_tensor:
+        shapes = (holder[key].reshape(-1)[:1], holder[key][None], holder[key].expand(3, *holder[key].shape))
+        holder[key] = shapes[place % 3]
+    else:
+        holder[key] = value
+    return content
+
+
 @often
 @given(
     kind=st.sampled_from(list(GOOD)),
@@ -196,46 +221,10 @@ ODD_VALUES = [
 @example(kind="two_stage", place=957, other=0, value=5, way="replace")  # torch answers 10**30 with a trace of its C++
 def test_content_of_checkpoints(tmp_path_factory, kind, place, other, value, way):
     """A key missing, exchanged with another, of another type, shape or number: gigantic ones get no memory."""
-    content = torch.load(io.BytesIO(BYTES[kind]), weights_only=True)
-    everything = places(content)
-    *at, key = everything[place % len(everything)]
-    holder = content
-    for step in at:
-        holder = holder[step]
-    if way == "delete":
-        del holder[key]
-    elif way == "swap":
-        keys = list(holder)
-        twin = keys[other % len(keys)]
-        holder[key], holder[twin] = holder[twin], holder[key]
-    elif way == "dtype" and isinstance(holder[key], torch.Tensor):
-        kinds = (torch.float64, torch.float16, torch.bfloat16, torch.int32, torch.complex64)
-        holder[key] = holder[key].to(kinds[other % 5])
-    else:
-        holder[key] = ODD_VALUES[value]
+    content = spoilt(torch.load(io.BytesIO(BYTES[kind]), weights_only=True), place, ODD_VALUES[value], way, other)
     path = tmp_path_factory.mktemp("fuzz") / "odd.pt"
     path.write_bytes(written(content))
     either_a_model_or_one_line(path)
-
-
-def spoilt(content: dict, place: int, value, way: str):
-    """The content of a checkpoint with one thing in it replaced, deleted or of another dtype."""
-    everything = places(content)
-    *at, key = everything[place % len(everything)]
-    holder = content
-    for step in at:
-        holder = holder[step]
-    if way == "delete":
-        del holder[key]
-    elif way == "dtype" and isinstance(holder[key], torch.Tensor):
-        holder[key] = holder[key].to((torch.float64, torch.float16, torch.int32)[place % 3])
-    elif way == "shape" and isinstance(holder[key], torch.Tensor):
-        holder[key] = (holder[key].reshape(-1)[:1], holder[key][None], holder[key].expand(3, *holder[key].shape))[
-            place % 3
-        ]
-    else:
-        holder[key] = value
-    return content
 
 
 TRAINING = {
@@ -297,7 +286,7 @@ YAML = yaml.safe_dump(
     {"model": {"target": "taming.models.vqgan.VQModel", "params": fixture("net2net_none")["first_stage"]}}
 )
 ODD_YAML = [
-    "", "[" * 5000, "&a [*a]", "9" * 6000, "2020-99-99", "!!python/object/apply:os.system [touch /tmp/x]", "~", "-1",
+    "", "[" * 5000, "&a [*a]", "9" * 6000, "2020-99-99", "!!python/object/apply:os.system [touch made]", "~", "-1",
     "1e999", ".nan", "true", "{a: 1}", "[1, x]", "0x", "!!int ''", "? {a: b} : c", "\x00", "=", "<<: 3", "1:99:99",
     "2001-12-14t21:59:43+99:99", "*a", "1_0", "10000000", "99999999999999999999", "'\x1b[31m'", "a: b: c", "- - -",
 ]  # fmt: skip
@@ -328,6 +317,7 @@ def test_configurations(tmp_path_factory, seed, value, way):
         assert official.load(LIGHTNING, path)
     except UserError as error:
         one_line(error)
+    assert not os.path.exists("made")  # the command in ODD_YAML
 
 
 def test_a_yaml_of_aliases_fills_no_memory(tmp_path):
