@@ -749,6 +749,9 @@ def test_an_error_of_all_processes_is_said_once(house, tmp_path):
 def test_half_of_what_torchrun_sets(house):
     done = run_script("sample.py", "--gpt", "none/best.pt", cwd=house, limit="export RANK=0")
     assert_one_line_error(done, "RANK is set, but not MASTER_ADDR, MASTER_PORT, WORLD_SIZE", "unset RANK")
+    whole = "export RANK=x WORLD_SIZE=1 MASTER_ADDR=localhost MASTER_PORT=29500"
+    done = run_script("sample.py", "--gpt", "none/best.pt", cwd=house, limit=whole)
+    assert_one_line_error(done, "RANK=x is not a number", "unset RANK")
 
 
 AUDITED = """

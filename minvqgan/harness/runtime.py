@@ -82,7 +82,8 @@ def run(main: Callable[[], int | None]) -> None:
 def _wait_for_rank_0() -> None:
     """Most errors meet all processes. torchrun ends the others when the first one has ended; what still lives after
     some seconds has met an error of its own."""
-    if int(os.environ.get("RANK", 0)) > 0:
+    rank = os.environ.get("RANK", "0")
+    if rank.isdecimal() and int(rank) > 0:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(5)
 
@@ -177,6 +178,10 @@ def init_processes(device: torch.device) -> tuple[int, int]:
     missing = {"WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} - os.environ.keys()
     if missing:
         raise UserError(f"RANK is set, but not {', '.join(sorted(missing))}: start by torchrun, or unset RANK")
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT"):
+        value = os.environ.get(name, "0")
+        if not value.isdecimal():
+            raise UserError(f"{name}={printable(value)} is not a number: start by torchrun, or unset RANK")
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     return dist.get_rank(), dist.get_world_size()
 

@@ -65,6 +65,7 @@ class Script:
         self.memory = 0.0  # GiB resident at most
 
     def __call__(self) -> float:
+        shutil.rmtree(self.out, ignore_errors=True)  # the script touches no run that is there
         process = subprocess.Popen(self.command, env=self.environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
         said = process.stdout.read()
         _, status, usage = os.wait4(process.pid, 0)
