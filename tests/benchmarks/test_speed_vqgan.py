@@ -23,10 +23,12 @@ from pathlib import Path
 from unittest import mock
 
 import lpips
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
+from PIL import Image
 from timing import paired_ratios, peak_memory, seconds
 
 from minvqgan import VQGAN, VQGANConfig
@@ -36,6 +38,17 @@ from minvqgan.harness import runtime
 ROOT = Path(__file__).resolve().parents[2]
 SHARED = {"ch": 32, "ch_mult": (1, 2, 4), "norm_groups": 32, "z_channels": 64, "codebook_size": 512, "code_dim": 64}
 STEPS, FIRST = 24, 4  # steps counted are those after the first four
+
+
+@pytest.fixture(scope="session")
+def photos(tmp_path_factory) -> Path:
+    """64 images: read in the first four steps and kept, as a small dataset is from its second epoch on."""
+    folder = tmp_path_factory.mktemp("photos")
+    for i, pixels in enumerate(np.random.default_rng(0).integers(0, 256, (64 + 8, 64, 64, 3), dtype=np.uint8)):
+        part = folder / ("train" if i < 64 else "val")
+        part.mkdir(exist_ok=True)
+        Image.fromarray(pixels).save(part / f"{i}.png")
+    return folder
 
 
 @pytest.fixture(scope="session")
@@ -52,14 +65,15 @@ def vgg_home(tmp_path_factory) -> Iterator[Path]:
 class Script:
     """train_vqgan.py with D on from its first step; each call is a run of its own and returns its seconds a step."""
 
-    def __init__(self, config: VQGANConfig, batch: int, with_lpips: bool, amp: bool, out: Path, vgg_home: Path):
+    def __init__(self, config: VQGANConfig, batch: int, with_lpips: bool, amp: bool, out: Path, photos, vgg_home):
         flags = " ".join(f"--{k.replace('_', '-')} {getattr(config, k)}" for k in SHARED if k != "ch_mult")
         flags += f" --ch-mult {' '.join(map(str, config.ch_mult))} --image-size {config.image_size}"
         flags += (
             f" --batch-size {batch} --disc-start 0 --disc-warmup 0 --disc-ramp 0 --disc-layers 3 --disc-channels 64"
         )
         flags += f" --perceptual {'vgg16' if with_lpips else 'none'} {'--amp' if amp else '--no-amp'} --device cpu"
-        flags += f" --steps {STEPS + 1} --log-every {FIRST} --val-every 1000 --val-images 8 --out {out}"
+        flags += f" --steps {STEPS + 1} --log-every {FIRST} --val-every 1000 --val-images 8"
+        flags += f" --data {photos} --resize {config.image_size} --out {out}"
         self.command, self.out = [sys.executable, ROOT / "train_vqgan.py", *flags.split()], out
         self.environment = os.environ | {"TORCH_HOME": str(vgg_home)}
         self.memory = 0.0  # GiB resident at most
@@ -117,13 +131,16 @@ class Official:
 
 @pytest.mark.parametrize("side, batch", [(32, 64), (64, 16)])
 @pytest.mark.parametrize("with_lpips, float32, bfloat16", [(True, 1.6, 2.4), (False, 1.35, 2.0)])
-def test_training_step(side, batch, with_lpips, float32, bfloat16, tmp_path, vgg_home):
+def test_training_step(side, batch, with_lpips, float32, bfloat16, tmp_path, photos, vgg_home):
     config = VQGANConfig(image_size=side, num_res_blocks=1, **SHARED)
     official = Official(config, batch, with_lpips)
     wanted = {"float32": float32}
     if runtime.pick_amp(None, torch.device("cpu")):
         wanted["bfloat16"] = bfloat16
-    ours = {name: Script(config, batch, with_lpips, name == "bfloat16", tmp_path / name, vgg_home) for name in wanted}
+    ours = {
+        name: Script(config, batch, with_lpips, name == "bfloat16", tmp_path / name, photos, vgg_home)
+        for name in wanted
+    }
     ratios = paired_ratios(official, ours, pairs=3)
     what = f"train_vqgan.py, {side} px, batch {batch}, {'with' if with_lpips else 'without'} LPIPS"
     for name, (median, low, high) in ratios.items():
