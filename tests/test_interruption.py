@@ -47,6 +47,11 @@ def rows(run):
         return [{k: v for k, v in row.items() if k != "seconds"} for row in csv.DictReader(file)]
 
 
+def heed_ctrl_c():
+    """A shell starts background jobs with Ctrl-C ignored, and what tests start there would inherit that."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def interrupted(words, cwd, way: str, after: int, delay: float) -> int:
     """Start the script, end it in this way once metrics.csv shows the step `after`, and a delay; its exit code."""
     number, _, kilobytes = WAYS[way]
@@ -54,7 +59,8 @@ def interrupted(words, cwd, way: str, after: int, delay: float) -> int:
     if kilobytes:
         command = ["bash", "-c", f'ulimit -f {kilobytes}; exec "$@"', "bash", *command]
     env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    process = subprocess.Popen(command, cwd=cwd, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen(command, cwd=cwd, env=env, preexec_fn=heed_ctrl_c, **pipes)
     if number is not None:
         began = time.time()
         while process.poll() is None and max((int(r["step"]) for r in rows(cwd / "run")), default=0) < after:
