@@ -1,15 +1,18 @@
-"""results/losses.py trains what is missing, and its table says what the models are."""
+"""The scripts of results/ train what is missing, and their tables say what the models are."""
 
 import csv
 import subprocess
 import sys
+from dataclasses import asdict
 
 import pytest
 import torch
 from helpers import ROOT, make_photos
 
+from minvqgan import VQGAN, VQGANConfig
 from minvqgan.harness import checkpoint, data
 from minvqgan.harness.classifier import Classifier, save_classifier
+from minvqgan.orders import ORDERS
 
 FLAGS = (
     "--ch 8 --ch-mult 1 2 --z-channels 8 --code-dim 4 --codebook-size 16 --batch-size 4 --val-images 8 "
@@ -17,26 +20,93 @@ FLAGS = (
 )
 
 
-def test_a_table_of_losses(tmp_path):
+@pytest.fixture
+def house(tmp_path):
+    """A folder with images of two classes and two judges."""
     for part in ("train", "val"):
         for name in ("bird", "cat"):
             make_photos(tmp_path / "photos" / part / name, 6)
     for name in ("classes", "rotations"):
         save_classifier(tmp_path / f"{name}.pt", Classifier(("bird", "cat")))
-    words = "--data photos --judges classes.pt rotations.pt --runs runs --seeds 0 --steps 2 --images 12".split()
-    files = ["--table", "table.csv", "--figure", "figure.png", "--flags", FLAGS]
-    command = [sys.executable, ROOT / "results" / "losses.py", *words, *files]
-    done = subprocess.run([*command, "--train"], cwd=tmp_path, capture_output=True, text=True)
+    return tmp_path
+
+
+def run(script: str, words: str, house, *more: str) -> None:
+    command = [sys.executable, ROOT / "results" / script, *words.split(), *more]
+    done = subprocess.run(command, cwd=house, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
-    rows = list(csv.DictReader((tmp_path / "table.csv").open()))
+
+
+def table(path) -> list[dict]:
+    return list(csv.DictReader(path.open()))
+
+
+def held_out(house) -> torch.Tensor:
+    return next(data.held_out_batches(data.open_data(str(house / "photos"), 32)[1], 12, 12))["image"]
+
+
+def test_a_table_of_losses(house):
+    words = "--data photos --judges classes.pt rotations.pt --runs runs --seeds 0 --steps 2 --images 12 --train"
+    run("losses.py", f"{words} --table table.csv --figure figure.png", house, "--flags", FLAGS)
+    rows = table(house / "table.csv")
     assert [row["loss"] for row in rows] == ["real images", "squared error", "L1", "L1 + D", "L1 + P", "L1 + P + D"]
-    assert (tmp_path / "figure.png").stat().st_size > 1000
+    assert (house / "figure.png").stat().st_size > 1000
 
     # The L1 of a row is that of the model which the loss in its name trained.
-    x = next(data.held_out_batches(data.open_data(str(tmp_path / "photos"), 32)[1], 12, 12))["image"]
+    x = held_out(house)
     for folder, row in (("squared_error_0", rows[1]), ("L1_P_D_0", rows[5])):
         with torch.no_grad():
-            x_hat, _ = checkpoint.load_vqgan(tmp_path / "runs" / folder / "last.pt")(x)
+            x_hat, _ = checkpoint.load_vqgan(house / "runs" / folder / "last.pt")(x)
         assert float(row["L1"]) == pytest.approx((x - x_hat).abs().mean().item(), rel=2e-3)
-        assert checkpoint.read(tmp_path / "runs" / folder / "last.pt")["flags"]["seed"] == 0
-    assert checkpoint.read(tmp_path / "runs" / "squared_error_0" / "last.pt")["flags"]["loss"] == "vqvae"
+        assert checkpoint.read(house / "runs" / folder / "last.pt")["flags"]["seed"] == 0
+    assert checkpoint.read(house / "runs" / "squared_error_0" / "last.pt")["flags"]["loss"] == "vqvae"
+
+
+def test_a_table_of_orders_and_models(house):
+    first = VQGAN(VQGANConfig(ch=8, z_channels=8, code_dim=4, codebook_size=16))
+    checkpoint.save(house / "vqgan.pt", "vqgan", config=asdict(first.config), model=first.state_dict())
+    words = "--data photos --vqgan vqgan.pt --runs runs --steps 2 --images 8 --seeds 0 1 --table t.csv --figure f.png"
+    run("second_stage.py", words, house)
+    ends = {(row["model"], row["lr"], row["seed"]): row for row in table(house / "t.csv")}
+    assert len(ends) == 2 * (3 + 1) and {row["step"] for row in ends.values()} == {"2"}
+    orders = table(house / "orders.csv")
+    assert {(row["order"], row["seed"]) for row in orders} == {(name, seed) for name in ORDERS for seed in "01"}
+    # Row by row is the best transformer of the other table.
+    assert {row["nats"] for row in orders if row["order"] == "row"} <= {row["nats"] for row in ends.values()}
+    assert all(0 < float(row["nats"]) < 4 for row in orders)  # guessing costs ln 16
+    # What is there is not trained again.
+    before = {path: path.stat().st_mtime_ns for path in (house / "runs").iterdir()}
+    run("second_stage.py", words, house)
+    assert before == {path: path.stat().st_mtime_ns for path in (house / "runs").iterdir()}
+
+
+def test_a_table_of_contexts(house):
+    flags = FLAGS.replace("--ch-mult 1 2 ", "").replace("--codebook-size 16 ", "")
+    words = "--data photos --judges classes.pt rotations.pt --runs runs --train --vqgan-steps 2 --steps 2 --images 8"
+    run("context.py", f"{words} --table t.csv --figure f.png", house, "--flags", flags)
+    _, *rows = table(house / "t.csv")
+    assert [(row["f"], row["codes"]) for row in rows] == [("1", "1024"), ("2", "256"), ("4", "64"), ("8", "16")]
+    assert (house / "f.png").stat().st_size > 1000
+    x = held_out(house)[[i * 12 // 8 for i in range(8)]]
+    with torch.no_grad():
+        x_hat, _ = checkpoint.load_vqgan(house / "runs" / "vqgan_f8" / "last.pt")(x)
+    assert float(rows[3]["L1"]) == pytest.approx((x - x_hat).abs().mean().item(), rel=2e-3)
+
+
+def test_a_palette(monkeypatch):
+    """The nearest colour by brute force, and colours that are the means of their pixels."""
+    monkeypatch.syspath_prepend(ROOT / "results")
+    monkeypatch.setattr("matplotlib.use", lambda backend: None)
+    from context import Palette
+
+    torch.manual_seed(0)
+    pixels = torch.rand(3000, 3) * 2 - 1
+    palette = Palette(pixels, rounds=100)
+    x = pixels[:1200].view(2, 20, 30, 3).permute(0, 3, 1, 2)
+    indices = palette.encode_indices(x)
+    brute = (pixels[:1200, None] - palette.colours).square().sum(2).argmin(1).view(2, 20, 30)
+    assert (indices == brute).float().mean() > 0.999  # rounding decides between two colours that are equally far
+    assert torch.equal(palette.decode_indices(indices), palette.colours[indices].permute(0, 3, 1, 2))
+    chosen = (pixels[:, None] - palette.colours).square().sum(2).argmin(1)
+    for k in range(5):
+        assert torch.allclose(palette.colours[k], pixels[chosen == k].mean(0), atol=1e-4)

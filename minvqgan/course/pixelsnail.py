@@ -56,17 +56,25 @@ class GatedResBlock(nn.Module):
 
 
 class CausalAttention(nn.Module):
-    """Every position looks at all before it and at itself: (B, C, h, w) -> (B, C, h, w)."""
+    """Every position asks all before it: x, codes (B, C, h, w) -> (B, C, h, w).
+
+    Keys and values are made of x and of the embedded codes themselves. What the convolutions have made of a position
+    knows its past alone; its own code, which all later positions may see, would come in only one layer further on.
+    """
 
     def __init__(self, channels: int, heads: int):
         super().__init__()
         self.heads = heads
-        self.qkv, self.proj = nn.Conv2d(channels, 3 * channels, 1), nn.Conv2d(channels, channels, 1)
+        self.query, self.key_value = nn.Conv2d(channels, channels, 1), nn.Conv2d(2 * channels, 2 * channels, 1)
+        self.proj = nn.Conv2d(channels, channels, 1)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, codes: Tensor) -> Tensor:
         B, C, h, w = x.shape
-        qkv = self.qkv(F.elu(x)).view(B, 3, self.heads, C // self.heads, h * w)
-        q, k, v = qkv.permute(1, 0, 2, 4, 3)  # each (B, heads, h * w, C / heads)
+        shape = (B, -1, self.heads, C // self.heads, h * w)
+        (q,) = self.query(F.elu(x)).view(shape).permute(1, 0, 2, 4, 3)  # (B, heads, h * w, C / heads)
+        kv = self.key_value(torch.cat([F.elu(x), codes], 1)).view(shape).permute(1, 0, 2, 4, 3)
+        # Moved on by one place, so that "up to itself" means all before it. The first position finds a zero.
+        k, v = F.pad(kv, (0, 0, 1, 0))[..., :-1, :]
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         return x + self.proj(y.transpose(2, 3).reshape(B, C, h, w))
 
@@ -95,24 +103,26 @@ class PixelSNAIL(nn.Module):
         self.condition = nn.Embedding(num_classes, channels)
         self.position = nn.Parameter(0.02 * torch.randn(channels, n, n))
         self.first = MaskedConv2d(channels, channels, 5, sees_itself=False)
-        layers: list[nn.Module] = []
-        for _ in range(blocks):
-            layers += [GatedResBlock(channels, 3, dropout) for _ in range(res_blocks)]
-            layers.append(CausalAttention(channels, heads))
-        self.layers = nn.Sequential(*layers)
+        self.blocks = nn.ModuleList(
+            nn.Sequential(*[GatedResBlock(channels, 3, dropout) for _ in range(res_blocks)]) for _ in range(blocks)
+        )
+        self.attentions = nn.ModuleList(CausalAttention(channels, heads) for _ in range(blocks))
         self.head = nn.Conv2d(channels, codebook_size, 1)
 
     def forward(self, indices: Tensor, classes: Tensor) -> Tensor:
         if indices.shape[1:] != (self.n, self.n):
             raise ValueError(f"expected maps of {self.n} x {self.n} codes, got {tuple(indices.shape[1:])}")
-        codes = self.code(indices)  # (B, h, w, C)
+        embedded = self.code(indices)  # (B, h, w, C)
         # The code just before in reading order: at a row's begin it is the last of the row above, which the masks hide
         # from the convolutions, and so from all that attention could collect.
-        previous = F.pad(codes.flatten(1, 2)[:, :-1], (0, 0, 1, 0)).view_as(codes)
-        x = self.first(codes.permute(0, 3, 1, 2)) + previous.permute(0, 3, 1, 2)  # (B, C, h, w)
+        previous = F.pad(embedded.flatten(1, 2)[:, :-1], (0, 0, 1, 0)).view_as(embedded)
+        codes = embedded.permute(0, 3, 1, 2)  # (B, C, h, w)
+        x = self.first(codes) + previous.permute(0, 3, 1, 2)
         # The condition and the place come in after the shifted first layer: they are no secret.
         x = x + self.position + self.condition(classes)[:, :, None, None]
-        return self.head(F.elu(self.layers(x)))  # (B, K, h, w)
+        for block, attention in zip(self.blocks, self.attentions, strict=True):
+            x = attention(block(x), codes)
+        return self.head(F.elu(x))  # (B, K, h, w)
 
     def loss(self, indices: Tensor, classes: Tensor) -> Tensor:
         """-log p(s | c) in nats a code, mean over all: scalar."""
