@@ -150,7 +150,8 @@ def main() -> int:
         spent = (time.process_time() - began) / args.images
         row = {"f": f, "codes": side * side, "nats a code": nats, "nats a pixel": nats * side * side / 32**2}
         row |= {"seconds a sample": spent, "L1": (x_hat - judges.x).abs().mean().item()}
-        row |= {f"reconstructions: {k}": v for k, v in judges.measure(x_hat, judges.c).items() if "ré" in k}
+        rebuilt = judges.measure(x_hat, judges.c)
+        row |= {f"reconstructions: {k}": v for k, v in rebuilt.items() if k.startswith("Fréchet")}
         rows.append(row | judges.measure(samples, classes))
         print(rows[-1], flush=True)
         shown[f] = (x_hat[:: max(1, args.images // SHOWN)][:SHOWN], samples[:SHOWN])

@@ -28,7 +28,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 ROOT = Path(__file__).parent.parent
-RATES = {"transformer": (1e-3, 2e-3, 4e-3), "PixelSNAIL": (1e-3, 2e-3, 4e-3)}
+MODELS, RATES = ("transformer", "PixelSNAIL"), (1e-3, 2e-3, 4e-3)
 POINTS = 12  # of each curve
 
 
@@ -125,8 +125,8 @@ def main() -> int:
     run = partial(train, args, codes, held_out, vqgan.config.codebook_size, len(train_set.classes))
 
     every, curves, best = [], {}, {}
-    for kind, rates in RATES.items():
-        tried = {lr: run(kind, "row", lr, args.seeds[0]) for lr in rates}
+    for kind in MODELS:
+        tried = {lr: run(kind, "row", lr, args.seeds[0]) for lr in RATES}
         best[kind] = min(tried, key=lambda lr, tried=tried: last(tried[lr]))
         curves[kind] = [run(kind, "row", best[kind], seed) for seed in args.seeds]
         every += [*tried.values(), *curves[kind][1:]]
