@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint_sequential
 
-from .layers import ResBlock, SelfAttention2d, Upsample, group_norm
+from .layers import GroupNorm, ResBlock, SelfAttention2d, Upsample
 
 if TYPE_CHECKING:
     from .vqgan import VQGANConfig
@@ -45,7 +45,7 @@ class Decoder(nn.Module):
             if level > 0:
                 layers.append(Upsample(channels))
                 resolution *= 2
-        layers.append(group_norm(channels, groups))
+        layers.append(GroupNorm(channels, groups))
         self.layers = nn.Sequential(*layers)
         # G_L, the last layer: the adaptive weight of Eq. 7 is measured on its weights, so it keeps a name of its own.
         self.conv_out = nn.Conv2d(channels, c.in_channels, 3, padding=1)

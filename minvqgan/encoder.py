@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
-from .layers import Downsample, ResBlock, SelfAttention2d, group_norm
+from .layers import Downsample, GroupNorm, ResBlock, SelfAttention2d
 
 if TYPE_CHECKING:
     from .vqgan import VQGANConfig
@@ -42,7 +42,7 @@ class Encoder(nn.Module):
             ResBlock(channels, channels, groups, c.dropout),
             SelfAttention2d(channels, groups),
             ResBlock(channels, channels, groups, c.dropout),
-            group_norm(channels, groups),
+            GroupNorm(channels, groups),
             nn.SiLU(),
             nn.Conv2d(channels, c.z_channels, 3, padding=1),
         ]

@@ -6,11 +6,12 @@ whose sides the downsampling factor divides.
 Letters: B batch, C channels, H x W pixels of the map at hand, N = H*W positions.
 """
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 
-def group_norm(channels: int, norm_groups: int) -> nn.GroupNorm:
+class GroupNorm(nn.GroupNorm):
     """GroupNorm of Wu & He 2018 (arXiv:1803.08494) with the eps = 1e-6 of the official code.
 
     It takes GroupNorm and not BatchNorm, because batches of 256-pixel images are small. It subtracts the mean of each
@@ -20,9 +21,19 @@ def group_norm(channels: int, norm_groups: int) -> nn.GroupNorm:
 
     Raises ValueError where `norm_groups` does not divide `channels`.
     """
-    if channels % norm_groups:
-        raise ValueError(f"norm_groups = {norm_groups} does not divide a layer's {channels} channels")
-    return nn.GroupNorm(norm_groups, channels, eps=1e-6)
+
+    def __init__(self, channels: int, norm_groups: int):
+        if channels % norm_groups:
+            raise ValueError(f"norm_groups = {norm_groups} does not divide a layer's {channels} channels")
+        super().__init__(norm_groups, channels, eps=1e-6)
+
+    def forward(self, x: Tensor) -> Tensor:  # (B, C, H, W) -> (B, C, H, W)
+        # A CPU reads 16 numbers of a group at a time: with fewer bfloat16 is two to five times as slow as float32. On a
+        # GPU autocast takes float32 here by itself.
+        if x.dtype == torch.bfloat16 and self.num_channels < 16 * self.num_groups:
+            with torch.autocast(x.device.type, enabled=False):
+                return super().forward(x.float()).to(x.dtype)
+        return super().forward(x)
 
 
 class ResBlock(nn.Module):
@@ -30,9 +41,9 @@ class ResBlock(nn.Module):
 
     def __init__(self, in_channels: int, out_channels: int, norm_groups: int, dropout: float = 0.0):
         super().__init__()
-        self.norm1 = group_norm(in_channels, norm_groups)
+        self.norm1 = GroupNorm(in_channels, norm_groups)
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
-        self.norm2 = group_norm(out_channels, norm_groups)
+        self.norm2 = GroupNorm(out_channels, norm_groups)
         self.dropout = nn.Dropout(dropout)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
         # The sum needs equal channels. Where they already agree the skip must stay the identity: a learned skip
@@ -54,7 +65,7 @@ class SelfAttention2d(nn.Module):
 
     def __init__(self, channels: int, norm_groups: int):
         super().__init__()
-        self.norm = group_norm(channels, norm_groups)
+        self.norm = GroupNorm(channels, norm_groups)
         self.q, self.k, self.v, self.proj = (nn.Conv2d(channels, channels, 1) for _ in range(4))
 
     def forward(self, x: Tensor) -> Tensor:

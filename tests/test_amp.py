@@ -1,4 +1,4 @@
-"""Where bfloat16 is chosen without being asked for."""
+"""Where bfloat16 is chosen without being asked for, and a layer that leaves it."""
 
 import time
 
@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from minvqgan.harness import runtime
+from minvqgan.layers import GroupNorm
 
 CPU = torch.device("cpu")
 
@@ -31,3 +32,20 @@ def test_the_choice_leaves_no_trace():
     state, threads = torch.get_rng_state(), torch.get_num_threads()
     assert runtime.pick_amp(None, CPU) in (True, False)
     assert torch.equal(state, torch.get_rng_state()) and torch.get_num_threads() == threads
+
+
+@pytest.mark.parametrize("groups", [1, 2, 8, 32])
+def test_a_group_norm_in_bfloat16_is_that_of_float32_rounded(groups):
+    """Narrow groups go through float32, wide ones do not: gradients and values are torch's for both."""
+    torch.manual_seed(0)
+    ours, plain = GroupNorm(32, groups), torch.nn.GroupNorm(groups, 32, eps=1e-6)
+    x = (torch.randn(2, 32, 8, 8) * 3 + 1).bfloat16().requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        y = ours(x)
+    expected = plain(x.float())
+    assert y.dtype == torch.bfloat16
+    assert torch.allclose(y.float(), expected, rtol=2**-7, atol=2**-7)
+    g = torch.randn_like(expected)
+    found = torch.autograd.grad(y, [x, *ours.parameters()], g.bfloat16())
+    for a, b in zip(found, torch.autograd.grad(expected, [x, *plain.parameters()], g), strict=True):
+        assert (a.float() - b.float()).norm() < 0.02 * b.float().norm()
