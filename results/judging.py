@@ -1,14 +1,18 @@
 """What the tables of this folder share: judges, their numbers, and a file of them.
 
 A judge is a residual classifier of minvqgan.harness.classifier that no training has seen, itself trained on sharp
-images only. The first one knows the classes of the data. The perceptual network was trained on the same labels, so the
-two may share their taste; a judge of rotations never saw a label, and looks at shape and orientation more than at
-texture. Those of the tables (80.6 and 65.5 % right on held-out images) come from
+images only. The first one knows the classes of the data, where the data has any. The perceptual network was trained on
+the same labels, so the two may share their taste; a judge of rotations never saw a label, and looks at shape and
+orientation more than at texture. Those of the tables (80.6 and 65.5 % right on held-out images) come from
 
     python -m minvqgan.harness.classifier --data cifar10_split --steps 2800 --amp --out classes.pt
     python -m minvqgan.harness.classifier --data cifar10_split --steps 1500 --seed 1 --task rotations --amp --out r.pt
 
-where cifar10_split holds train/ (45,000 images) and val/ (5,000) with a subfolder a class.
+where cifar10_split holds train/ (45,000 images) and val/ (5,000) with a subfolder a class. A third judge, of rotations
+of other photographs (BSDS500's 300, 64 pixels), belongs to the table of road scenes:
+
+    python -m minvqgan.harness.classifier --data bsds500 --image-size 64 --batch-size 32 --steps 1500 --task rotations \
+        --amp --out photographs.pt
 """
 
 import csv
@@ -16,6 +20,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.utils.data import default_collate
 
 from minvqgan.harness import data, flags, metrics
 from minvqgan.harness.classifier import match_classes
@@ -33,16 +38,24 @@ def add_flags(p: flags.Parser, name: str, images: int) -> None:
 
 
 class Judges:
-    """The judges' files and the held-out images x (N, 3, S, S) with their classes (N,)."""
+    """The judges' files and the held-out images x (N, 3, S, S) with their classes (N,).
 
-    def __init__(self, files: list[str], folder: str, size: int, count: int):
-        _, val_set = data.open_data(folder, size)
-        if min(count, len(val_set)) < 8:  # distances between halves need four each
-            raise UserError(f"{min(count, len(val_set))} held-out images are too few to judge by; give 8 at least")
+    resize: as in train_vqgan.py. crops: of each image, at places drawn once and for all; 1 is the centre.
+    """
+
+    def __init__(self, files: list[str], folder: str, size: int, count: int, resize: int | None = None, crops: int = 1):
+        _, val_set = data.open_data(folder, size, resize)
+        count = min(count, len(val_set))
+        if count < 8:  # distances between halves need four each
+            raise UserError(f"{count} held-out images are too few to judge by; give 8 at least")
         batches = list(data.held_out_batches(val_set, 100, count))
+        if crops > 1:
+            keys = ((i * len(val_set) // count, i * crops + n) for i in range(count) for n in range(crops))
+            batches = [default_collate([val_set[key] for key in keys])]
         self.judges = [metrics.load_features(name) for name in files]
         self.classes = val_set.classes
-        self.numbers = torch.tensor(match_classes(self.judges[0].classifier.classes, val_set.classes))
+        if len(self.classes) > 1:
+            self.numbers = torch.tensor(match_classes(self.judges[0].classifier.classes, self.classes))
         self.x, self.c = torch.cat([b["image"] for b in batches]), torch.cat([b["class"] for b in batches])
         self.real = [self._seen(judge, self.x)[0] for judge in self.judges]
 
@@ -60,17 +73,18 @@ class Judges:
             row[f"Fréchet ({judge.name})"] = frechet_distance(known, features)
             precision, recall = precision_recall(known, features)
             row |= {f"precision ({judge.name})": precision, f"recall ({judge.name})": recall}
-            if judge is self.judges[0]:
+            if judge is self.judges[0] and len(self.classes) > 1:
                 row["class accuracy"] = (probabilities.argmax(1) == self.numbers[classes]).double().mean().item()
         return row
 
     def floor(self) -> dict[str, float]:
         """The held-out images themselves: how many the first judge has right, how far two halves of them are apart."""
-        right = self._seen(self.judges[0], self.x)[1].argmax(1) == self.numbers[self.c]
         halves = zip(self.judges, self.real, strict=True)
-        return {f"Fréchet ({judge.name})": frechet_distance(f[::2], f[1::2]) for judge, f in halves} | {
-            "class accuracy": right.double().mean().item()
-        }
+        row = {f"Fréchet ({judge.name})": frechet_distance(f[::2], f[1::2]) for judge, f in halves}
+        if len(self.classes) > 1:
+            right = self._seen(self.judges[0], self.x)[1].argmax(1) == self.numbers[self.c]
+            row["class accuracy"] = right.double().mean().item()
+        return row
 
 
 def write(path: Path, rows: list[dict]) -> None:

@@ -1,6 +1,9 @@
 """VQGAN or VQ-VAE? (Sec. 3.1, 4.1) One first stage trained under five losses, judged on images that no training saw.
 
     python results/losses.py --data cifar10_split --judges classes.pt rotations.pt --runs runs/losses --train
+    python results/losses.py --data camvid --resize 128 --size 64 --crops 4 --judges classes.pt rotations.pt bsds.pt \
+        --runs runs/losses_camvid --steps 600 --flags="--ch-mult 1 2 4 4 --batch-size 16" \
+        --table results/losses_camvid.csv --figure figures/losses_camvid.png --train
 
 `--train` trains what is not there yet, with train_vqgan.py and equal steps. Without it the table is remade from the
 checkpoints. What the judges can tell: judging.py.
@@ -41,6 +44,7 @@ def folder(runs: Path, loss: str, seed: int) -> Path:
 def train(args, loss: str, seed: int) -> None:
     out = folder(args.runs, loss, seed)
     words = ["--data", args.data, "--out", str(out)]  # names may hold spaces
+    words += f"--image-size {args.size} --resize {args.resize or args.size}".split()
     words += f"--steps {args.steps} --seed {seed} {LOSSES[loss]} {args.flags}".split()
     if (out / "last.pt").exists():
         if checkpoint.read(out / "last.pt")["step"] >= args.steps:
@@ -72,7 +76,7 @@ def measure(args, judges: Judges) -> tuple[list[dict], dict[str, Tensor]]:
 
 
 def figure(shown: dict[str, Tensor], path: Path) -> None:
-    """The same images under each loss, a row each, enlarged four times."""
+    """The same images under each loss, a row each, enlarged."""
     fig, axes = plt.subplots(len(shown), 1, figsize=(10.5, 1.35 * len(shown)), layout="constrained")
     for axis, (name, images) in zip(axes, shown.items(), strict=True):
         strip = to_pixels(torch.cat(list(images), 2)).permute(1, 2, 0).numpy()
@@ -86,6 +90,9 @@ def main() -> int:
     p = flags.Parser(description=__doc__)
     add_flags(p, "losses", images=2500)
     p.add_argument("--runs", type=Path, default=Path("runs/losses"), help="folder of the run folders")
+    p.add_argument("--size", type=flags.size, default=32, help="side of the images")
+    p.add_argument("--resize", type=flags.size, help="as in train_vqgan.py")
+    p.add_argument("--crops", type=flags.positive, default=1, help="of each held-out image")
     p.add_argument("--train", action="store_true", help="train the models that are missing")
     p.add_argument("--steps", type=flags.positive, default=1800, help="of each training")
     p.add_argument("--seeds", type=flags.natural, nargs="+", default=[0], help="of the trainings")
@@ -95,7 +102,7 @@ def main() -> int:
         for seed in args.seeds:
             for loss in LOSSES:
                 train(args, loss, seed)
-    rows, shown = measure(args, Judges(args.judges, args.data, 32, args.images))
+    rows, shown = measure(args, Judges(args.judges, args.data, args.size, args.images, args.resize, args.crops))
     write(args.table, rows)
     figure(shown, args.figure)
     return 0

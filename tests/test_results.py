@@ -62,6 +62,23 @@ def test_a_table_of_losses(house):
     assert checkpoint.read(house / "runs" / "squared_error_0" / "last.pt")["flags"]["loss"] == "vqvae"
 
 
+def test_a_table_of_losses_without_classes(house):
+    """Several crops of each photograph, and no class to be right about."""
+    for part in ("train", "val"):
+        make_photos(house / "scenes" / part, 9)
+    words = "--data scenes --resize 40 --crops 3 --judges classes.pt --runs runs --seeds 0 --steps 2 --train"
+    run("losses.py", f"{words} --table table.csv --figure figure.png", house, "--flags", FLAGS)
+    rows = table(house / "table.csv")
+    assert len(rows) == 6 and "class accuracy" not in rows[0]
+
+    _, val_set = data.open_data(str(house / "scenes"), 32, 40)
+    x = torch.stack([val_set[i, 3 * i + n]["image"] for i in range(9) for n in range(3)])
+    assert (x[0] - x[1]).abs().max() > 0.1  # two places of one photograph
+    with torch.no_grad():
+        x_hat, _ = checkpoint.load_vqgan(house / "runs" / "L1_P_0" / "last.pt")(x)
+    assert float(rows[4]["L1"]) == pytest.approx((x - x_hat).abs().mean().item(), rel=2e-3)
+
+
 def test_a_table_of_orders_and_models(house):
     first = VQGAN(VQGANConfig(ch=8, z_channels=8, code_dim=4, codebook_size=16))
     checkpoint.save(house / "vqgan.pt", "vqgan", config=asdict(first.config), model=first.state_dict())
