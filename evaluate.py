@@ -139,18 +139,23 @@ class Table:
         return [f"{name:<{width}}  {row['value']:10.4f}{text[name]}" for name, row in self.rows.items()]
 
 
+def split(images: torch.Tensor, n: int) -> list[torch.Tensor]:
+    """n parts with all classes in each: folders are sorted by class, so an image goes where its number falls."""
+    return [images[i::n] for i in range(n)]
+
+
 def compare_sets(table: Table, args, name: str, real: torch.Tensor, fake: torch.Tensor, score: torch.Tensor | None):
     """Distances between the features of real and fake images; score: class probabilities of the fake ones, or None
     for reconstructions, of which each part is compared with the very images it was made from."""
     inception = name == "inception"
-    fake_parts = [part for part in fake.tensor_split(args.splits) if len(part) > 1]
-    real_parts = real.tensor_split(args.splits) if score is None else [real] * len(fake_parts)
+    fake_parts = [part for part in split(fake, args.splits) if len(part) > 1]
+    real_parts = split(real, args.splits) if score is None else [real] * len(fake_parts)
     parts = list(zip(fake_parts, real_parts, strict=False))
     label = "fid" if inception else f"frechet_distance({name})"
     table.over_splits(label, lambda pair: distances.frechet_distance(*pair), parts, (fake, real))
     if score is not None:
         label = "inception_score" if inception else f"class_score({name})"
-        table.over_splits(label, distances.inception_score, score.tensor_split(args.splits), score)
+        table.over_splits(label, distances.inception_score, split(score, args.splits), score)
         precision, recall = distances.precision_recall(real, fake)
         table.plain(f"precision({name})", precision)
         table.plain(f"recall({name})", recall)
@@ -195,10 +200,11 @@ def evaluate_reconstructions(args, model: VQGAN, val_set, device: torch.device, 
 
 @torch.no_grad()
 def new_images(args, model: TwoStage, val_set, to_c, sampling, device: torch.device):
-    """-n images for the conditions of the held-out images in turn: (images (n, C, H, W), classes (n,))."""
+    """-n images for the conditions of as many held-out images, evenly spread, or of all in turn where they are fewer:
+    (images (n, C, H, W), classes (n,))."""
     images, classes = [], []
     bar = tqdm(total=args.n, desc="new images", leave=False)
-    for batch in cycle(list(data.held_out_batches(val_set, args.batch_size, args.images))):
+    for batch in cycle(list(data.held_out_batches(val_set, args.batch_size, min(args.n, args.images)))):
         first = bar.n
         c = to_c({k: v.to(device) for k, v in batch.items()})[: args.n - first]
         seeds = range(args.seed + first, args.seed + first + len(c))

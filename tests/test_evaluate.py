@@ -3,13 +3,14 @@ it."""
 
 import json
 import math
+import runpy
 
 import numpy as np
 import pytest
 import scipy.linalg
 import torch
 import torch_fidelity.feature_extractor_inceptionv3 as inception
-from helpers import NoFloat64, assert_one_line_error, fixture, official_files, run_inside
+from helpers import ROOT, NoFloat64, assert_one_line_error, fixture, official_files, run_inside
 from PIL import Image
 from torch import nn
 from torchmetrics.functional.image import structural_similarity_index_measure
@@ -212,15 +213,23 @@ def test_a_transformer(models):
     assert values["bits_per_pixel"] == pytest.approx(nats.mean().item() * T / math.log(2) / pixels, rel=1e-5)
     # The very samples again: the accuracy and the neighbours from their definitions.
     judge = load_classifier(models / "judge.pt")
+    # Asked for are the classes of 20 images evenly spread over all held-out ones, not of the first 20.
+    classes = next(data.held_out_batches(data.open_data("shapes", 16)[1], 20, 20))["class"]
     with torch.no_grad():
-        images = model.sample(batch["class"][:20]).clamp(-1, 1)
-        right = (judge(images).argmax(1) == batch["class"][:20]).double().mean().item()
+        images = model.sample(classes).clamp(-1, 1)
+        right = (judge(images).argmax(1) == classes).double().mean().item()
     assert values["class_accuracy"] == pytest.approx(right)
     assert values["nearest_training(judge)"] > 0 and values["nearest_training_of_held_out(judge)"] > 0
     assert {"precision(judge)", "recall(judge)", "class_score(judge)"} < values.keys()
     picture = Image.open(models / "eval" / "neighbours.png")
     assert picture.size == (10 * 66 + 2, 2 * 66 + 2)
     assert "20 new images" in done.stdout
+
+
+def test_parts_of_a_sorted_set_have_all_classes():
+    split = runpy.run_path(str(ROOT / "evaluate.py"))["split"]
+    parts = split(torch.arange(10).repeat_interleave(3), 3)  # ten classes of three images, as a folder lists them
+    assert all(sorted(part.tolist()) == list(range(10)) for part in parts)
 
 
 def test_an_official_model(models, tmp_path):
