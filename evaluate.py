@@ -12,7 +12,6 @@ FID and Inception Score need InceptionV3's weights, which are downloaded once. W
 import json
 import math
 import os
-from itertools import cycle
 from pathlib import Path
 
 import torch
@@ -140,15 +139,16 @@ class Table:
 
 
 def split(images: torch.Tensor, n: int) -> list[torch.Tensor]:
-    """n parts with all classes in each: folders are sorted by class, so an image goes where its number falls."""
-    return [images[i::n] for i in range(n)]
+    """n parts with all classes in each: folders are sorted by class, so every n-th image goes into one part. A part of
+    a single image has no spread and is left out."""
+    return [part for part in (images[i::n] for i in range(n)) if len(part) > 1]
 
 
 def compare_sets(table: Table, args, name: str, real: torch.Tensor, fake: torch.Tensor, score: torch.Tensor | None):
     """Distances between the features of real and fake images; score: class probabilities of the fake ones, or None
     for reconstructions, of which each part is compared with the very images it was made from."""
     inception = name == "inception"
-    fake_parts = [part for part in split(fake, args.splits) if len(part) > 1]
+    fake_parts = split(fake, args.splits)
     real_parts = split(real, args.splits) if score is None else [real] * len(fake_parts)
     parts = list(zip(fake_parts, real_parts, strict=False))
     label = "fid" if inception else f"frechet_distance({name})"
@@ -200,21 +200,20 @@ def evaluate_reconstructions(args, model: VQGAN, val_set, device: torch.device, 
 
 @torch.no_grad()
 def new_images(args, model: TwoStage, val_set, to_c, sampling, device: torch.device):
-    """-n images for the conditions of as many held-out images, evenly spread, or of all in turn where they are fewer:
-    (images (n, C, H, W), classes (n,))."""
-    images, classes = [], []
+    """-n images for the conditions of as many held-out images, evenly spread (folders are sorted by class), or of all
+    of them in turn where they are fewer: (images (n, C, H, W), classes (n,))."""
+    images, classes, count = [], [], min(args.images, len(val_set))
     bar = tqdm(total=args.n, desc="new images", leave=False)
-    for batch in cycle(list(data.held_out_batches(val_set, args.batch_size, min(args.n, args.images)))):
-        first = bar.n
-        c = to_c({k: v.to(device) for k, v in batch.items()})[: args.n - first]
-        seeds = range(args.seed + first, args.seed + first + len(c))
-        indices = model.sample_indices(c, seeds, sampling=sampling)
-        images.append(model.vqgan.decode_indices(indices).clamp(-1, 1).cpu())
-        classes.append(batch["class"][: len(c)])
-        bar.update(len(c))
-        if bar.n == args.n:
-            bar.close()
-            return torch.cat(images), torch.cat(classes)
+    while bar.n < args.n:
+        for batch in data.held_out_batches(val_set, args.batch_size, min(count, args.n - bar.n)):
+            c = to_c({k: v.to(device) for k, v in batch.items()})
+            seeds = range(args.seed + bar.n, args.seed + bar.n + len(c))
+            indices = model.sample_indices(c, seeds, sampling=sampling)
+            images.append(model.vqgan.decode_indices(indices).clamp(-1, 1).cpu())
+            classes.append(batch["class"])
+            bar.update(len(c))
+    bar.close()
+    return torch.cat(images), torch.cat(classes)
 
 
 def seen_by(network, images, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:

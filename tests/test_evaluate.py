@@ -4,6 +4,7 @@ it."""
 import json
 import math
 import runpy
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -230,6 +231,27 @@ def test_parts_of_a_sorted_set_have_all_classes():
     split = runpy.run_path(str(ROOT / "evaluate.py"))["split"]
     parts = split(torch.arange(10).repeat_interleave(3), 3)  # ten classes of three images, as a folder lists them
     assert all(sorted(part.tolist()) == list(range(10)) for part in parts)
+
+
+@pytest.mark.parametrize("n", [10, 50, 100, 120])
+def test_new_images_are_of_all_classes_equally(n):
+    """Held-out images in the order of their classes, as in a folder; n below, at and above their number."""
+    val_set = [{"class": i // 5} for i in range(50)]  # ten classes of five
+
+    class Sorted(list):
+        def __getitem__(self, key):
+            return super().__getitem__(key[0])
+
+    seeds = []
+    model = SimpleNamespace(
+        sample_indices=lambda c, seed, sampling: seeds.extend(seed) or c,
+        vqgan=SimpleNamespace(decode_indices=lambda c: c.float().view(-1, 1, 1, 1)),
+    )
+    args = SimpleNamespace(n=n, images=1000, batch_size=7, seed=3)
+    new_images = runpy.run_path(str(ROOT / "evaluate.py"))["new_images"]
+    images, classes = new_images(args, model, Sorted(val_set), lambda b: b["class"] / 10, None, torch.device("cpu"))
+    assert classes.bincount(minlength=10).tolist() == [n // 10] * 10 and seeds == list(range(3, 3 + n))
+    assert torch.allclose(images.flatten(), classes / 10)
 
 
 def test_an_official_model(models, tmp_path):
