@@ -44,8 +44,8 @@ PRESETS = {
         --disc-start 0.4 --disc-warmup 0.1 --disc-ramp 0.1 --disc-channels 64 --disc-layers 2
         --log-every 50 --val-every 1000 --save-every 1000""",
     # 256 px, f = 16: the official ImageNet model with 1024 codes, by the official recipe: 4.5e-6 for each image of the
-    # batch, D from step 250,001 on at full weight, no revival, beta on the codebook term, a cap that never bites,
-    # With other --steps scale --disc-start: it is a fraction.
+    # batch, D from step 250,001 on at full weight, no revival, beta on the codebook term, a cap that never
+    # bites. (--disc-start is a fraction: with other --steps scale it.)
     # DEPARTURE: ours even here are bfloat16 where it is faster (--no-amp), D's step beside G's, and an end.
     "paper": """
         --image-size 256 --ch 128 --ch-mult 1 1 2 2 4 --num-res-blocks 2 --attn-resolutions 16 --norm-groups 32

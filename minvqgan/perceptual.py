@@ -50,7 +50,7 @@ class VGG16Features(nn.Module):
 class SmallFeatures(nn.Module):
     """x (B, 3, H, W) in [-1, 1] -> three feature maps (B, C_l, H_l, W_l), C_l = 32, 64, 128 at 1, 1/2, 1/4 of H x W.
 
-    VGG's recipe (pairs of 3x3 convolutions, a tap before each pooling) at a hundredth of its size.
+    VGG's recipe (pairs of 3x3 convolutions, a tap before each pooling) at a fiftieth of its size.
     """
 
     def __init__(self):
