@@ -57,16 +57,19 @@ def mirrored(batch: dict) -> dict:
     return {k: v.flip(-1) if v.ndim > 1 and k != "coords" else v for k, v in batch.items()}
 
 
+def images_at_a_time(model: TwoStage) -> int:
+    """As many as have 2^18 pixels, 256 of 32 px: --batch-size is for gradients, and may be small."""
+    return max(1, 2**18 // (model.config.n * model.vqgan.config.f) ** 2)
+
+
 def table(model: TwoStage, dataset, to_c, device, workers=0, rank=0, world=1) -> tuple[Tensor, Tensor]:
     """Codes of the images rank, rank + world, ... of a dataset without random crops: s (N, V, T), r (N, V, R), int32,
     on the CPU. V = 2 views, as it is and mirrored, where the dataset is to be flipped, else 1."""
-    # As many images at a time as have 2^18 pixels, 256 of 32 px: --batch-size is for gradients, and may be small.
-    batch_size = max(1, 2**18 // (model.config.n * model.vqgan.config.f) ** 2)
     rows: list[tuple[Tensor, Tensor]] = []
     keys = [(i, None) for i in range(rank, len(dataset), world)]
     own = torch.Generator().manual_seed(0)
     how = {"num_workers": workers, "worker_init_fn": begin_worker, "generator": own}
-    loader = DataLoader(dataset, batch_size, sampler=keys, **how)
+    loader = DataLoader(dataset, images_at_a_time(model), sampler=keys, **how)
     for batch in tqdm(loader, desc="codes", leave=False, dynamic_ncols=True, disable=rank > 0):
         views = [batch, mirrored(batch)] if dataset.flip else [batch]
         encoded = [encode(model, view, to_c, device) for view in views]
@@ -143,7 +146,8 @@ def rows_of(s: Tensor, r: Tensor, stream: Stream, batch_size: int, device: torch
 
 def held_out(model: TwoStage, dataset, to_c, limit: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Codes of `limit` held-out images, centre-cropped: s (N, T), r (N, R)."""
-    encoded = [encode(model, batch, to_c, device) for batch in held_out_batches(dataset, 100, limit)]
+    batches = held_out_batches(dataset, images_at_a_time(model), limit)
+    encoded = [encode(model, batch, to_c, device) for batch in batches]
     s, r = zip(*encoded, strict=True)
     return torch.cat(s), torch.cat(r)
 
