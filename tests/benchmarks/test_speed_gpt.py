@@ -135,7 +135,7 @@ def report(what: str, theirs, ours: dict, at_least: dict[str, float], pairs: int
 
 
 @pytest.mark.parametrize("how", [PLAIN, FILTERED], ids=["plain", "filters"])
-@pytest.mark.parametrize("B, float32, bfloat16", [(1, 1.0, 2.5), (8, 1.3, 2.0), (32, 1.1, 1.5)])
+@pytest.mark.parametrize("B, float32, bfloat16", [(1, 0.9, 1.0), (8, 1.3, 2.0), (32, 1.1, 1.5)])
 def test_256_tokens_in_a_batch_against_the_cached_sampler(B, float32, bfloat16, how):
     plain, gpts = both(257, 8, 512)
     start, u = torch.full((B, 1), K), torch.rand(B, 256)
