@@ -12,9 +12,9 @@ Letters: B batch, T tokens, C width, h heads of C/h dims, K image codes.
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .layers import attention
 from .options import option
 
 
@@ -70,13 +70,8 @@ class CausalSelfAttention(nn.Module):
                 mask = torch.ones(t, kv.shape[3], dtype=torch.bool, device=x.device).tril(cache.filled)
         # A single new token sees everything that is there, and needs no mask.
         causal = mask is None and t > 1
-        dropout = self.dropout if self.training else 0.0
-        # On a CPU bfloat16 gains nothing here up to some 250 tokens, and its gradient takes up to three times as long.
-        dtype = torch.promote_types(kv.dtype, torch.float32) if x.device.type == "cpu" else kv.dtype
-        q, k, v = q.to(dtype), *kv.to(dtype)  # (B, h, t, C/h); k and v with a cache (B, h, filled + t, C/h)
-        with torch.autocast("cpu", enabled=False):
-            y = F.scaled_dot_product_attention(q, k, v, mask, dropout, causal)  # (B, h, t, C/h)
-        return self.proj(y.to(x.dtype).transpose(1, 2).reshape(B, t, C))
+        y = attention(q, *kv, mask, self.dropout if self.training else 0.0, causal)  # (B, h, t, C/h)
+        return self.proj(y.transpose(1, 2).reshape(B, t, C))
 
 
 class Block(nn.Module):

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..layers import attention
 from ..sampler import Sampling, choose
 
 
@@ -75,7 +76,7 @@ class CausalAttention(nn.Module):
         kv = self.key_value(torch.cat([F.elu(x), codes], 1)).view(shape).permute(1, 0, 2, 4, 3)
         # Moved on by one place, so that "up to itself" means all before it. The first position finds a zero.
         k, v = F.pad(kv, (0, 0, 1, 0))[..., :-1, :]
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        y = attention(q, k, v, causal=True)  # (B, heads, h * w, C / heads)
         return x + self.proj(y.transpose(2, 3).reshape(B, C, h, w))
 
 
@@ -120,8 +121,8 @@ class PixelSNAIL(nn.Module):
         x = self.first(codes) + previous.permute(0, 3, 1, 2)
         # The condition and the place come in after the shifted first layer: they are no secret.
         x = x + self.position + self.condition(classes)[:, :, None, None]
-        for block, attention in zip(self.blocks, self.attentions, strict=True):
-            x = attention(block(x), codes)
+        for block, attend in zip(self.blocks, self.attentions, strict=True):
+            x = attend(block(x), codes)
         return self.head(F.elu(x))  # (B, K, h, w)
 
     def loss(self, indices: Tensor, classes: Tensor) -> Tensor:
