@@ -19,7 +19,7 @@ from minvqgan.gpt import GPT, GPTConfig, parameter_groups
 from minvqgan.harness import checkpoint, data, flags, official, pictures, runtime, schema, tokens
 from minvqgan.harness.run import Run
 from minvqgan.harness.runtime import UserError
-from minvqgan.two_stage import TwoStage, TwoStageConfig, condition_length
+from minvqgan.two_stage import TwoStage, TwoStageConfig, condition_length, sequence_length
 from minvqgan.vqgan import VQGAN
 
 # A preset is a line of flags, complete in itself; those of the command line come after it. How they were found: LOG.md.
@@ -128,8 +128,11 @@ def build(args, vqgan: VQGAN, condition, classes: tuple[str, ...]) -> TwoStage:
     condition = condition or ClassCondition(len(classes))
     n = args.image_size // vqgan.config.f
     guided = args.drop_cond > 0 and args.cond != "none"
-    length = condition_length(condition, n) + n * n - 1  # the last code is predicted and never read
-    sizes = {"num_codes": vqgan.config.codebook_size, "num_cond": condition.num_tokens + guided, "block_size": length}
+    sizes = {
+        "num_codes": vqgan.config.codebook_size,
+        "num_cond": condition.num_tokens + guided,
+        "block_size": sequence_length(condition, n),
+    }
     gpt = GPT(flags.config(GPTConfig, args, **sizes))
     return TwoStage(vqgan, condition, gpt, flags.config(TwoStageConfig, args, n=n, guided=guided, classes=classes))
 

@@ -40,6 +40,11 @@ def condition_length(condition: Condition, n: int) -> int:
     return n * n if condition.is_map else 1
 
 
+def sequence_length(condition: Condition, n: int) -> int:
+    """Tokens that the transformer reads of an n x n image: the last code is predicted and never read."""
+    return condition_length(condition, n) + n * n - 1
+
+
 class TwoStage(nn.Module):
     """vqgan: the frozen first-stage model. condition: see `conditioning`. gpt: its num_codes is the codebook's K."""
 
@@ -48,7 +53,7 @@ class TwoStage(nn.Module):
         self.vqgan = vqgan.eval().requires_grad_(False)
         self.condition, self.gpt, self.config = condition, gpt, config
         self.offset = 0 if config.shared_range else gpt.config.num_codes
-        length = condition_length(condition, config.n) + config.n**2 - 1  # the last code is predicted and never read
+        length = sequence_length(condition, config.n)
         if config.n < 1 or length > gpt.config.block_size:
             raise ValueError(f"a sequence of {length} tokens does not fit the transformer's {gpt.config.block_size}")
         self.register_buffer("order", ORDERS[config.order](config.n), persistent=False)
@@ -102,7 +107,8 @@ class TwoStage(nn.Module):
             r = torch.where(dropped, self.null, r)
         logits = self.gpt(torch.cat([r, s_in[:, :-1]], 1))  # (B, R + T - 1, K); the last code is predicted, never read
         logits = logits[:, r.shape[1] - 1 :]  # what follows r is s_1: from here on the T predictions of s
-        return F.cross_entropy(logits.transpose(1, 2).float(), s, reduction="none")
+        nats = F.cross_entropy(logits.flatten(0, 1).float(), s.flatten(), reduction="none")  # (B * T,)
+        return nats.view(s.shape)
 
     @torch.no_grad()
     def nll(self, x: Tensor, c: Tensor | None = None) -> Tensor:
@@ -133,8 +139,9 @@ class TwoStage(nn.Module):
         """New codes (B, h, w) for c, one seed an image; the arguments of `sample` and `complete` in latents.
 
         size: (h, w), by default that of c's map or the training size. given (B, h, w): codes of which the first `keep`
-        in the model's order stay. wave, stride: of `sampler.slide`. Raises ValueError for sizes below the training
-        size, or above it in another order than row.
+        in the model's order stay. wave, stride: of `sampler.slide`, for larger sizes; use_cache: of
+        `sampler.continue_tokens`, for the training size. Raises ValueError for sizes below the training size, or above
+        it in another order than row.
         """
         n, sampling = self.config.n, sampling or Sampling()
         r = self.condition_tokens(c)

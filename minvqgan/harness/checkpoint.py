@@ -14,7 +14,7 @@ import torch
 
 from ..conditioning import ClassCondition, Condition, CoordinateCondition, NoCondition, SpatialCondition
 from ..gpt import GPT, GPTConfig
-from ..two_stage import TwoStage, TwoStageConfig, condition_length
+from ..two_stage import TwoStage, TwoStageConfig, sequence_length
 from ..vqgan import VQGAN, VQGANConfig
 from . import runtime, schema
 from .runtime import UserError, first_line
@@ -289,7 +289,7 @@ def unpack_two_stage(content: dict, path: str | Path) -> TwoStage:
 
 def _unlike(vqgan: VQGAN, condition: Condition, gpt: GPTConfig, config: TwoStageConfig) -> str | None:
     """What does not fit between the parts of a second stage, or None."""
-    length = condition_length(condition, config.n) + config.n**2 - 1
+    length = sequence_length(condition, config.n)
     if length > gpt.block_size:
         return f"sequences of {length} tokens, a transformer for {gpt.block_size}"
     need = (0 if config.shared_range else gpt.num_codes) + condition.num_tokens + config.guided
