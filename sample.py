@@ -268,18 +268,18 @@ def main() -> int:
     codes, began, rows = len(start.classes) * per_row * (h * w - start.keep), time.time(), []
     bar = tqdm(total=codes // world, unit="code", unit_scale=True, dynamic_ncols=True, disable=rank > 0)
     for row, number in enumerate(start.classes):
-        images = [torch.empty(0, model.vqgan.config.in_channels, start.height, start.width, device=device)]
+        images = [torch.empty(0, model.vqgan.config.in_channels, start.height, start.width)]  # those done, on the CPU
         mine = [args.seed + row * per_row + i for i in range(rank, per_row, world)]  # dealt out over the processes
         for seeds in (mine[i : i + args.batch_size] for i in range(0, len(mine), args.batch_size)):
             c = conditions(model, start, number, len(seeds), device)
             copies = None if given is None else given.expand(len(seeds), -1, -1)
             how = {"stride": args.stride, "on_token": bar.update}
             indices = model.sample_indices(c, seeds, (h, w), sampling, copies, start.keep, **how)
-            images += [model.vqgan.decode_indices(part).clamp(-1, 1) for part in indices.split(16)]
+            images += [model.vqgan.decode_indices(part).clamp(-1, 1).cpu() for part in indices.split(16)]
         images = torch.cat(images)
         if classifier is not None:
             with torch.no_grad():
-                scores = [classifier(part).softmax(1)[:, number_of[number]] for part in images.split(64)]
+                scores = [classifier(x.to(device)).softmax(1)[:, number_of[number]] for x in images.split(64)]
             scores = runtime.gathered(torch.cat(scores), rank, world)
         images = runtime.gathered(images, rank, world)  # (per_row, C, H, W)
         if rank > 0:

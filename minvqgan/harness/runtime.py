@@ -167,7 +167,6 @@ def pick_device(name: str) -> torch.device:
         raise UserError(f"--device {name} cannot be used here: {first_line(error)}") from None
     if device.type == "cuda":
         torch.cuda.set_device(device)
-        torch.set_float32_matmul_precision("high")  # TF32
     return device
 
 
