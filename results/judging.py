@@ -8,7 +8,7 @@ orientation more than at texture. Those of the tables (80.6 and 65.5 % right on 
     python -m minvqgan.harness.classifier --data cifar10_split --steps 2800 --amp --out classes.pt
     python -m minvqgan.harness.classifier --data cifar10_split --steps 1500 --seed 1 --task rotations --amp --out r.pt
 
-where cifar10_split holds train/ (45,000 images) and val/ (5,000) with a subfolder a class. A third judge, of rotations
+where cifar10_split holds train/ (45,000 images) and val/ (5,000), as split.py divides them. A third judge, of rotations
 of other photographs (BSDS500's 300, 64 pixels), belongs to the table of road scenes:
 
     python -m minvqgan.harness.classifier --data bsds500 --image-size 64 --batch-size 32 --steps 1500 --task rotations \

@@ -737,6 +737,9 @@ def test_evidence_that_cannot_be_made(house, tmp_path):
         assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr[-2000:]
         assert done.stderr.splitlines()[-1].startswith("error: ") and answer in done.stderr
     assert not list(tmp_path.glob("*.csv"))
+    for folder, answer in ((house, "too few to hold 500 out"), (tmp_path / "none", "has no subfolders")):
+        done = run_script("results/split.py", "--data", folder, "--out", tmp_path / "split", cwd=house)
+        assert done.returncode == 2 and answer in done.stderr and not (tmp_path / "split").exists()
 
 
 def test_an_error_of_all_processes_is_said_once(house, tmp_path):

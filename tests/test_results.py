@@ -45,6 +45,18 @@ def held_out(house) -> torch.Tensor:
     return next(data.held_out_batches(data.open_data(str(house / "photos"), 32)[1], 12, 12))["image"]
 
 
+def test_images_are_held_out_by_class_and_none_is_lost(house):
+    def files(folder: str) -> set:
+        return {path.relative_to(house / folder) for path in (house / folder).rglob("*.*")}
+
+    for out in ("split", "again"):
+        run("split.py", f"--data photos/train --out {out} --held-out 2", house)
+    for name in ("bird", "cat"):
+        train, val = files(f"split/train/{name}"), files(f"split/val/{name}")
+        assert len(val) == 2 and not train & val and train | val == files(f"photos/train/{name}")
+    assert files("split") == files("again")
+
+
 def test_a_table_of_losses(house):
     words = "--data photos --judges classes.pt rotations.pt --runs runs --seeds 0 --steps 2 --images 12 --train"
     run("losses.py", f"{words} --table table.csv --figure figure.png", house, "--flags", FLAGS)

@@ -1,0 +1,44 @@
+"""Hold images out: the folder that the tables call cifar10_split.
+
+    python results/split.py --data cifar10 --out cifar10_split
+
+--data holds a subfolder of images for each class, as CIFAR-10's 50,000 training images do once they are saved as files.
+500 of each class, drawn once and for all, go to OUT/val, the others to OUT/train. No training sees the former: not the
+first stages, not the perceptual network, not the judges.
+"""
+
+import random
+import shutil
+from pathlib import Path
+
+from minvqgan.harness import flags, runtime
+from minvqgan.harness.runtime import UserError
+
+
+def main() -> int:
+    p = flags.Parser(description=__doc__)
+    p.add_argument("--data", type=Path, required=True, help="folder with a subfolder of images for each class")
+    p.add_argument("--out", type=Path, required=True, help="folder to make")
+    p.add_argument("--held-out", type=flags.positive, default=500, help="images of each class")
+    args = p.parse_args()
+    if args.out.exists():
+        raise UserError(f"{args.out} is there already; choose another --out")
+    folders = sorted(folder for folder in args.data.glob("*") if folder.is_dir())
+    images = {folder.name: sorted(path for path in folder.iterdir() if path.is_file()) for folder in folders}
+    if not images:
+        raise UserError(f"{args.data} has no subfolders, one for each class")
+    for name, paths in images.items():  # before anything is written
+        if len(paths) <= args.held_out:
+            raise UserError(f"{args.data / name} has {len(paths)} images, too few to hold {args.held_out} out")
+    drawn = random.Random(0)
+    for name, paths in images.items():
+        held_out = set(drawn.sample(paths, args.held_out))
+        for part in ("train", "val"):
+            (args.out / part / name).mkdir(parents=True)
+        for path in paths:
+            shutil.copy(path, args.out / ("val" if path in held_out else "train") / name)
+    return 0
+
+
+if __name__ == "__main__":
+    runtime.run(main)
