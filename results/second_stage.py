@@ -46,7 +46,8 @@ def loss(model, order: Tensor, K: int, amp: bool, maps: Tensor, classes: Tensor)
             logits = model(maps, classes)  # (B, K, n, n)
         else:
             s = maps.flatten(1)[:, order]  # (B, T)
-            logits, maps = model(torch.cat([K + classes[:, None], s[:, :-1]], 1)).transpose(1, 2), s  # (B, K, T)
+            logits = model(torch.cat([K + classes[:, None], s[:, :-1]], 1)).flatten(0, 1)  # (B * T, K)
+            maps = s.flatten()
     return F.cross_entropy(logits.float(), maps)
 
 

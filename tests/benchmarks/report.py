@@ -215,7 +215,7 @@ def draw(curves, path: Path) -> None:
         ticks = [size for size, _ in next(iter(lines.values()))]
         ax.set_xticks(ticks, [str(t) for t in ticks])
         ax.minorticks_off()
-        ax.legend(fontsize=8)
+        ax.legend(fontsize=8, loc="lower left", bbox_to_anchor=(0, 1), frameon=False)  # above, not on the curves
         ax.grid(alpha=0.3)
     figure.tight_layout()
     figure.savefig(path, dpi=110)

@@ -191,7 +191,7 @@ FIRST_STAGES = {  # config, side of the latent map, batch, at least
     ),
     "the paper's first stage (256 px, f = 16)": (
         VQGANConfig(
-            256,
+            image_size=256,
             ch=128,
             ch_mult=(1, 1, 2, 2, 4),
             num_res_blocks=2,
