@@ -3,8 +3,9 @@
     python results/second_stage.py --data cifar10_split --vqgan notebooks/checkpoints/cifar_vqgan.pt
 
 All models read the codes of one first stage, the class before them, in the same batches, and have about as many
-parameters. Each is trained at three learning rates; the best one is repeated with another seed, and in all orders. A
-training that is in --runs already is not repeated. Seconds are CPU seconds of training, without the measuring.
+parameters. Each is trained at three learning rates; the best one is repeated with another seed, for --long steps, and
+(the transformer) in all orders. A training that is in --runs already is not repeated. Seconds are CPU seconds of
+training, without the measuring.
 """
 
 import csv
@@ -28,7 +29,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 ROOT = Path(__file__).parent.parent
-MODELS, RATES = ("transformer", "PixelSNAIL"), (1e-3, 2e-3, 4e-3)
+RATES = {"transformer": (5e-4, 1e-3, 2e-3), "PixelSNAIL": (2e-3, 4e-3, 8e-3)}
 POINTS = 12  # of each curve
 
 
@@ -51,9 +52,11 @@ def loss(model, order: Tensor, K: int, amp: bool, maps: Tensor, classes: Tensor)
     return F.cross_entropy(logits.float(), maps)
 
 
-def train(args, codes, held_out, K: int, classes: int, kind: str, order: str, lr: float, seed: int) -> list[dict]:
+def train(
+    args, codes, held_out, K: int, classes: int, kind: str, order: str, lr: float, seed: int, steps: int
+) -> list[dict]:
     """The curve of one training, from its file if it is there."""
-    path = args.runs / f"{kind}_{order}_{lr}_{seed}.csv"
+    path = args.runs / f"{kind}_{order}_{lr}_{seed}_{steps}.csv"
     if path.exists():
         return list(csv.DictReader(path.open()))
     torch.manual_seed(seed)
@@ -64,7 +67,7 @@ def train(args, codes, held_out, K: int, classes: int, kind: str, order: str, lr
 
     def measure(step: int) -> None:
         nonlocal paused
-        if step % max(1, args.steps // POINTS):
+        if step % max(1, steps // POINTS):
             return
         now = time.process_time()
         with torch.no_grad():
@@ -72,12 +75,12 @@ def train(args, codes, held_out, K: int, classes: int, kind: str, order: str, lr
             parts = [of(m, c).item() * len(m) for m, c in zip(*(t.split(250) for t in held_out), strict=True)]
             model.train()
         nats = sum(parts) / len(held_out[0])
-        about = {"model": kind, "order": order, "lr": lr, "seed": seed}
+        about = {"model": kind, "order": order, "lr": lr, "seed": seed, "steps": steps}
         about["parameters"] = sum(p.numel() for p in model.parameters())
         rows.append({**about, "step": step, "seconds": now - began - paused, "nats": nats})
         paused += time.process_time() - now
 
-    fit.fit_tokens(model, of, codes, args.steps, lr=lr, seed=seed, each=measure)
+    fit.fit_tokens(model, of, codes, steps, lr=lr, seed=seed, each=measure)
     print(rows[-1], flush=True)
     write(path, rows)
     return rows
@@ -88,7 +91,7 @@ def last(rows: list[dict]) -> float:
 
 
 def figure(curves: dict[str, list], orders: dict[str, list], path: Path) -> None:
-    """Nats over steps and over seconds, both seeds of each; nats of all orders."""
+    """Nats over steps and over seconds, both seeds and lengths of each; nats of all orders."""
     fig, axes = plt.subplots(1, 3, figsize=(12, 3.2), layout="constrained")
     for ax, across, label in zip(axes, ("step", "seconds"), ("steps", "CPU seconds of training"), strict=False):
         for number, (name, runs) in enumerate(curves.items()):
@@ -110,6 +113,7 @@ def main() -> int:
     p.add_argument("--vqgan", required=True, help="the first stage whose codes are read")
     p.add_argument("--runs", type=Path, default=Path("runs/second_stage"), help="folder of the curves")
     p.add_argument("--steps", type=flags.positive, default=500, help="of each training, of 64 images")
+    p.add_argument("--long", type=flags.positive, default=2000, help="steps of the longest training of each model")
     p.add_argument("--images", type=flags.positive, default=1000, help="held-out images")
     p.add_argument("--seeds", type=flags.natural, nargs="+", default=[0, 1], help="the first one chooses the rate")
     p.add_argument(
@@ -126,12 +130,14 @@ def main() -> int:
     run = partial(train, args, codes, held_out, vqgan.config.codebook_size, len(train_set.classes))
 
     every, curves, best = [], {}, {}
-    for kind in MODELS:
-        tried = {lr: run(kind, "row", lr, args.seeds[0]) for lr in RATES}
+    for kind, rates in RATES.items():
+        tried = {lr: run(kind, "row", lr, args.seeds[0], args.steps) for lr in rates}
         best[kind] = min(tried, key=lambda lr, tried=tried: last(tried[lr]))
-        curves[kind] = [run(kind, "row", best[kind], seed) for seed in args.seeds]
+        curves[kind] = [run(kind, "row", best[kind], seed, args.steps) for seed in args.seeds]
+        curves[kind].append(run(kind, "row", best[kind], args.seeds[0], args.long))
         every += [*tried.values(), *curves[kind][1:]]
-    orders = {name: [run("transformer", name, best["transformer"], seed) for seed in args.seeds] for name in ORDERS}
+    reads = partial(run, "transformer", lr=best["transformer"], steps=args.steps)
+    orders = {name: [reads(order=name, seed=seed) for seed in args.seeds] for name in ORDERS}
     write(args.table, [row for rows in every for row in rows])
     ends = [
         {"order": name, "seed": rows[-1]["seed"], "nats": last(rows)} for name, runs in orders.items() for rows in runs

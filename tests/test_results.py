@@ -94,10 +94,12 @@ def test_a_table_of_losses_without_classes(house):
 def test_a_table_of_orders_and_models(house):
     first = VQGAN(VQGANConfig(ch=8, z_channels=8, code_dim=4, codebook_size=16))
     checkpoint.save(house / "vqgan.pt", "vqgan", config=asdict(first.config), model=first.state_dict())
-    words = "--data photos --vqgan vqgan.pt --runs runs --steps 2 --images 8 --seeds 0 1 --table t.csv --figure f.png"
+    words = "--data photos --vqgan vqgan.pt --runs runs --steps 2 --long 3 --images 8 --table t.csv --figure f.png"
     run("second_stage.py", words, house)
-    ends = {(row["model"], row["lr"], row["seed"]): row for row in table(house / "t.csv")}
-    assert len(ends) == 2 * (3 + 1) and {row["step"] for row in ends.values()} == {"2"}
+    ends = {(row["model"], row["lr"], row["seed"], row["steps"]): row for row in table(house / "t.csv")}
+    # Of both models three rates, a second seed, a longer training.
+    assert len(ends) == 2 * (3 + 1 + 1) and all(row["step"] == row["steps"] for row in ends.values())
+    assert sorted(row["steps"] for row in ends.values()) == ["2"] * 8 + ["3"] * 2
     orders = table(house / "orders.csv")
     assert {(row["order"], row["seed"]) for row in orders} == {(name, seed) for name in ORDERS for seed in "01"}
     # Row by row is the best transformer of the other table.
