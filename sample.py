@@ -48,7 +48,7 @@ def parse_flags():
     g.add_argument("--keep", type=flags.fraction, default=0.5, help="fraction of the rows that --complete keeps")
     g.add_argument("--cond-image", metavar="IMAGE", help="what a spatially conditioned model starts from")
     g.add_argument("--size", type=size, metavar="HxW", help="in pixels; beyond the training size a window slides")
-    g.add_argument("--stride", type=flags.positive, default=1, help="columns by which it moves; 4 is 4 times as fast")
+    g.add_argument("--stride", type=flags.positive, default=1, help="columns by which it moves; 4 is about 3 times as fast")
 
     flags.add_sampling_flags(p)
     g = p.add_argument_group("how")
