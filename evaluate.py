@@ -35,7 +35,12 @@ def parse_flags():
     g.add_argument("--data", help="as in train_vqgan.py (what the model was trained on)")
     g.add_argument("--image-size", type=flags.size, help="side of the images (the model's)")
     g.add_argument("--resize", type=flags.size, help="scale the shorter side to this, then crop (the model's)")
-    g.add_argument("--images", type=flags.positive, default=10_000, help="held-out images used, at most")
+    g.add_argument(
+        "--images",
+        type=flags.positive,
+        default=10_000,
+        help="held-out images used, and training images searched for copies, at most",
+    )
     g.add_argument("-n", type=flags.positive, default=1000, help="new images that --gpt makes")
     flags.add_sampling_flags(p)
 
@@ -209,7 +214,7 @@ def new_images(args, model: TwoStage, val_set, to_c, sampling, device: torch.dev
             c = to_c({k: v.to(device) for k, v in batch.items()})
             seeds = range(args.seed + bar.n, args.seed + bar.n + len(c))
             indices = model.sample_indices(c, seeds, sampling=sampling)
-            images.append(model.vqgan.decode_indices(indices).clamp(-1, 1).cpu())
+            images.append(model.vqgan.decode_indices(indices).cpu())
             classes.append(batch["class"])
             bar.update(len(c))
     bar.close()
@@ -278,7 +283,8 @@ def compare_new_images(args, features, fake, train_set, val_set, config, device,
             found[number] = image
     rows = [fake[closest], torch.stack([found[i] for i in index[closest].tolist()])]
     pictures.save_grid(Path(args.out) / "neighbours.png", rows)
-    print(f"{Path(args.out) / 'neighbours.png'}: the most copied-looking samples over their nearest of {len(known)}")
+    searched = f"{len(known)} of {len(train_set)} training images"
+    print(f"{Path(args.out) / 'neighbours.png'}: the most copied-looking samples over their nearest of {searched}")
 
 
 def main() -> int:

@@ -48,7 +48,7 @@ def parse_flags():
     g.add_argument("--keep", type=flags.fraction, default=0.5, help="fraction of the rows that --complete keeps")
     g.add_argument("--cond-image", metavar="IMAGE", help="what a spatially conditioned model starts from")
     g.add_argument("--size", type=size, metavar="HxW", help="in pixels; beyond the training size a window slides")
-    g.add_argument("--stride", type=flags.positive, default=1, help="columns by which it moves; 4 is about 3 times as fast")
+    g.add_argument("--stride", type=flags.positive, default=1, help="columns it moves by; 4: about 3 times as fast")
 
     flags.add_sampling_flags(p)
     g = p.add_argument_group("how")
@@ -88,12 +88,16 @@ def chosen_classes(text: str | None, names: tuple[str, ...]) -> list[int]:
             raise UserError(
                 f"--classes: there is no {word[:40]!r}; there are {', '.join(names[:20])} (0 to {len(names) - 1})"
             )
+    if len(set(numbers)) < len(numbers):
+        raise UserError(f"--classes {text[:80]} names a class twice")
     return numbers
 
 
 def pixel_size(wanted: tuple[int, int] | None, default: tuple[int, int], model: TwoStage) -> tuple[int, int]:
     """(H, W) of the images to make: divisible by f, not below the training size. Raises UserError."""
     f, smallest = model.vqgan.config.f, model.config.n * model.vqgan.config.f
+    if wanted is None and model.config.order != "row":
+        return smallest, smallest
     if wanted is None:
         return tuple(max(smallest, side // f * f) for side in default)
     if any(side % f for side in wanted):
@@ -221,7 +225,8 @@ def prepare(args, model: TwoStage) -> Start:
         x = open_picture(args.complete, model.vqgan.config.input_kind, model.vqgan.config.in_channels)
         scale = max(start.height / x.shape[2], start.width / x.shape[3])
         if scale < 1:
-            x = F.interpolate(x, scale_factor=scale, mode="bilinear", antialias=True)
+            size = max(start.height, round(x.shape[2] * scale)), max(start.width, round(x.shape[3] * scale))
+            x = F.interpolate(x, size=size, mode="bilinear", antialias=True)
         start.x = cover(x, start.height, start.width)
         f = model.vqgan.config.f
         start.keep = round(args.keep * start.height / f) * (start.width // f)
@@ -252,7 +257,7 @@ def main() -> int:
         model.gpt.bfloat16()
     if rank == 0:
         print(f"{args.gpt} on {device} in {'bfloat16' if amp else 'float32'}")
-    classifier, number_of, per_row = None, [], args.n
+    classifier, number_of, per_row, kind = None, [], args.n, model.vqgan.config.input_kind
     if args.reject is not None:
         if start.classes == [None] or not args.classifier:
             raise UserError("--reject needs a class-conditional model and --classifier")
@@ -275,11 +280,14 @@ def main() -> int:
             copies = None if given is None else given.expand(len(seeds), -1, -1)
             how = {"stride": args.stride, "on_token": bar.update}
             indices = model.sample_indices(c, seeds, (h, w), sampling, copies, start.keep, **how)
-            images += [model.vqgan.decode_indices(part).clamp(-1, 1).cpu() for part in indices.split(16)]
+            images += [model.vqgan.decode_indices(part).cpu() for part in indices.split(16)]
         images = torch.cat(images)
         if classifier is not None:
             with torch.no_grad():
-                scores = [classifier(x.to(device)).softmax(1)[:, number_of[number]] for x in images.split(64)]
+                scores = [
+                    classifier(pictures.to_rgb(part, kind).to(device)).softmax(1)[:, number_of[number]]
+                    for part in images.split(64)
+                ]
             scores = runtime.gathered(torch.cat(scores), rank, world)
         images = runtime.gathered(images, rank, world)  # (per_row, C, H, W)
         if rank > 0:

@@ -62,7 +62,7 @@ def parse_flags():
         "--resize", type=flags.size, help="scale the shorter side to this, then crop (the first-stage model's)"
     )
     g.add_argument(
-        "--flip", action=BooleanOptionalAction, default=True, help="train on mirrored images of a folder too"
+        "--flip", action=BooleanOptionalAction, help="train on mirrored images too (the first-stage model's)"
     )
     g.add_argument("--cond", default="class", choices=["none", "class", "coords", "spatial"], help="what c is")
     g.add_argument("--cond-vqgan", help="checkpoint of the first-stage model of c, for --cond spatial")
@@ -85,7 +85,8 @@ def learning_rate(args, step: int) -> float:
 
 
 def open_first_stage(args) -> VQGAN:
-    """The first-stage model; data flags that were not given become those it was trained with. Raises UserError."""
+    """The first-stage model; --data, --image-size, --resize and --flip that were not given become those it was trained
+    with. Raises UserError."""
     if args.official_config:
         model = official.load(args.vqgan, args.official_config)
         if not args.data:
@@ -97,6 +98,7 @@ def open_first_stage(args) -> VQGAN:
     args.data = args.data or trained_with.get("data", "shapes")
     args.image_size = args.image_size or vqgan.config.image_size
     args.resize = args.resize or trained_with.get("resize")
+    args.flip = trained_with.get("flip", True) if args.flip is None else args.flip
     flags.check_image_size(args.image_size, vqgan.config.f)
     if args.n_embd % args.n_head:
         raise UserError(f"--n-head {args.n_head} does not divide --n-embd {args.n_embd}")
@@ -181,6 +183,7 @@ def main() -> int:
         {"gpt": asdict(gpt.config), "model": asdict(model.config)},
         describe(model, train_set, val_tokens),
     )
+    del saved  # a second copy of the weights
     drop_cond = args.drop_cond if model.config.guided else 0.0
     model.train()
     for step in run.steps():
@@ -202,7 +205,8 @@ def main() -> int:
     if run.rank == 0 and run.last:
         print(f"done in {run.seconds / 60:.1f} minutes: {run.best:.4f} held-out nats a code, at step {run.best_step}")
         print(f"samples: {run.out / 'images'}   curves: {run.out / 'loss.png'}")
-        print(f"next: python sample.py --gpt {run.out / 'best.pt'}")
+        image = " --cond-image IMAGE" if args.cond == "spatial" else ""
+        print(f"next: python sample.py --gpt {run.out / 'best.pt'}{image}")
     return run.exit_code
 
 

@@ -84,11 +84,11 @@ def parse_flags():
     p = flags.Parser(description=__doc__)
     t = flags.add_run_flags(p, PRESETS, out="runs/vqgan")
     g = p.add_argument_group("data")
-    g.add_argument("--data", default="shapes", help="folder, `shapes`, or a torchvision dataset")
+    g.add_argument("--data", default="shapes", help=f"folder, `shapes`, or one of {', '.join(data.TORCHVISION)}")
     g.add_argument("--input", default="rgb", choices=data.KINDS, help="what the images are read as")
     g.add_argument("--num-labels", type=flags.size, help="number of labels, for --input labels")
     g.add_argument("--resize", type=flags.size, help="scale the shorter side to this, then crop (the image size)")
-    g.add_argument("--flip", action=BooleanOptionalAction, help="mirror half of the images of a folder")
+    g.add_argument("--flip", action=BooleanOptionalAction, help="mirror half of the images (not digits)")
 
     t.add_argument("--checkpoint-grad", action="store_true", help="less memory, more time: G's maps are computed twice")
     t.add_argument("--lr", type=flags.rate, help="learning rate of Adam (betas 0.5, 0.9) for E, G and the codebook")
@@ -122,6 +122,8 @@ def check(args) -> None:
         raise UserError(
             "--checkpoint-grad and --compile exclude each other: compiled layers cannot be recomputed one by one"
         )
+    if len(args.ch_mult) > 12:
+        raise UserError(f"--ch-mult has {len(args.ch_mult)} levels; 12 are the most")
     for channels in [args.ch] + [args.ch * m for m in args.ch_mult]:
         if channels % args.norm_groups:
             raise UserError(f"--norm-groups {args.norm_groups} does not divide {channels} channels")
@@ -201,6 +203,7 @@ def main() -> int:
         {"model": asdict(vqgan.config)},
         describe(args, vqgan, train_set, val_set),
     )
+    del saved  # a second copy of the weights
     parallel = [runtime.distributed(network, run.device) for network in (vqgan, disc)]
     batches = run.batches(train_set)
     vqgan.train()
@@ -256,10 +259,12 @@ def validate(run: Run, vqgan: VQGAN, val_set, perceptual) -> None:
     values = metrics.evaluate_vqgan(vqgan, batches, run.device, perceptual)
     # Best is the lowest held-out error, begun afresh once D has its full weight: D trades some of it for sharpness, and
     # the best of the time before would be a blurry model for good.
-    if uses_disc(args) and run.best_step < sum(run.state["disc_steps"]) <= run.step:
+    full = sum(run.state["disc_steps"])  # without a ramp this is still the last step before D is heard
+    if uses_disc(args) and run.best_step <= full < run.step:
         run.best = float("inf")
     run.validated(values, sum(values.get(k, 0.0) for k in ("cross_entropy", "l1", "lpips", "perceptual")))
-    if values["usage"] < 0.5:
+    positions = min(len(val_set), args.val_images) * (args.image_size // vqgan.config.f) ** 2
+    if values["usage"] < 0.5 and positions >= 4 * args.codebook_size:  # fewer could not show all codes
         run.say("less than half of the codes in use: fewer codes, --revive-every 20 or --l2-norm help")
 
     x = to_x(run, next(data.held_out_batches(val_set, 8, 8)))

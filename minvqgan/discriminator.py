@@ -12,7 +12,7 @@ class PatchDiscriminator(nn.Module):
     """D of pix2pix (Isola et al. 2017, arXiv:1611.07004): x (B, C, H, W) -> (B, 1, h', w'), one logit a patch.
 
     It never sees the whole image: each logit depends on one patch (70 pixels wide for num_layers = 3, 34 for 2), so it
-    learns texture and edges, and leaves the composition to stage two. H and W must be at least 2^(num_layers + 2).
+    learns texture and edges, and leaves the composition to stage two. H and W must be at least 3 * 2^num_layers.
     """
 
     def __init__(self, in_channels: int = 3, channels: int = 64, num_layers: int = 3):

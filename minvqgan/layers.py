@@ -73,7 +73,7 @@ class SelfAttention2d(nn.Module):
     """x + proj(softmax(q k^T / sqrt(C)) v) over all N = H*W positions, one head: (B, C, H, W) -> (B, C, H, W).
 
     The convolutions see a neighbourhood; this lets every position see the whole image. It costs N^2, which is why it
-    stands at the lowest resolution only, once, to gather context from everywhere (Sec. 3.1).
+    stands at the lowest resolution (Sec. 3.1), and at others only where `attn_resolutions` names them.
     """
 
     def __init__(self, channels: int, norm_groups: int):

@@ -1,12 +1,13 @@
 """The objective of stage one (Sec. 3.1, Eq. 4 to 7), from x_hat to the gradients of G and D.
 
-    L_rec  = |x - x_hat| + perceptual(x, x_hat)             in place of the squared error of Eq. 4
+    L_rec  = |x - x_hat| + perceptual_weight perceptual(x, x_hat)           in place of the squared error of Eq. 4
     L_D    = (mean max(0, 1 - D(x)) + mean max(0, 1 + D(x_hat))) / 2        in place of the log loss of Eq. 5
     L_G    = L_rec + L_VQ + disc_weight lambda L_GAN,   L_GAN = -mean D(x_hat)                          (Eq. 4, 6)
     lambda = |grad_{G_L} L_rec| / (|grad_{G_L} L_GAN| + delta),   G_L = the decoder's last layer        (Eq. 7)
 
-`textbook_step` is these four lines as they are read. `stage_one_step` gives the same gradients in one pass; training
-calls this one. Both leave gradients behind and move nothing: the optimizers are the caller's.
+`textbook_step` is these four lines as they are read (L_GAN comes in over some steps, see `adversarial_ramp`).
+`stage_one_step` gives the same gradients in one pass; training calls this one. Both leave gradients behind and move
+nothing: the optimizers are the caller's.
 
 Letters: B batch, C channels, H x W pixels, h' x w' patches of D.
 """
@@ -30,7 +31,11 @@ class ObjectiveConfig:
     DEPARTURE: Eq. 6 has no disc_weight; the official code has, 0.8 in its models.
     """
 
-    loss: str = option("vqgan", "vqvae: squared error, no perceptual loss, no D", choices=("vqgan", "vqvae"))
+    loss: str = option(
+        "vqgan",
+        "vqvae: squared error, no perceptual loss, no D; labels: what --input labels has",
+        choices=("vqgan", "vqvae", "labels"),
+    )
     perceptual_weight: float = option(1.0, "of the perceptual loss beside L1", least=0)
     disc_loss: str = option("hinge", "the paper writes log, its code trains with hinge", choices=("hinge", "log"))
     disc_weight: float = option(0.3, "of L_GAN, times lambda", least=0)

@@ -15,7 +15,7 @@ from pathlib import Path
 import matplotlib
 import torch
 import torch.nn.functional as F
-from judging import Judges, add_flags, write
+from judging import Judges, add_flags, same_settings, write
 from torch import Tensor
 
 from minvqgan import Sampling
@@ -93,7 +93,7 @@ def transformer(args, f: int, num_classes: int, codes, held_out) -> tuple[GPT, f
         torch.save(gpt.state_dict(), path)
     with torch.no_grad():
         parts = zip(*(t.split(250) for t in held_out), strict=True)
-        nats = torch.stack([loss(m, c, (side - n) // 2) for m, c in parts]).mean().item()
+        nats = sum(loss(m, c, (side - n) // 2).item() * len(m) for m, c in parts) / len(held_out[0])
     return gpt.eval(), nats
 
 
@@ -133,7 +133,8 @@ def main() -> int:
     p.add_argument("--flags", type=str, default="", help="more flags for the first stages")
     args = p.parse_args()
     args.amp = runtime.pick_amp(None, torch.device("cpu"))
-    args.runs.mkdir(parents=True, exist_ok=True)
+    made = {"data": args.data, "flags": args.flags, "vqgan_steps": args.vqgan_steps, "steps": args.steps}
+    same_settings(args.runs, **made)
     train_set, val_set = data.open_data(args.data, 32)
     judges = Judges(args.judges, args.data, 32, args.images)
     rows, shown = [{"f": "real images", **judges.floor()}], {}

@@ -6,7 +6,8 @@ the same labels, so the two may share their taste; a judge of rotations never sa
 orientation more than at texture. Those of the tables (80.6 and 65.5 % right on held-out images) come from
 
     python -m minvqgan.harness.classifier --data cifar10_split --steps 2800 --amp --out classes.pt
-    python -m minvqgan.harness.classifier --data cifar10_split --steps 1500 --seed 1 --task rotations --amp --out r.pt
+    python -m minvqgan.harness.classifier --data cifar10_split --steps 1500 --seed 1 --task rotations --amp \
+        --out rotations.pt
 
 where cifar10_split holds train/ (45,000 images) and val/ (5,000), as split.py divides them. A third judge, of rotations
 of other photographs (BSDS500's 300, 64 pixels), belongs to the table of road scenes:
@@ -16,6 +17,7 @@ of other photographs (BSDS500's 300, 64 pixels), belongs to the table of road sc
 """
 
 import csv
+import json
 from pathlib import Path
 
 import torch
@@ -26,6 +28,20 @@ from minvqgan.harness import data, flags, metrics
 from minvqgan.harness.classifier import match_classes
 from minvqgan.harness.distances import frechet_distance, precision_recall
 from minvqgan.harness.runtime import UserError
+
+
+def same_settings(runs: Path, **settings) -> None:
+    """Notes in the folder `runs` what its models are made with. Raises UserError where they were made with something
+    else: they would be taken for what is asked now."""
+    settings, path = {name: str(value) for name, value in settings.items()}, runs / "settings.json"
+    if path.exists():
+        there = json.loads(path.read_text())
+        odd = [name for name in settings if there.get(name) != settings[name]]
+        if odd:
+            was, asked = there.get(odd[0]), settings[odd[0]]
+            raise UserError(f"{runs} holds models made with {odd[0]} = {was}, not {asked}; choose other --runs")
+    runs.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(settings))
 
 
 def add_flags(p: flags.Parser, name: str, images: int) -> None:

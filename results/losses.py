@@ -1,8 +1,8 @@
 """VQGAN or VQ-VAE? (Sec. 3.1, 4.1) One first stage trained under five losses, judged on images that no training saw.
 
     python results/losses.py --data cifar10_split --judges classes.pt rotations.pt --runs runs/losses --train
-    python results/losses.py --data camvid --resize 128 --size 64 --crops 4 --judges classes.pt rotations.pt bsds.pt \
-        --runs runs/losses_camvid --steps 600 --flags="--ch-mult 1 2 4 4 --batch-size 16" \
+    python results/losses.py --data camvid --resize 128 --size 64 --crops 4 --steps 600 --runs runs/losses_camvid \
+        --judges classes.pt rotations.pt photographs.pt --flags="--ch-mult 1 2 4 4 --batch-size 16" \
         --table results/losses_camvid.csv --figure figures/losses_camvid.png --train
 
 `--train` trains what is not there yet, with train_vqgan.py and equal steps. Without it the table is remade from the
@@ -15,7 +15,7 @@ from pathlib import Path
 
 import matplotlib
 import torch
-from judging import Judges, add_flags, write
+from judging import Judges, add_flags, same_settings, write
 from torch import Tensor
 
 from minvqgan.harness import checkpoint, flags, metrics, runtime
@@ -99,9 +99,12 @@ def main() -> int:
     p.add_argument("--flags", type=str, default="", help="more flags for each training")
     args = p.parse_args()
     if args.train:
+        same_settings(args.runs, data=args.data, size=args.size, resize=args.resize, flags=args.flags)
         for seed in args.seeds:
             for loss in LOSSES:
                 train(args, loss, seed)
+    if not any((folder(args.runs, loss, seed) / "last.pt").exists() for loss in LOSSES for seed in args.seeds):
+        raise UserError(f"there is no model in {args.runs}; --train makes them")
     rows, shown = measure(args, Judges(args.judges, args.data, args.size, args.images, args.resize, args.crops))
     write(args.table, rows)
     figure(shown, args.figure)

@@ -16,7 +16,7 @@ from pathlib import Path
 import matplotlib
 import torch
 import torch.nn.functional as F
-from judging import write
+from judging import same_settings, write
 from torch import Tensor
 
 from minvqgan.course import fit
@@ -67,7 +67,7 @@ def train(
 
     def measure(step: int) -> None:
         nonlocal paused
-        if step % max(1, steps // POINTS):
+        if step % max(1, steps // POINTS) and step != steps:
             return
         now = time.process_time()
         with torch.no_grad():
@@ -122,7 +122,7 @@ def main() -> int:
     p.add_argument("--figure", type=Path, default=ROOT / "figures" / "second_stage.png", help="file to write")
     args = p.parse_args()
     args.amp = runtime.pick_amp(None, torch.device("cpu"))
-    args.runs.mkdir(parents=True, exist_ok=True)
+    same_settings(args.runs, data=args.data, vqgan=args.vqgan, images=args.images)
     vqgan = checkpoint.load_vqgan(args.vqgan).to(memory_format=torch.channels_last)
     train_set, val_set = data.open_data(args.data, vqgan.config.image_size)
     codes = fit.codes_of(vqgan, train_set, len(train_set))

@@ -725,9 +725,12 @@ def test_a_script_without_an_output(house, tmp_path):
 
 def test_evidence_that_cannot_be_made(house, tmp_path):
     """The scripts in results/."""
+    (tmp_path / "made/L1_0").mkdir(parents=True)
+    (tmp_path / "made/L1_0/last.pt").write_bytes((house / "rgb" / "last.pt").read_bytes())
     end = ["--data", "shapes", "--judges", "judge.pt", "--table", tmp_path / "t.csv", "--figure", tmp_path / "f.png"]
     for words, answer in (
-        (["losses.py", "--images", "3"], "3 held-out images are too few"),
+        (["losses.py", "--images", "3"], "there is no model in runs/losses"),
+        (["losses.py", "--images", "3", "--runs", tmp_path / "made"], "3 held-out images are too few"),
         (["losses.py", "--train", "--seeds", "0", "--steps", "1", "--runs", tmp_path, "--flags", "--ch 0"], "did not"),
         (["sampling.py", "--gpt", "rgb/last.pt"], "rgb/last.pt is no class-conditional"),
         (["sampling.py", "--gpt", "none/best.pt"], "none/best.pt is no class-conditional"),

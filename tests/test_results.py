@@ -10,7 +10,7 @@ import torch
 from helpers import ROOT, make_photos
 
 from minvqgan import VQGAN, VQGANConfig
-from minvqgan.harness import checkpoint, data
+from minvqgan.harness import checkpoint, data, runtime
 from minvqgan.harness.classifier import Classifier, save_classifier
 from minvqgan.orders import ORDERS
 
@@ -89,6 +89,16 @@ def test_a_table_of_losses_without_classes(house):
     with torch.no_grad():
         x_hat, _ = checkpoint.load_vqgan(house / "runs" / "L1_P_0" / "last.pt")(x)
     assert float(rows[4]["L1"]) == pytest.approx((x - x_hat).abs().mean().item(), rel=2e-3)
+
+
+def test_models_made_with_other_settings_are_not_taken(house, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "results")
+    from judging import same_settings
+
+    same_settings(house / "runs", data="photos", steps=2)
+    same_settings(house / "runs", data="photos", steps=2)
+    with pytest.raises(runtime.UserError, match="made with steps = 2, not 3"):
+        same_settings(house / "runs", data="photos", steps=3)
 
 
 def test_a_table_of_orders_and_models(house):

@@ -40,8 +40,9 @@ def stage_one(tmp_path_factory):
     for name, flags in (("rgb", ""), ("labels", "--input labels --num-labels 3"), ("edges", "--input edges")):
         done = run_inside(*STAGE_ONE, "--data", "pairs", "--resize", "20", "--out", name, *flags.split(), cwd=folder)
         assert done.returncode == 0, done.stderr
-    done = run_inside(*STAGE_ONE, "--out", "shapes", cwd=folder)
-    assert done.returncode == 0, done.stderr
+    for name, flags in (("shapes", ""), ("gray", "--input gray")):
+        done = run_inside(*STAGE_ONE, "--out", name, *flags.split(), cwd=folder)
+        assert done.returncode == 0, done.stderr
     return folder
 
 
@@ -50,6 +51,8 @@ def stage_two(stage_one):
     """A transformer of each condition."""
     for out, flags in (
         ("class", "--vqgan shapes/last.pt"),
+        ("gray", "--vqgan gray/last.pt"),
+        ("maps", "--vqgan labels/last.pt --cond none"),
         ("none", "--vqgan rgb/last.pt --cond none --pkeep 0.9 --dropout 0.1"),
         ("coords", "--vqgan rgb/last.pt --cond coords --coord-levels 63"),
         ("spatial", "--vqgan rgb/last.pt --cond spatial --cond-vqgan labels/last.pt"),
@@ -58,7 +61,8 @@ def stage_two(stage_one):
     ):
         done = run_inside(*STAGE_TWO, "--out", f"gpt_{out}", *flags.split(), cwd=stage_one)
         assert done.returncode == 0, done.stderr[-3000:]
-        assert done.stdout.strip().endswith(f"next: python sample.py --gpt gpt_{out}/best.pt")
+        more = " --cond-image IMAGE" if "spatial" in flags else ""
+        assert done.stdout.strip().endswith(f"next: python sample.py --gpt gpt_{out}/best.pt{more}")
     return stage_one
 
 
@@ -278,9 +282,50 @@ def test_rejection_keeps_the_images_that_the_classifier_likes(stage_two):
         assert np.abs(pixels - ((images[b] + 1) * 127.5).permute(1, 2, 0).numpy()).max() < 1
 
 
+def test_label_maps_are_drawn_by_their_largest_logit(stage_two, tmp_path):
+    """Also where several logits are above 1, the largest value of an image."""
+    model = minvqgan.load(stage_two / "gpt_maps" / "best.pt")
+    with torch.no_grad():
+        model.vqgan.decoder.conv_out.weight *= 1000
+        model.vqgan.decoder.conv_out.bias += 5
+    checkpoint.save(tmp_path / "maps.pt", "two_stage", **checkpoint.pack_two_stage(model))
+    done = run_inside("sample.py", "--gpt", tmp_path / "maps.pt", "-n", "3", "--out", tmp_path / "maps", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    with torch.no_grad():
+        logits = model.sample(n=3)
+    assert ((logits > 1).sum(1) > 1).any()
+    colours: dict[int, set] = {0: set(), 1: set(), 2: set()}
+    for i, labels in enumerate(logits.argmax(1)):
+        pixels = np.array(Image.open(tmp_path / "maps" / f"000{i}.png"))
+        for label, colour in zip(labels.flatten().tolist(), pixels.reshape(-1, 3).tolist(), strict=True):
+            colours[label].add(tuple(colour))
+    assert all(len(found) <= 1 for found in colours.values()) and len(set().union(*colours.values())) > 1
+
+
+def test_rejection_of_gray_images(stage_two):
+    save_classifier(stage_two / "gray.pt", Classifier(data.open_data("shapes", 16)[0].classes))
+    done = sample(stage_two, "gray", *"-n 1 --classes star --reject 0.5 --classifier gray.pt --out gray.png".split())
+    assert done.returncode == 0 and (stage_two / "gray.png").exists(), done.stderr
+
+
+def test_mirrored_images_are_the_first_stage_s(stage_one, tmp_path):
+    """--flip or --no-flip of the first stage holds for the second, unless that says otherwise."""
+    for words, expected in (("", True), ("--no-flip", False)):
+        first = tmp_path / f"first{words}"
+        done = run_inside(*STAGE_ONE, *words.split(), "--data", "pairs", "--out", first, cwd=stage_one)
+        assert done.returncode == 0, done.stderr
+        for more, wanted in (("", expected), ("--flip", True)):
+            out = tmp_path / f"second{words}{more}"
+            flags = ["--vqgan", first / "last.pt", "--cond", "none", *more.split(), "--out", out]
+            done = run_inside(*STAGE_TWO, *flags, cwd=stage_one)
+            assert done.returncode == 0, done.stderr
+            assert checkpoint.read(out / "last.pt")["flags"]["flip"] is wanted
+
+
 def test_sample_mistakes(stage_two):
     for out, flags, words in (
         ("class", ["--classes", "cat"], ["there is no 'cat'", "disc, square"]),
+        ("class", ["--classes", "star,3"], ["names a class twice"]),
         ("class", ["--size", "large"], ["not a size like 256x512"]),
         ("class", ["--cond-image", "x.png"], ["conditioned on class"]),
         ("class", ["--reject", "0.5"], ["--classifier"]),

@@ -123,12 +123,30 @@ def test_kill_9_loses_at_most_the_steps_since_the_last_save(whole, tmp_path):
     assert_same_run(whole[0] / "run" / "last.pt", tmp_path / "run" / "last.pt")
 
 
+def test_label_maps_are_resumed(tmp_path):
+    words = [*TINY, *"--input labels --num-labels 9 --steps 2 --out run".split()]
+    assert run_inside(*words, cwd=tmp_path).returncode == 0
+    done = run_inside("train_vqgan.py", "--out", "run", "--resume", "--steps", "3", cwd=tmp_path)
+    assert done.returncode == 0 and checkpoint.read(tmp_path / "run" / "last.pt")["step"] == 3, done.stderr
+
+
+@pytest.mark.parametrize("ramp", [0, 0.25])
+def test_the_best_model_has_met_the_discriminator(tmp_path, ramp):
+    """Also where a validation falls on the last step before it, as in the preset `paper`, and the error rises then."""
+    words = f"--disc-start 0.5 --disc-warmup 0 --disc-ramp {ramp} --val-every 3 --disc-weight 1e6 --max-lambda 1e9"
+    done = train(tmp_path, *words.split(), "--lr", "0.05", run=run_inside)
+    assert done.returncode == 0, done.stderr
+    assert checkpoint.read(tmp_path / "run" / "best.pt")["step"] > 6
+
+
 def test_resume_mistakes(whole, tmp_path):
     run = whole[0] / "run"
     assert_one_line_error(run_inside(*TINY, "--out", run, cwd=tmp_path), "already holds a run", "--resume")
     again = ("train_vqgan.py", "--out", run, "--resume")
     assert_one_line_error(run_inside(*again, cwd=tmp_path), "is at step 12 of 12 already", "--steps")
     assert_one_line_error(run_inside(*again, "--ch", "16", cwd=tmp_path), "--ch was 8", "another --out")
+    done = run_inside(*again, "--preset", "small", "--steps", "20", cwd=tmp_path)
+    assert_one_line_error(done, "--preset was tiny")
     before = (run / "last.pt").read_bytes()
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "last.pt").write_bytes(before[:5000])
@@ -146,6 +164,7 @@ def test_flags_that_cannot_work(tmp_path):
         (["--image-sise", "32"], ["unknown flag --image-sise", "did you mean --image-size"]),
         (["--batch-size", "4", "--accumulate", "3"], ["cannot be split"]),
         (["--norm-groups", "3"], ["--norm-groups 3 does not divide"]),
+        (["--image-size", "4096", "--ch-mult", *["1"] * 13], ["--ch-mult has 13 levels"]),
         (["--image-size", "8"], ["--disc-layers 2 needs images of 16 pixels"]),
         (["--device", "cuda:7"], ["--device cuda:7 cannot be used here"]),
         (["--input", "labels"], ["needs --num-labels"]),

@@ -107,8 +107,8 @@ def read(path: str | Path, kind: str | None = None, needs: dict[str, schema.Chec
 
 
 def trained_with(path: str | Path) -> dict:
-    """The flags of the training that made a checkpoint, as far as other scripts ask for them: data, image_size, resize
-    and seed, or fewer. Raises UserError."""
+    """The flags of the training that made a checkpoint, as far as other scripts ask for them: data, image_size,
+    resize, flip and seed, or fewer. Raises UserError."""
     flags = read(path).get("flags", {})
     try:
         schema.record({}, schema.TRAINED_WITH)(flags, "flags")

@@ -312,6 +312,7 @@ TORCHVISION = {
     "flowers102": ("Flowers102", {"split": "train"}, {"split": "test"}),
     "oxford-pets": ("OxfordIIITPet", {"split": "trainval"}, {"split": "test"}),
 }
+DIGITS = {"mnist", "svhn"}  # a mirrored 3 is no 3
 SQUARE = {"cifar10", "cifar100", "mnist", "fashion-mnist", "svhn", "stl10"}
 TORCHVISION_ROOT = Path("data")
 
@@ -329,7 +330,7 @@ def _torchvision(name: str, image_size: int, resize: int, seed: int, flip: bool,
             ) from None
         count = max((int(wrapped[i][1]) for i in range(len(wrapped))), default=0) + 1 if cls == "SVHN" else 0
         classes = tuple(map(str, getattr(wrapped, "classes", None) or range(count)))
-        sets.append(TorchvisionImages(wrapped, classes, image_size, resize, seed, flip, coords))
+        sets.append(TorchvisionImages(wrapped, classes, image_size, resize, seed, flip and name not in DIGITS, coords))
         sets[-1].fixed = name in SQUARE and resize == image_size
     return sets[0], sets[1]
 

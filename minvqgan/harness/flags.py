@@ -122,7 +122,7 @@ def check_image_size(size: int, f: int) -> None:
 # What a resumed run may be given anew: where it runs and for how long, what it writes, and the ways out of a loss that
 # is not a number and of too little memory. Everything else would make another model of it.
 MAY_CHANGE = "steps device amp compile checkpoint_grad workers resume val_every val_images save_every log_every".split()
-MAY_CHANGE += "tensorboard out preset lr disc_lr accumulate".split()
+MAY_CHANGE += "tensorboard out lr disc_lr accumulate".split()
 
 
 def add_run_flags(p: Parser, presets: dict, out: str):
@@ -131,7 +131,7 @@ def add_run_flags(p: Parser, presets: dict, out: str):
     g.add_argument("--out", default=out, help="run folder")
     g.add_argument("--preset", default="tiny", choices=presets, help="defaults of all flags")
     g.add_argument("--resume", action="store_true", help="continue the run in --out, with its flags")
-    g.add_argument("--seed", type=seed, default=0, help="of the weights, the data order and the crops")
+    g.add_argument("--seed", type=seed, default=0, help="of weights, data order, crops, and which 5 %% are held out")
     g.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     g.add_argument("--amp", action=argparse.BooleanOptionalAction, help="bfloat16 mixed precision (where it is faster)")
     g.add_argument("--compile", action="store_true", help="torch.compile: slower to start, faster to run")

@@ -31,7 +31,7 @@ def to_rgb(x: Tensor, kind: str) -> Tensor:
     """Images or reconstructions of an input kind, (B, C, H, W) -> (B, 3, H, W) in [-1, 1] to look at."""
     if kind == "labels":
         return _distinct_colours(x.shape[1]).to(x.device)[x.argmax(1)].permute(0, 3, 1, 2)
-    return x.float().expand(-1, 3, -1, -1) if x.shape[1] == 1 else x.float()
+    return x.float().clamp(-1, 1).expand(-1, 3 if x.shape[1] == 1 else -1, -1, -1)
 
 
 def code_map(model: VQGAN, indices: Tensor, scale: int) -> Tensor:

@@ -2,7 +2,7 @@
 
     for step in run.steps():                          # ends early on Ctrl-C or SIGTERM, after saving
         for x in run.micro_batches(batches, model):   # --accumulate of them; gradients are averaged once
-            run.log(loss(x))                          # averaged over the interval and all processes
+            run.log({"loss": loss(x)})                # averaged over the interval and all processes
         ...
         if run.validates:                             # every --val-every steps
             run.validated({"loss": ...}, score=...)
@@ -19,6 +19,7 @@ import json
 import math
 import os
 import re
+import shlex
 import signal
 import sys
 import time
@@ -127,7 +128,7 @@ class Run:
                 break
         self.bar.close()
         if self.rank == 0 and not self.last:
-            command = f"python {Path(sys.argv[0]).name} --out {self.out} --resume"
+            command = f"python {Path(sys.argv[0]).name} --out {shlex.quote(str(self.out))} --resume"
             print(f"stopped and saved at step {self.step}; continue with: {command}")
 
     @property

@@ -160,7 +160,7 @@ def pick_device(name: str) -> torch.device:
         name = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
         device = torch.device(name)
-        if device.type not in ("cpu", "cuda", "mps", "xpu"):  # "meta" computes shapes and nothing else
+        if device.type not in ("cpu", "cuda", "mps"):  # "meta" computes shapes and nothing else
             raise RuntimeError("there is auto, cpu, cuda, cuda:1, mps")
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:

@@ -277,5 +277,6 @@ TRAINED_WITH = {
     "data": either(nothing, text()),
     "image_size": either(nothing, whole(1, LARGEST)),
     "resize": either(nothing, whole(1, LARGEST)),
+    "flip": either(nothing, flag),
     "seed": whole(0, 2**63 - 1),
 }
