@@ -34,14 +34,14 @@ def same_settings(runs: Path, **settings) -> None:
     """Notes in the folder `runs` what its models are made with. Raises UserError where they were made with something
     else: they would be taken for what is asked now."""
     settings, path = {name: str(value) for name, value in settings.items()}, runs / "settings.json"
-    if path.exists():
-        there = json.loads(path.read_text())
-        odd = [name for name in settings if there.get(name) != settings[name]]
-        if odd:
-            was, asked = there.get(odd[0]), settings[odd[0]]
-            raise UserError(f"{runs} holds models made with {odd[0]} = {was}, not {asked}; choose other --runs")
-    runs.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(settings))
+    if not path.exists():
+        runs.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(settings))
+    there = json.loads(path.read_text())
+    odd = [name for name in settings if there.get(name) != settings[name]]
+    if odd:
+        was, asked = there.get(odd[0]), settings[odd[0]]
+        raise UserError(f"{runs} holds models made with {odd[0]} = {was}, not {asked}; choose other --runs")
 
 
 def add_flags(p: flags.Parser, name: str, images: int) -> None:
