@@ -257,7 +257,8 @@ def main() -> int:
         model.gpt.bfloat16()
     if rank == 0:
         print(f"{args.gpt} on {device} in {'bfloat16' if amp else 'float32'}")
-    classifier, number_of, per_row, kind = None, [], args.n, model.vqgan.config.input_kind
+    kind = model.vqgan.config.input_kind
+    classifier, number_of, per_row = None, [], args.n
     if args.reject is not None:
         if start.classes == [None] or not args.classifier:
             raise UserError("--reject needs a class-conditional model and --classifier")
