@@ -166,6 +166,8 @@ def pick_device(name: str) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {name} cannot be used here: {first_line(error)}") from None
     if device.type == "cuda":
+        # torch takes no device without a number here, and "cuda" alone has none.
+        device = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
         torch.cuda.set_device(device)
     return device
 
