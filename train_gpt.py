@@ -185,15 +185,20 @@ def main() -> int:
     )
     del saved  # a second copy of the weights
     drop_cond = args.drop_cond if model.config.guided else 0.0
+
+    def gradients(s, r):
+        with run.autocast():
+            loss = parallel(s, r, args.pkeep, drop_cond).mean()  # -log p(s | r), Eq. 9 and 10
+        (loss / args.accumulate).backward()
+        return loss
+
+    step_of = run.recorded(gradients, gpt)
     model.train()
     for step in run.steps():
         for group in opt.param_groups:
             group["lr"] = learning_rate(args, step)
         for s, r in run.micro_batches(batches, parallel):  # (B, T) codes, (B, R) condition tokens
-            with run.autocast():
-                loss = parallel(s, r, args.pkeep, drop_cond).mean()  # -log p(s | r), Eq. 9 and 10
-            (loss / args.accumulate).backward()
-            run.log({"loss": loss})
+            run.log({"loss": step_of(s, r)})
         torch.nn.utils.clip_grad_norm_(gpt.parameters(), 1.0)
         opt.step()
         opt.zero_grad()

@@ -206,6 +206,11 @@ def main() -> int:
     del saved  # a second copy of the weights
     parallel = [runtime.distributed(network, run.device) for network in (vqgan, disc)]
     batches = run.batches(train_set)
+
+    def gradients(x, adv_fraction=None):
+        return stage_one_step(*parallel, perceptual, x, objective, adv_fraction, run.amp, scale=1 / args.accumulate)
+
+    without_disc, with_disc = run.recorded(gradients, vqgan), run.recorded(gradients, vqgan, disc)
     vqgan.train()
     for step in run.steps():
         for group, lr in ((opt_g.param_groups[0], args.lr), (opt_d.param_groups[0], args.disc_lr)):
@@ -218,9 +223,7 @@ def main() -> int:
 
         for batch in run.micro_batches(batches, *parallel):
             x = to_x(run, batch)  # (B, C, H, W)
-            terms, quantized = stage_one_step(
-                *parallel, perceptual, x, objective, adv_fraction, run.amp, scale=1 / args.accumulate
-            )
+            terms, quantized = with_disc(x, adv_fraction) if disc_on else without_disc(x)
             run.log(terms)
         opt_g.step()
         opt_g.zero_grad()
@@ -236,7 +239,7 @@ def main() -> int:
             usage, perplexity = codebook_stats(vqgan.quantizer.counts)
             run.write(lr=args.lr * lr_fraction(args, step), adv_fraction=adv_fraction or 0.0, usage=usage)
             run.write(perplexity=perplexity, revived=run.state["revived"])
-            vqgan.quantizer.counts = torch.zeros_like(vqgan.quantizer.counts)
+            vqgan.quantizer.counts.zero_()
             run.state["revived"] = 0
         run.state["counts"] = vqgan.quantizer.counts
         if run.validates:

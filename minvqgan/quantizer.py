@@ -169,7 +169,7 @@ class VectorQuantizer(nn.Module):
     @torch.no_grad()
     def _track_use(self, indices: Tensor) -> None:
         counts = count_codes(indices, self.codebook_size)
-        self.counts = self.counts + counts
+        self.counts += counts
         self.recent_use.lerp_((counts / counts.sum()).to(self.recent_use), 0.02)
 
     @torch.no_grad()
@@ -232,5 +232,5 @@ class GumbelQuantizer(nn.Module):
         one_hot = F.gumbel_softmax(logits, tau=self.temperature, hard=True, dim=1)  # (B, K, h, w)
         z_q = torch.einsum("bkhw,kd->bdhw", one_hot, self.codebook.weight)
         indices = one_hot.argmax(1)
-        self.counts = self.counts + count_codes(indices, self.codebook_size)
+        self.counts += count_codes(indices, self.codebook_size)
         return Quantized(z_q, indices, loss, z.detach())

@@ -121,8 +121,8 @@ def check_image_size(size: int, f: int) -> None:
 
 # What a resumed run may be given anew: where it runs and for how long, what it writes, and the ways out of a loss that
 # is not a number and of too little memory. Everything else would make another model of it.
-MAY_CHANGE = "steps device amp compile checkpoint_grad workers resume val_every val_images save_every log_every".split()
-MAY_CHANGE += "tensorboard out lr disc_lr accumulate".split()
+MAY_CHANGE = "steps device amp compile cuda_graph checkpoint_grad workers resume val_every val_images".split()
+MAY_CHANGE += "save_every log_every tensorboard out lr disc_lr accumulate".split()
 
 
 def add_run_flags(p: Parser, presets: dict, out: str):
@@ -135,6 +135,12 @@ def add_run_flags(p: Parser, presets: dict, out: str):
     g.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     g.add_argument("--amp", action=argparse.BooleanOptionalAction, help="bfloat16 mixed precision (where it is faster)")
     g.add_argument("--compile", action="store_true", help="torch.compile: slower to start, faster to run")
+    g.add_argument(
+        "--cuda-graph",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="a step's kernels are recorded once and replayed: a GPU need not wait for Python (where it can be)",
+    )
     g.add_argument("--workers", type=Number(int, 0, 1024), help="processes that read images (0 on a CPU, 8 for a GPU)")
     g.add_argument("--log-every", type=positive, help="steps between rows of metrics.csv")
     g.add_argument("--val-every", type=positive, help="steps between held-out metrics and grids")

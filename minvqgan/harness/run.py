@@ -51,6 +51,7 @@ class Run:
         self.rank, self.world = runtime.init_processes(self.device)
         # Written back, so that the checkpoint's flags say what was used, and a resumed run keeps to it.
         self.amp = args.amp = runtime.pick_amp(args.amp, self.device)
+        self.records = args.cuda_graph and self._can_be_recorded()
         self.workers = (0 if self.device.type == "cpu" else 8) if args.workers is None else args.workers
         self.out = Path(args.out)
         if not args.resume:
@@ -70,7 +71,7 @@ class Run:
         self.state: dict = {}
         self.mark: int | None = None  # a step at which loss.png has a line
         self.sums: dict[str, list] = {}  # name -> [sum, count] since the last row, of this process
-        self.pending: list[tuple[int, dict[str, Tensor]]] = []  # logged, but still on the device
+        self.pending: list[tuple[int, list[str], Tensor]] = []  # logged, but still on the device
         if saved:
             self.step, self.seconds_before, self.best, self.best_step, self.state, self.sums = (
                 saved[k] for k in ("step", "seconds", "best", "best_step", "state", "sums")
@@ -79,6 +80,12 @@ class Run:
             if self.step >= args.steps:
                 raise UserError(f"{self.out} is at step {self.step} of {args.steps} already; give more --steps")
         torch.manual_seed(args.seed)  # the same weights in all processes
+
+    def _can_be_recorded(self) -> bool:
+        """Is a step always the same, but for its numbers? Gumbel's temperature is a number of Python's, recomputed
+        maps ask for the state of the random generator, and what is compiled or has several processes has other ways."""
+        others = any(getattr(self.args, name, False) for name in ("compile", "gumbel", "checkpoint_grad"))
+        return self.device.type == "cuda" and self.world == 1 and not others
 
     def start(self, trained: dict, content: Callable[[], dict], described: dict, line: str) -> None:
         """Begin writing, and on --resume fill what is trained.
@@ -156,6 +163,11 @@ class Run:
                         stack.enter_context(module.no_sync())
                 yield next(batches)
 
+    def recorded(self, function: Callable, *modules: nn.Module) -> Callable:
+        """The function that adds the gradients of one micro-batch to those of `modules`, on a GPU as a recording: see
+        `runtime.Recorded`."""
+        return runtime.Recorded(function, *modules) if self.records else function
+
     def autocast(self):
         """bfloat16 where it is safe, with --amp. It has float32's range, so no loss scaling is needed."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp)
@@ -164,7 +176,8 @@ class Run:
         """Note scalars of one micro-batch. They stay on the device until the row is written, because each `.item()`
         would make the GPU finish first. Raises UserError for one that is not finite: on a CPU at once, before it
         reaches a weight."""
-        self.pending.append((self.step, {name: value.detach() for name, value in terms.items()}))
+        # A copy, because a recording writes its next numbers to the same place.
+        self.pending.append((self.step, list(terms), torch.stack([v.detach().float() for v in terms.values()])))
         if self.device.type == "cpu":
             self._collect()
 
@@ -204,8 +217,8 @@ class Run:
         """Bring what was logged from the device, in one transfer, and add it up."""
         if not self.pending:
             return
-        numbers = torch.stack([v.float() for _, terms in self.pending for v in terms.values()]).tolist()
-        names = [(step, name) for step, terms in self.pending for name in terms]
+        numbers = torch.cat([numbers for _, _, numbers in self.pending]).tolist()
+        names = [(step, name) for step, names, _ in self.pending for name in names]
         self.pending = []
         for (step, name), number in zip(names, numbers, strict=True):
             self._check_finite(step, name, number)

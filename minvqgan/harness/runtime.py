@@ -246,6 +246,53 @@ def distributed(module: nn.Module, device: torch.device) -> nn.Module:
     return DistributedDataParallel(module, device_ids=ids, broadcast_buffers=False)
 
 
+class Recorded:
+    """function(*inputs) -> outputs, its kernels recorded at the first call (a CUDA graph) and replayed from then on.
+
+    A step of a small model is a thousand short kernels, and Python needs longer to launch them than the GPU to compute.
+    inputs: tensors, always of the same shapes, and numbers. The outputs are overwritten by the next call.
+
+    The function may add gradients to the parameters of `modules` and change buffers in place; whatever Python does in
+    it happens once, while it is recorded. A few calls before that choose the kernels: what they add to gradients is
+    forgotten, what they change in buffers stays.
+    """
+
+    def __init__(self, function: Callable, *modules: nn.Module):
+        self.function, self.modules, self.graph = function, modules, None
+
+    def __call__(self, *inputs):
+        if self.graph is None:
+            self._record(inputs)
+        for own, given in zip(self.inputs, inputs, strict=True):
+            own.copy_(given) if isinstance(given, torch.Tensor) else own.fill_(given)
+        # The recording adds to the gradients that were there then, and zero_grad has taken them away since.
+        taken = [(p, grad) for p, grad in self.grads if p.grad is not grad]
+        if taken:
+            torch._foreach_zero_([grad for _, grad in taken])
+        for p, grad in taken:
+            p.grad = grad
+        self.graph.replay()
+        return self.outputs
+
+    def _record(self, inputs) -> None:
+        tensor = next(t for t in inputs if isinstance(t, torch.Tensor))
+        self.inputs = [t.clone() if isinstance(t, torch.Tensor) else tensor.new_full((), t) for t in inputs]
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(3):
+                self.function(*self.inputs)
+        torch.cuda.current_stream().wait_stream(stream)
+        self.graph = torch.cuda.CUDAGraph()
+        # thread_local: a loader's thread that pins memory meanwhile is none of the recording's business.
+        with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
+            self.outputs = self.function(*self.inputs)
+        parameters = [p for module in self.modules for p in module.parameters() if p.grad is not None]
+        self.grads = [(p, p.grad) for p in parameters]
+        for p in parameters:
+            p.grad = None
+
+
 def wait() -> None:
     """Until all processes are here."""
     if dist.is_initialized():

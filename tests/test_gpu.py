@@ -1,0 +1,102 @@
+"""What only a CUDA GPU can show; skipped without one. Numbers are compared in float32, without TF32."""
+
+import csv
+
+import pytest
+import torch
+from helpers import fixture, relative_error, run_script
+
+from minvqgan.discriminator import PatchDiscriminator
+from minvqgan.harness import official, runtime
+from minvqgan.objective import ObjectiveConfig, stage_one_step
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")
+
+
+@pytest.fixture(autouse=True)
+def float32(monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+
+
+@pytest.fixture
+def networks():
+    """The official VQGAN and D of the fixtures, on the GPU, and a batch."""
+    fx = fixture("vqgan")
+    c = fx["config"]
+    config = official.vqgan_config(c["ddconfig"], c["n_embed"], c["embed_dim"], c["beta"], legacy=False)
+    disc = PatchDiscriminator(3, c["disc_ndf"], c["disc_num_layers"])
+    vqgan, disc = official.load_vqgan(fx["state_dict"], config), official.load_discriminator(disc, fx["discriminator"])
+    return vqgan.cuda().train(), disc.cuda().train(), fx["x"].cuda(), fx
+
+
+def test_official_numbers(networks):
+    vqgan, disc, x, fx = networks
+    assert torch.equal(vqgan.encode_indices(x).cpu(), fx["indices"])
+    assert relative_error(vqgan.decode_indices(fx["indices"].cuda()).cpu(), fx["x_rec"]) < 1e-4
+    objective = ObjectiveConfig(disc_weight=fx["config"]["disc_weight"], max_lambda=1e4, delta=1e-4)
+    terms, _ = stage_one_step(vqgan, disc, None, x, objective)
+    assert relative_error(objective.disc_weight * terms["lambda"].cpu(), fx["adaptive_weight"]) < 1e-3
+    assert relative_error(vqgan.decoder.conv_out.weight.grad.cpu(), fx["grads"]["decoder.conv_out.weight"]) < 1e-3
+
+
+def gradients_of(step, vqgan, disc, batches):
+    """All gradients that one step of several micro-batches leaves, as one vector a network."""
+    for x, fraction in batches:
+        step(x) if fraction is None else step(x, fraction)
+    found = []
+    for network in (vqgan, disc):
+        grads = [p.grad.flatten() for p in network.parameters() if p.grad is not None]
+        found.append(torch.cat(grads) if grads else torch.zeros(0))
+        network.zero_grad()
+    return found
+
+
+@pytest.mark.parametrize("amp", [False, True])
+@pytest.mark.parametrize("fraction", [None, 0.0, 0.5, 1.0])
+def test_recorded_gradients_are_those_of_the_step(networks, fraction, amp):
+    """Twice each: a step of one micro-batch, one of two, and new weights in between."""
+    vqgan, disc, x, _ = networks
+
+    def step(x, fraction=None):
+        return stage_one_step(vqgan, disc, None, x, ObjectiveConfig(max_lambda=1e4), fraction, amp)
+
+    recorded, generator = runtime.Recorded(step, vqgan, disc), torch.Generator().manual_seed(0)
+    for count in (1, 2, 1):
+        batches = [(torch.rand(x.shape, generator=generator).cuda() * 2 - 1, fraction) for _ in range(count)]
+        ours = gradients_of(recorded, vqgan, disc, batches)
+        truth = gradients_of(step, vqgan, disc, batches)
+        for one, other in zip(ours, truth, strict=True):
+            assert one.shape == other.shape
+            if len(other):
+                assert (one - other).norm() < (0.02 if amp else 1e-3) * other.norm()
+        with torch.no_grad():
+            for p in [*vqgan.parameters(), *disc.parameters()]:
+                p.mul_(1.01)
+
+
+def test_recorded_training_follows_the_other(tmp_path):
+    flags = "--preset tiny --steps 40 --log-every 10 --val-every 40 --val-images 16 --revive-every 0 --no-amp"
+    flags += " --disc-start 0.25 --disc-warmup 0.25 --disc-ramp 0.25"
+    rows = {}
+    for name in ("cuda-graph", "no-cuda-graph"):
+        done = run_script("train_vqgan.py", *flags.split(), f"--{name}", "--out", tmp_path / name, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        rows[name] = list(csv.DictReader((tmp_path / name / "metrics.csv").open()))
+    for ours, truth in zip(rows["cuda-graph"], rows["no-cuda-graph"], strict=True):
+        for name in ("rec_loss", "codebook_loss", "disc_loss"):
+            assert bool(ours[name]) == bool(truth[name])
+            if truth[name]:
+                assert float(ours[name]) == pytest.approx(float(truth[name]), rel=0.05), (ours["step"], name)
+
+
+def test_recorded_transformer_follows_the_other(tmp_path):
+    flags = "--steps 4 --val-images 16 --val-every 4"
+    assert run_script("train_vqgan.py", *flags.split(), "--out", tmp_path / "v", cwd=tmp_path).returncode == 0
+    flags = "--steps 40 --log-every 10 --val-every 40 --val-images 64 --no-amp --drop-cond 0"
+    losses = {}
+    for name in ("cuda-graph", "no-cuda-graph"):
+        words = [*flags.split(), f"--{name}", "--vqgan", tmp_path / "v/last.pt", "--out", tmp_path / name]
+        done = run_script("train_gpt.py", *words, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        losses[name] = [float(row["loss"]) for row in csv.DictReader((tmp_path / name / "metrics.csv").open())]
+    assert losses["cuda-graph"] == pytest.approx(losses["no-cuda-graph"], rel=0.01)
