@@ -31,7 +31,7 @@ PRESETS = {
         --z-channels 64 --codebook-size 256 --code-dim 16 --beta 0.25 --no-legacy --revive-every 20
         --batch-size 32 --steps 1800 --lr 1e-3 --disc-lr 2e-4 --warmup 0.01 --lr-decay 0.4 --flip
         --perceptual small --perceptual-weight 0.3 --disc-loss hinge --disc-weight 0.3 --max-lambda 0.05 --delta 1e-6
-        --loss vqgan --no-l2-norm --no-rotation --no-gumbel
+        --loss vqgan --fixed-lambda 0 --no-l2-norm --no-rotation --no-gumbel
         --disc-start 0.4 --disc-warmup 0.1 --disc-ramp 0.1 --disc-channels 32 --disc-layers 2
         --log-every 20 --val-every 200 --save-every 200""",
     # 64 px, f = 8: for a folder of your own.
@@ -40,7 +40,7 @@ PRESETS = {
         --z-channels 128 --codebook-size 1024 --code-dim 16 --beta 0.25 --no-legacy --revive-every 20
         --batch-size 32 --steps 50000 --lr 4e-4 --disc-lr 8e-5 --warmup 0.01 --lr-decay 0.4 --flip
         --perceptual small --perceptual-weight 0.3 --disc-loss hinge --disc-weight 0.3 --max-lambda 0.05 --delta 1e-6
-        --loss vqgan --no-l2-norm --no-rotation --no-gumbel
+        --loss vqgan --fixed-lambda 0 --no-l2-norm --no-rotation --no-gumbel
         --disc-start 0.4 --disc-warmup 0.1 --disc-ramp 0.1 --disc-channels 64 --disc-layers 2
         --log-every 50 --val-every 1000 --save-every 1000""",
     # 256 px, f = 16: the official ImageNet model with 1024 codes, by the official recipe: 4.5e-6 for each image of the
@@ -52,7 +52,7 @@ PRESETS = {
         --dropout 0 --z-channels 256 --codebook-size 1024 --code-dim 256 --beta 0.25 --legacy --revive-every 0
         --batch-size 12 --steps 1000000 --base-lr 4.5e-6 --warmup 0 --lr-decay 0 --no-flip
         --perceptual vgg16 --perceptual-weight 1 --disc-loss hinge --disc-weight 0.8 --max-lambda 1e4 --delta 1e-4
-        --loss vqgan --no-l2-norm --no-rotation --no-gumbel
+        --loss vqgan --fixed-lambda 0 --no-l2-norm --no-rotation --no-gumbel
         --disc-start 0.25 --disc-warmup 0 --disc-ramp 0 --disc-channels 64 --disc-layers 3
         --log-every 100 --val-every 5000 --save-every 2000""",
 }

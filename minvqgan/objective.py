@@ -40,6 +40,7 @@ class ObjectiveConfig:
     disc_loss: str = option("hinge", "the paper writes log, its code trains with hinge", choices=("hinge", "log"))
     disc_weight: float = option(0.3, "of L_GAN, times lambda", least=0)
     max_lambda: float = option(0.05, "cap of the adaptive weight lambda", least=0)
+    fixed_lambda: float = option(0.0, "always this lambda in place of Eq. 7's; 0: Eq. 7", least=0)
     # DEPARTURE: 1e-6 as in the paper; the official code has 1e-4.
     delta: float = option(1e-6, "added to the denominator of lambda", least=0)
 
@@ -133,6 +134,8 @@ def textbook_step(
     (rec_grad,) = torch.autograd.grad(rec_loss, last_layer, retain_graph=True)
     (gan_grad,) = torch.autograd.grad(gen_loss, last_layer, retain_graph=True)
     lambda_ = adaptive_weight(rec_grad, gan_grad, config.max_lambda, config.delta)  # Eq. 7
+    if config.fixed_lambda:
+        lambda_ = torch.full_like(lambda_, config.fixed_lambda)
 
     (rec_loss + quantized.loss + adv_fraction * config.disc_weight * lambda_ * gen_loss).backward()  # Eq. 6, over G
 
@@ -189,6 +192,8 @@ def stage_one_step(
         (gan_grad,) = torch.autograd.grad(terms["gen_loss"], x_leaf, retain_graph=True)
         at_last_layer = last_layer_gradients(vqgan, x_hat, grad, gan_grad)
         terms["lambda"] = adaptive_weight(*at_last_layer, config.max_lambda, config.delta)  # Eq. 7
+        if config.fixed_lambda:
+            terms["lambda"] = torch.full_like(terms["lambda"], config.fixed_lambda)
         grad = grad + adv_fraction * config.disc_weight * terms["lambda"] * gan_grad  # Eq. 6
     weight = x_hat.new_full((), scale)
     torch.autograd.backward([x_hat, quantized.loss], [weight * grad, weight])  # Eq. 4 and 6, over E, G and Z
