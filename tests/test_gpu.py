@@ -1,16 +1,18 @@
-"""What only a CUDA GPU can show; skipped without one. Numbers are compared in float32, without TF32."""
+"""What only a CUDA GPU can show, skipped without one, and as much of it as a CPU can. In float32, without TF32."""
 
+import contextlib
 import csv
 
 import pytest
 import torch
 from helpers import fixture, relative_error, run_script
+from torch import nn
 
 from minvqgan.discriminator import PatchDiscriminator
 from minvqgan.harness import official, runtime
 from minvqgan.objective import ObjectiveConfig, stage_one_step
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")
 
 
 @pytest.fixture(autouse=True)
@@ -29,6 +31,7 @@ def networks():
     return vqgan.cuda().train(), disc.cuda().train(), fx["x"].cuda(), fx
 
 
+@needs_gpu
 def test_official_numbers(networks):
     vqgan, disc, x, fx = networks
     assert torch.equal(vqgan.encode_indices(x).cpu(), fx["indices"])
@@ -51,6 +54,7 @@ def gradients_of(step, vqgan, disc, batches):
     return found
 
 
+@needs_gpu
 @pytest.mark.parametrize("amp", [False, True])
 @pytest.mark.parametrize("fraction", [None, 0.0, 0.5, 1.0])
 def test_recorded_gradients_are_those_of_the_step(networks, fraction, amp):
@@ -74,6 +78,7 @@ def test_recorded_gradients_are_those_of_the_step(networks, fraction, amp):
                 p.mul_(1.01)
 
 
+@needs_gpu
 def test_recorded_training_follows_the_other(tmp_path):
     flags = "--preset tiny --steps 40 --log-every 10 --val-every 40 --val-images 16 --revive-every 0 --no-amp"
     flags += " --disc-start 0.25 --disc-warmup 0.25 --disc-ramp 0.25"
@@ -89,6 +94,7 @@ def test_recorded_training_follows_the_other(tmp_path):
                 assert float(ours[name]) == pytest.approx(float(truth[name]), rel=0.05), (ours["step"], name)
 
 
+@needs_gpu
 def test_recorded_transformer_follows_the_other(tmp_path):
     flags = "--steps 4 --val-images 16 --val-every 4"
     assert run_script("train_vqgan.py", *flags.split(), "--out", tmp_path / "v", cwd=tmp_path).returncode == 0
@@ -100,3 +106,50 @@ def test_recorded_transformer_follows_the_other(tmp_path):
         assert done.returncode == 0, done.stderr
         losses[name] = [float(row["loss"]) for row in csv.DictReader((tmp_path / name / "metrics.csv").open())]
     assert losses["cuda-graph"] == pytest.approx(losses["no-cuda-graph"], rel=0.01)
+
+
+class Replayed:
+    """In place of a CUDA graph: a replay calls the function again, on the recorded inputs, into the recorded output."""
+
+    def replay(self):
+        self.recorded.outputs.copy_(self.recorded.function(*self.recorded.inputs))
+
+
+def test_what_python_does_around_a_recording(monkeypatch):
+    """Inputs, gradients over micro-batches and after zero_grad, and nothing left of the calls before the recording."""
+    for name in ("Stream", "current_stream"):
+        monkeypatch.setattr(torch.cuda, name, lambda: type("Stream", (), {"wait_stream": lambda *_: None})())
+    for name in ("stream", "graph"):
+        monkeypatch.setattr(torch.cuda, name, lambda *_, **__: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Replayed)
+    layer, used_later = nn.Linear(3, 2), nn.Linear(3, 2)
+
+    def function(x, weight):
+        loss = weight * layer(x).square().mean()
+        loss.backward()
+        return loss.detach()
+
+    recorded = runtime.Recorded(function, layer, used_later)
+    monkeypatch.setattr(Replayed, "recorded", recorded, raising=False)
+    for weights in ((1.0,), (0.5, 2.0), (3.0,)):
+        batches = [(torch.randn(4, 3), weight) for weight in weights]
+        ours = [recorded(*batch).item() for batch in batches]
+        found = [p.grad.clone() for p in layer.parameters()]
+        layer.zero_grad()
+        assert ours == pytest.approx([function(*batch).item() for batch in batches])
+        for grad, p in zip(found, layer.parameters(), strict=True):
+            assert torch.allclose(grad, p.grad)
+        layer.zero_grad()
+        with torch.no_grad():
+            layer.weight.add_(0.1)
+    assert used_later.weight.grad is None
+
+
+@pytest.mark.parametrize("name, index", [("cuda", 3), ("cuda:1", 1)])
+def test_a_cuda_device_has_a_number(monkeypatch, name, index):
+    """torch.cuda.set_device refuses a device without one."""
+    taken = []
+    monkeypatch.setattr(runtime.torch, "zeros", lambda *_, **__: None)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    monkeypatch.setattr(torch.cuda, "set_device", taken.append)
+    assert runtime.pick_device(name) == torch.device("cuda", index) == taken[0]

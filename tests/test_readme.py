@@ -183,6 +183,9 @@ def test_every_flag_it_names_exists():
     known = {flag for path in sources for flag in re.findall(r'"(--[a-z0-9-]+)"', path.read_text())}
     for config in (VQGANConfig, ObjectiveConfig, GPTConfig, TwoStageConfig):
         known |= {"--" + field.name.replace("_", "-") for field in dataclasses.fields(config)}
-    known |= {flag.replace("--", "--no-") for flag in ("--amp", "--flip", "--l2-norm", "--cuda-graph")} | {"--nproc_per_node", "--dist"}
+    known |= {flag.replace("--", "--no-") for flag in ("--amp", "--flip", "--l2-norm", "--cuda-graph")} | {
+        "--nproc_per_node",
+        "--dist",
+    }
     named = set(re.findall(r"(?<![\w-])--[a-z][\w-]+", README))
     assert len(named) > 40 and named <= known, named - known
