@@ -30,7 +30,7 @@ PRESETS = {
         --weight-decay 0.01 --drop-cond 0.1 --pkeep 1 --log-every 50 --val-every 500 --save-every 500""",
     # 26 M parameters: for a folder of your own on one GPU.
     "small": """
-        --n-layer 8 --n-head 8 --n-embd 512 --dropout 0.1 --batch-size 64 --steps 50000 --lr 5e-4 --warmup 0.02
+        --n-layer 8 --n-head 8 --n-embd 512 --dropout 0.1 --batch-size 64 --steps 20000 --lr 5e-4 --warmup 0.02
         --weight-decay 0.01 --drop-cond 0.1 --pkeep 1 --log-every 100 --val-every 1000 --save-every 1000""",
     # The paper's of 307 M parameters (Tab. 8); 306 M with 1024 codes and as many classes.
     # DEPARTURE: the official configurations keep lr constant, do not clip gradients and never drop the condition.
@@ -186,19 +186,19 @@ def main() -> int:
     del saved  # a second copy of the weights
     drop_cond = args.drop_cond if model.config.guided else 0.0
 
+    @run.recorded(gpt)
     def gradients(s, r):
         with run.autocast():
             loss = parallel(s, r, args.pkeep, drop_cond).mean()  # -log p(s | r), Eq. 9 and 10
         (loss / args.accumulate).backward()
         return loss
 
-    step_of = run.recorded(gradients, gpt)
     model.train()
     for step in run.steps():
         for group in opt.param_groups:
             group["lr"] = learning_rate(args, step)
         for s, r in run.micro_batches(batches, parallel):  # (B, T) codes, (B, R) condition tokens
-            run.log({"loss": step_of(s, r)})
+            run.log({"loss": gradients(s, r)})
         torch.nn.utils.clip_grad_norm_(gpt.parameters(), 1.0)
         opt.step()
         opt.zero_grad()

@@ -38,7 +38,7 @@ PRESETS = {
     "small": """
         --image-size 64 --ch 32 --ch-mult 1 2 4 4 --num-res-blocks 1 --attn-resolutions --norm-groups 2 --dropout 0
         --z-channels 128 --codebook-size 1024 --code-dim 16 --beta 0.25 --no-legacy --revive-every 20
-        --batch-size 32 --steps 50000 --lr 4e-4 --disc-lr 8e-5 --warmup 0.01 --lr-decay 0.4 --flip
+        --batch-size 32 --steps 20000 --lr 4e-4 --disc-lr 8e-5 --warmup 0.01 --lr-decay 0.4 --flip
         --perceptual small --perceptual-weight 0.3 --disc-loss hinge --disc-weight 0.3 --max-lambda 0.05 --delta 1e-6
         --loss vqgan --fixed-lambda 0 --no-l2-norm --no-rotation --no-gumbel
         --disc-start 0.4 --disc-warmup 0.1 --disc-ramp 0.1 --disc-channels 64 --disc-layers 2
@@ -194,7 +194,8 @@ def main() -> int:
     run.state.setdefault("gumbel_steps", max(1, round(0.8 * args.steps)))
     disc_steps = run.state["disc_steps"]
     run.mark = disc_steps[0] if uses_disc(args) else None
-    vqgan.quantizer.counts = run.state.get("counts", torch.zeros(args.codebook_size)).to(run.device)
+    counts = run.state.get("counts", torch.zeros(args.codebook_size))
+    vqgan.quantizer.counts = counts.to(run.device, torch.float32).clone()  # to be added to in place
     if vqgan.quantizer.counts.shape != (args.codebook_size,):
         raise UserError(f"{run.out / 'last.pt'}: state.counts is not of {args.codebook_size} codes")
     run.start(
@@ -207,10 +208,10 @@ def main() -> int:
     parallel = [runtime.distributed(network, run.device) for network in (vqgan, disc)]
     batches = run.batches(train_set)
 
+    @run.recorded(vqgan, disc)
     def gradients(x, adv_fraction=None):
         return stage_one_step(*parallel, perceptual, x, objective, adv_fraction, run.amp, scale=1 / args.accumulate)
 
-    without_disc, with_disc = run.recorded(gradients, vqgan), run.recorded(gradients, vqgan, disc)
     vqgan.train()
     for step in run.steps():
         for group, lr in ((opt_g.param_groups[0], args.lr), (opt_d.param_groups[0], args.disc_lr)):
@@ -223,7 +224,7 @@ def main() -> int:
 
         for batch in run.micro_batches(batches, *parallel):
             x = to_x(run, batch)  # (B, C, H, W)
-            terms, quantized = with_disc(x, adv_fraction) if disc_on else without_disc(x)
+            terms, quantized = gradients(x, adv_fraction) if disc_on else gradients(x)
             run.log(terms)
         opt_g.step()
         opt_g.zero_grad()

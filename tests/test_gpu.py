@@ -1,4 +1,4 @@
-"""What only a CUDA GPU can show, skipped without one, and as much of it as a CPU can. In float32, without TF32."""
+"""What only a CUDA GPU can show, skipped without one, and as much of it as a CPU can."""
 
 import contextlib
 import csv
@@ -115,24 +115,32 @@ class Replayed:
         self.recorded.outputs.copy_(self.recorded.function(*self.recorded.inputs))
 
 
-def test_what_python_does_around_a_recording(monkeypatch):
-    """Inputs, gradients over micro-batches and after zero_grad, and nothing left of the calls before the recording."""
+@pytest.fixture
+def fake_cuda(monkeypatch):
+    """As much of torch.cuda as a recording asks for, on the CPU: the recording itself is one more call."""
     for name in ("Stream", "current_stream"):
         monkeypatch.setattr(torch.cuda, name, lambda: type("Stream", (), {"wait_stream": lambda *_: None})())
     for name in ("stream", "graph"):
         monkeypatch.setattr(torch.cuda, name, lambda *_, **__: contextlib.nullcontext())
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Replayed)
-    layer, used_later = nn.Linear(3, 2), nn.Linear(3, 2)
+    monkeypatch.setattr(torch.cuda, "get_rng_state", torch.get_rng_state)
+    monkeypatch.setattr(torch.cuda, "set_rng_state", torch.set_rng_state)
 
-    def function(x, weight):
-        loss = weight * layer(x).square().mean()
+
+def test_what_python_does_around_a_recording(fake_cuda, monkeypatch):
+    """Inputs, gradients over micro-batches and after zero_grad, and nothing left of the calls before the recording."""
+    layer, norm = nn.Linear(3, 2), nn.BatchNorm1d(2)
+
+    def function(x, weight=None):
+        loss = layer(x).square().mean() if weight is None else weight * norm(layer(x)).pow(3).mean()
         loss.backward()
+        torch.rand(1)
         return loss.detach()
 
-    recorded = runtime.Recorded(function, layer, used_later)
+    recorded = runtime.Recorded(function, layer, norm)
     monkeypatch.setattr(Replayed, "recorded", recorded, raising=False)
-    for weights in ((1.0,), (0.5, 2.0), (3.0,)):
-        batches = [(torch.randn(4, 3), weight) for weight in weights]
+    for weights in ((None,), (None, None), (1.0,), (0.5, 2.0), (3.0,)):
+        batches = [(torch.randn(4, 3), *([weight] if weight else [])) for weight in weights]
         ours = [recorded(*batch).item() for batch in batches]
         found = [p.grad.clone() for p in layer.parameters()]
         layer.zero_grad()
@@ -140,9 +148,32 @@ def test_what_python_does_around_a_recording(monkeypatch):
         for grad, p in zip(found, layer.parameters(), strict=True):
             assert torch.allclose(grad, p.grad)
         layer.zero_grad()
+        norm.zero_grad()
         with torch.no_grad():
             layer.weight.add_(0.1)
-    assert used_later.weight.grad is None
+
+
+def test_the_calls_before_a_recording_are_undone(fake_cuda, monkeypatch):
+    """In a module's buffers and in the random generator, before the recording begins."""
+    norm, seen = nn.BatchNorm1d(2), []
+
+    @contextlib.contextmanager
+    def graph(*_, **__):
+        seen.append((norm.num_batches_tracked.item(), norm.running_mean.clone(), torch.get_rng_state()))
+        yield
+
+    def function(x):
+        loss = norm(x + torch.rand(4, 2)).sum()
+        loss.backward()
+        return loss.detach()
+
+    monkeypatch.setattr(torch.cuda, "graph", graph)
+    recorded = runtime.Recorded(function, norm)
+    monkeypatch.setattr(Replayed, "recorded", recorded, raising=False)
+    before = torch.get_rng_state()
+    recorded(torch.randn(4, 2, generator=torch.Generator()))
+    ((count, mean, random),) = seen
+    assert count == 0 and mean.abs().max() == 0 and torch.equal(random, before)
 
 
 @pytest.mark.parametrize("name, index", [("cuda", 3), ("cuda:1", 1)])

@@ -134,7 +134,9 @@ def add_run_flags(p: Parser, presets: dict, out: str):
     g.add_argument("--seed", type=seed, default=0, help="of weights, data order, crops, and which 5 %% are held out")
     g.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     g.add_argument("--amp", action=argparse.BooleanOptionalAction, help="bfloat16 mixed precision (where it is faster)")
-    g.add_argument("--compile", action="store_true", help="torch.compile: slower to start, faster to run")
+    g.add_argument(
+        "--compile", action="store_true", help="torch.compile, instead of --cuda-graph: a minute and more to start"
+    )
     g.add_argument(
         "--cuda-graph",
         action=argparse.BooleanOptionalAction,

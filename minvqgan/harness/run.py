@@ -83,9 +83,9 @@ class Run:
 
     def _can_be_recorded(self) -> bool:
         """Is a step always the same, but for its numbers? Gumbel's temperature is a number of Python's, recomputed
-        maps ask for the state of the random generator, and what is compiled or has several processes has other ways."""
+        maps ask for the state of the random generator, and what is compiled or runs under torchrun has other ways."""
         others = any(getattr(self.args, name, False) for name in ("compile", "gumbel", "checkpoint_grad"))
-        return self.device.type == "cuda" and self.world == 1 and not others
+        return self.device.type == "cuda" and not dist.is_initialized() and not others
 
     def start(self, trained: dict, content: Callable[[], dict], described: dict, line: str) -> None:
         """Begin writing, and on --resume fill what is trained.
@@ -163,10 +163,10 @@ class Run:
                         stack.enter_context(module.no_sync())
                 yield next(batches)
 
-    def recorded(self, function: Callable, *modules: nn.Module) -> Callable:
-        """The function that adds the gradients of one micro-batch to those of `modules`, on a GPU as a recording: see
-        `runtime.Recorded`."""
-        return runtime.Recorded(function, *modules) if self.records else function
+    def recorded(self, *modules: nn.Module) -> Callable:
+        """A decorator for the function that adds the gradients of one micro-batch to those of `modules`: on a GPU it is
+        recorded, see `runtime.Recorded`."""
+        return lambda function: runtime.Recorded(function, *modules) if self.records else function
 
     def autocast(self):
         """bfloat16 where it is safe, with --amp. It has float32's range, so no loss scaling is needed."""

@@ -250,18 +250,19 @@ class Recorded:
     """function(*inputs) -> outputs, its kernels recorded at the first call (a CUDA graph) and replayed from then on.
 
     A step of a small model is a thousand short kernels, and Python needs longer to launch them than the GPU to compute.
-    inputs: tensors, always of the same shapes, and numbers. The outputs are overwritten by the next call.
+    inputs: tensors, always of the same shapes, and numbers; a call with more or fewer of them is recorded anew. The
+    outputs are overwritten by the next call.
 
-    The function may add gradients to the parameters of `modules` and change buffers in place; whatever Python does in
-    it happens once, while it is recorded. A few calls before that choose the kernels: what they add to gradients is
-    forgotten, what they change in buffers stays.
+    The function may add gradients to the parameters of `modules` and change their buffers in place; whatever Python
+    does in it happens once, while it is recorded. A few calls before that choose the kernels, and are undone: in
+    gradients, buffers and the random generator.
     """
 
     def __init__(self, function: Callable, *modules: nn.Module):
-        self.function, self.modules, self.graph = function, modules, None
+        self.function, self.modules, self.inputs = function, modules, None
 
     def __call__(self, *inputs):
-        if self.graph is None:
+        if self.inputs is None or len(inputs) != len(self.inputs):
             self._record(inputs)
         for own, given in zip(self.inputs, inputs, strict=True):
             own.copy_(given) if isinstance(given, torch.Tensor) else own.fill_(given)
@@ -275,7 +276,10 @@ class Recorded:
         return self.outputs
 
     def _record(self, inputs) -> None:
+        self.graph = self.outputs = None  # an older recording, with the memory of all its maps
         tensor = next(t for t in inputs if isinstance(t, torch.Tensor))
+        buffers = [b for module in self.modules for b in module.buffers()]
+        before, random = [b.clone() for b in buffers], torch.cuda.get_rng_state()
         self.inputs = [t.clone() if isinstance(t, torch.Tensor) else tensor.new_full((), t) for t in inputs]
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
@@ -283,6 +287,9 @@ class Recorded:
             for _ in range(3):
                 self.function(*self.inputs)
         torch.cuda.current_stream().wait_stream(stream)
+        for b, value in zip(buffers, before, strict=True):
+            b.copy_(value)
+        torch.cuda.set_rng_state(random)
         self.graph = torch.cuda.CUDAGraph()
         # thread_local: a loader's thread that pins memory meanwhile is none of the recording's business.
         with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
