@@ -58,7 +58,7 @@ def export(run: Path, name: str) -> None:
         content = {"config": asdict(model.config), "model": model.state_dict()}
     else:
         content = checkpoint.pack_two_stage(model)
-    # torch begins every tensor at a multiple of 64 bytes, which costs 58 kB in all: together they must stay below 15 MB.
+    # torch begins every tensor at a multiple of 64 bytes: 58 kB in all, and together they must stay below 15 MB.
     serialization.save.storage_alignment = 2
     checkpoint.save(MADE / f"{name}.pt", kind, **half(content))
     print(f"{MADE / name}.pt: {(MADE / f'{name}.pt').stat().st_size / 1e6:.1f} MB")
