@@ -1,5 +1,54 @@
-"""One thread: models of this size gain nothing from two, and processes side by side lose by them."""
+"""Tiny trained models that many test files use, made once a session; and one thread.
+
+Models of this size gain nothing from a second thread, and processes side by side lose by it.
+"""
 
 import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import numpy as np
+import pytest
+import torch
+from helpers import STAGE_ONE, STAGE_TWO, make_photos, run_inside
+from PIL import Image
+
+from minvqgan.harness.classifier import Classifier, save_classifier
+
+
+@pytest.fixture(scope="session")
+def house(tmp_path_factory):
+    """A folder with everything that the scripts take, trained by the scripts in a few seconds. Tests read it, and write
+    to a folder of their own.
+
+    photos: two classes (one, two) of six 16 x 16 images. pairs: eight images of 24 x 20 with label maps of 0, 1, 2.
+    rgb, labels, edges: run folders of first-stage models. class, none, coords, spatial: of transformers.
+    judge.pt: a classifier of photos' classes, untrained.
+    """
+    folder = tmp_path_factory.mktemp("house")
+    for name in ("one", "two"):
+        make_photos(folder / "photos" / name, n=6, size=(16, 16))
+    (folder / "pairs" / "labels").mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    for photo in make_photos(folder / "pairs" / "images", n=8, size=(24, 20)):
+        coarse = Image.fromarray(rng.integers(0, 3, (5, 6), dtype=np.uint8))
+        coarse.resize((24, 20), Image.Resampling.NEAREST).save(folder / "pairs" / "labels" / photo.name)
+    torch.manual_seed(0)
+    save_classifier(folder / "judge.pt", Classifier(("one", "two")))
+    crops = "--data pairs --resize 20"
+    for script, out, flags in (
+        (STAGE_ONE, "rgb", "--data photos"),
+        (STAGE_ONE, "labels", f"{crops} --input labels --num-labels 3"),
+        (STAGE_ONE, "edges", f"{crops} --input edges"),
+        (STAGE_TWO, "class", "--vqgan rgb/last.pt"),
+        (STAGE_TWO, "none", "--vqgan rgb/last.pt --cond none"),
+        (STAGE_TWO, "coords", "--vqgan rgb/last.pt --data pairs --resize 20 --cond coords --coord-levels 63"),
+        (
+            STAGE_TWO,
+            "spatial",
+            "--vqgan rgb/last.pt --data pairs --resize 20 --cond spatial --cond-vqgan labels/last.pt",
+        ),
+    ):
+        done = run_inside(*script, *flags.split(), "--out", out, cwd=folder)
+        assert done.returncode == 0, done.stderr[-2000:]
+    return folder

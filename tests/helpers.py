@@ -23,6 +23,17 @@ from minvqgan.harness import checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
 
+# Models of a few thousand parameters, D in after a third of the steps. Flags that follow win over these.
+STAGE_ONE = (
+    "train_vqgan.py --image-size 16 --ch 8 --ch-mult 1 2 --norm-groups 1 --z-channels 8 --code-dim 4 "
+    "--codebook-size 16 --batch-size 4 --steps 6 --val-images 8 --val-every 3 --log-every 2 --save-every 3 "
+    "--disc-start 0.3 --disc-channels 8 --perceptual none --no-amp"
+).split()
+STAGE_TWO = (
+    "train_gpt.py --n-layer 1 --n-head 2 --n-embd 16 --batch-size 4 --steps 6 --val-images 8 --val-every 3 "
+    "--log-every 2 --save-every 3 --no-amp"
+).split()
+
 
 def fixture(name: str) -> dict:
     """Random weights, inputs and outputs of the official implementation; `what` says which part."""

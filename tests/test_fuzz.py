@@ -32,6 +32,8 @@ from minvqgan.harness.run import MetricsFile
 from minvqgan.harness.runtime import UserError
 from minvqgan.two_stage import TwoStageConfig
 
+pytestmark = pytest.mark.slow
+
 CASES = int(os.environ.get("FUZZ", 100))
 often = settings(
     max_examples=CASES,

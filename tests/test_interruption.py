@@ -18,6 +18,8 @@ from PIL import Image
 
 from minvqgan.harness import checkpoint
 
+pytestmark = pytest.mark.slow
+
 KILLS = int(os.environ.get("KILLS", 5))
 
 VQGAN = (

@@ -14,6 +14,8 @@ from minvqgan.harness import checkpoint, data, runtime
 from minvqgan.harness.classifier import Classifier, save_classifier
 from minvqgan.orders import ORDERS
 
+pytestmark = pytest.mark.slow
+
 FLAGS = (
     "--ch 8 --ch-mult 1 2 --z-channels 8 --code-dim 4 --codebook-size 16 --batch-size 4 --val-images 8 "
     "--disc-channels 8 --no-amp"

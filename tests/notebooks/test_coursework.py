@@ -19,6 +19,8 @@ sys.path[:0] = [str(ROOT / "notebooks"), str(ROOT / "tests")]
 import coursework  # noqa: E402
 from test_checks import MUTATIONS  # noqa: E402
 
+pytestmark = pytest.mark.slow
+
 TOUR, QUANTIZER = "00_tour", "02_quantizer"
 NAMES = [path.stem for path in coursework.notebooks()]
 

@@ -15,6 +15,8 @@ from nbclient import NotebookClient
 
 from minvqgan.course import notebook as course
 
+pytestmark = pytest.mark.slow
+
 ROOT = course.CHECKPOINTS.parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("[0-9]*.ipynb"))
 

@@ -26,6 +26,8 @@ if not (CHROMIUM and DRIVER):
 import nbformat  # noqa: E402
 from selenium import webdriver  # noqa: E402
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[2]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("[0-9]*.ipynb"))
 MODULES = sorted(path for path in (ROOT / "minvqgan").glob("*.py") if path.stem != "__init__")
