@@ -100,8 +100,6 @@ def open_first_stage(args) -> VQGAN:
     args.resize = args.resize or trained_with.get("resize")
     args.flip = trained_with.get("flip", True) if args.flip is None else args.flip
     flags.check_image_size(args.image_size, vqgan.config.f)
-    if args.n_embd % args.n_head:
-        raise UserError(f"--n-head {args.n_head} does not divide --n-embd {args.n_embd}")
     return vqgan
 
 

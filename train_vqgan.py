@@ -117,16 +117,11 @@ def check(args) -> None:
         args.loss = "labels"
     elif args.loss == "labels":
         raise UserError(f"--loss labels needs --input labels, not {args.input}")
-    flags.check_image_size(args.image_size, 2 ** (len(args.ch_mult) - 1))
+    flags.config(VQGANConfig, args)  # before D's smallest image is computed, so that the plainer error comes first
     if args.checkpoint_grad and args.compile:
         raise UserError(
             "--checkpoint-grad and --compile exclude each other: compiled layers cannot be recomputed one by one"
         )
-    if len(args.ch_mult) > 12:
-        raise UserError(f"--ch-mult has {len(args.ch_mult)} levels; 12 are the most")
-    for channels in [args.ch] + [args.ch * m for m in args.ch_mult]:
-        if channels % args.norm_groups:
-            raise UserError(f"--norm-groups {args.norm_groups} does not divide {channels} channels")
     smallest = 2 ** (args.disc_layers + 2)
     if uses_disc(args) and args.image_size < smallest:
         raise UserError(f"--disc-layers {args.disc_layers} needs images of {smallest} pixels or more")

@@ -81,7 +81,7 @@ class SpatialCondition(nn.Module):
     def __init__(self, vqgan: VQGAN):
         super().__init__()
         self.vqgan = vqgan.eval().requires_grad_(False)
-        self.num_tokens = vqgan.config.codebook_size
+        self.num_tokens, self.f = vqgan.config.codebook_size, vqgan.config.f
 
     def train(self, mode: bool = True) -> "SpatialCondition":
         """The first-stage model of c is as frozen as that of x."""

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from .layers import attention
-from .options import option
+from .options import check, option
 
 
 @dataclass
@@ -27,6 +27,14 @@ class GPTConfig:
     n_head: int = option(4, "attention heads a block", least=1)
     n_embd: int = option(128, "width", least=1)
     dropout: float = option(0.0, "fraction of activations dropped; 0.1 and more on small datasets", least=0, most=1)
+
+    def __post_init__(self):
+        check(self)
+        if self.num_codes < 1 or self.num_cond < 0 or self.block_size < 1:
+            sizes = f"{self.num_codes} codes, {self.num_cond} condition tokens, {self.block_size} positions"
+            raise ValueError(f"a transformer cannot have {sizes}")
+        if self.n_embd % self.n_head:
+            raise ValueError(f"--n-head {self.n_head} does not divide --n-embd {self.n_embd}")
 
 
 class KVCache:
@@ -98,15 +106,11 @@ class GPT(nn.Module):
 
     cache: logits are then those of T *further* tokens after the ones it holds, equal to those of the whole sequence.
     last_only: logits of the last token alone, (B, 1, K): all that sampling needs.
-    Raises ValueError for a sequence longer than block_size, or heads that do not divide the width.
+    Raises ValueError for a sequence longer than block_size.
     """
 
     def __init__(self, config: GPTConfig):
         super().__init__()
-        if not 0 < config.n_layer <= 1000:
-            raise ValueError(f"{config.n_layer} blocks make no transformer")
-        if config.n_embd % config.n_head:
-            raise ValueError(f"{config.n_head} heads do not divide a width of {config.n_embd}")
         self.config = config
         self.token_embedding = nn.Embedding(config.num_codes + config.num_cond, config.n_embd)
         self.position_embedding = nn.Parameter(torch.zeros(config.block_size, config.n_embd))

@@ -19,7 +19,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .options import option
+from .options import check, option
 from .quantizer import Quantized
 
 
@@ -43,6 +43,9 @@ class ObjectiveConfig:
     fixed_lambda: float = option(0.0, "always this lambda in place of Eq. 7's; 0: Eq. 7", least=0)
     # DEPARTURE: 1e-6 as in the paper; the official code has 1e-4.
     delta: float = option(1e-6, "added to the denominator of lambda", least=0)
+
+    def __post_init__(self):
+        check(self)
 
 
 def reconstruction_loss(

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from . import sampler
 from .conditioning import Condition, NoCondition, coordinates
 from .gpt import GPT
-from .options import option
+from .options import check, option
 from .orders import ORDERS
 from .sampler import Sampling
 from .vqgan import VQGAN
@@ -33,6 +33,11 @@ class TwoStageConfig:
     guided: bool = False  # trained with dropped conditions: one more condition token stands for "no condition"
     shared_range: bool = False  # condition tokens share the image codes' numbers, as in official checkpoints
     classes: tuple[str, ...] = ()  # names, by number
+
+    def __post_init__(self):
+        check(self)
+        if self.n < 1:
+            raise ValueError(f"a latent map cannot have {self.n} x {self.n} codes")
 
 
 def condition_length(condition: Condition, n: int) -> int:
@@ -53,14 +58,23 @@ class TwoStage(nn.Module):
         self.vqgan = vqgan.eval().requires_grad_(False)
         self.condition, self.gpt, self.config = condition, gpt, config
         self.offset = 0 if config.shared_range else gpt.config.num_codes
-        length = sequence_length(condition, config.n)
-        if config.n < 1 or length > gpt.config.block_size:
-            raise ValueError(f"a sequence of {length} tokens does not fit the transformer's {gpt.config.block_size}")
+        self._check_parts()
         self.register_buffer("order", ORDERS[config.order](config.n), persistent=False)
-        need = self.offset + condition.num_tokens + config.guided
-        have = gpt.config.num_codes + gpt.config.num_cond
-        if need > have or vqgan.config.codebook_size > gpt.config.num_codes:
-            raise ValueError(f"the transformer knows {have} tokens, codes and condition together need {need}")
+
+    def _check_parts(self) -> None:
+        """Raises ValueError for parts that were not made for each other."""
+        gpt, condition, K = self.gpt.config, self.condition, self.vqgan.config.codebook_size
+        length, f = sequence_length(condition, self.config.n), self.vqgan.config.f
+        if length > gpt.block_size:
+            raise ValueError(f"a sequence of {length} tokens does not fit the transformer's {gpt.block_size}")
+        need = self.offset + condition.num_tokens + self.config.guided
+        if need > gpt.num_codes + gpt.num_cond or gpt.num_codes < K:
+            have = f"{gpt.num_codes} codes and {gpt.num_cond} condition tokens"
+            raise ValueError(f"the transformer has {have}; this model needs {K} codes and {need} tokens in all")
+        if condition.kind == "class" and len(self.config.classes) not in (0, condition.num_tokens):
+            raise ValueError(f"{len(self.config.classes)} class names for {condition.num_tokens} classes")
+        if condition.is_map and condition.f != f:
+            raise ValueError(f"the condition is downsampled by {condition.f}, the image by {f}; they must agree")
 
     def train(self, mode: bool = True) -> "TwoStage":
         """Only the transformer trains."""

@@ -16,8 +16,10 @@ from torch import Tensor, nn
 
 from .decoder import Decoder
 from .encoder import Encoder
-from .options import option
+from .options import check, option
 from .quantizer import GumbelQuantizer, Quantized, VectorQuantizer
+
+INPUT_KINDS = ("rgb", "gray", "edges", "lowres", "labels", "depth")  # what they mean: harness/data.py
 
 
 @dataclass
@@ -26,7 +28,7 @@ class VQGANConfig:
     `image_size` for `resolution`, `codebook_size` for `n_embed` and `code_dim` for `embed_dim`."""
 
     in_channels: int = 3  # C, of the image and of the reconstruction
-    input_kind: str = "rgb"  # what the images are: see harness/data.py
+    input_kind: str = "rgb"  # one of INPUT_KINDS
     image_size: int = option(32, "side of the training images in pixels; others that f divides work too", least=1)
     ch: int = option(16, "channels at full resolution", least=1)
     ch_mult: tuple[int, ...] = option((1, 2, 4), "channel factor of each level; f = 2^(levels - 1)", least=1)
@@ -43,6 +45,20 @@ class VQGANConfig:
     rotation: bool = option(False, "rotation trick instead of straight-through")
     gumbel: bool = option(False, "Gumbel-softmax quantizer instead of nearest neighbours")
 
+    def __post_init__(self):
+        check(self)
+        if self.in_channels < 1 or self.input_kind not in INPUT_KINDS:
+            raise ValueError(f"no VQGAN reads {self.in_channels} channels of the kind {self.input_kind[:40]!r}")
+        if not 1 <= len(self.ch_mult) <= 12:
+            raise ValueError(f"--ch-mult has {len(self.ch_mult)} levels, not 1 to 12")
+        for channels in (self.ch, *(self.ch * mult for mult in self.ch_mult)):
+            if channels % self.norm_groups:
+                raise ValueError(f"--norm-groups {self.norm_groups} does not divide a layer's {channels} channels")
+        size, f = self.image_size, self.f
+        if size % f:
+            nearest = f"{size // f * f} or {size // f * f + f}" if size > f else f
+            raise ValueError(f"--image-size {size} is not divisible by f = {f}; use {nearest}")
+
     @property
     def f(self) -> int:
         """Downsampling factor f = 2^m."""
@@ -55,8 +71,6 @@ class VQGAN(nn.Module):
     def __init__(self, config: VQGANConfig):
         super().__init__()
         self.config = c = config
-        if not 1 <= len(c.ch_mult) <= 12 or not 0 < c.num_res_blocks <= 100:
-            raise ValueError(f"{len(c.ch_mult)} levels of {c.num_res_blocks} residual blocks make no VQGAN")
         self.encoder = Encoder(c)
         self.to_code = nn.Conv2d(c.z_channels, c.code_dim, 1)
         if c.gumbel:

@@ -70,7 +70,7 @@ def test_files_that_do_not_fit(saved, tmp_path):
     refused("classes is missing", kind="classifier")
     refused(r"config does not fit this version \(colour\)", config=vars(CONFIG) | {"colour": 1})
     refused("decoder.layers.0.weight has another shape", config=vars(CONFIG) | {"z_channels": 16})
-    refused("norm_groups = 3 does not divide", config=vars(CONFIG) | {"norm_groups": 3})
+    refused("--norm-groups 3 does not divide", config=vars(CONFIG) | {"norm_groups": 3})
     refused("config.ch is 'many', not a whole number from 1", config=vars(CONFIG) | {"ch": "many"})
     refused(r"config.ch_mult\[1\] is 0, not a whole", config=vars(CONFIG) | {"ch_mult": [1, 0]})
     refused("config.dropout is nan, not a number from 0 to 1", config=vars(CONFIG) | {"dropout": float("nan")})

@@ -53,11 +53,19 @@ def test_cached_equals_full(gpt, parts):
     assert torch.allclose(last[-1], gpt(tokens)[:, -1], atol=1e-5)
 
 
-def test_too_many_tokens_and_odd_heads(gpt):
+def test_too_many_tokens(gpt):
     with pytest.raises(ValueError, match="21 tokens are more than the 20"):
         gpt(torch.zeros(1, 21, dtype=torch.long))
-    with pytest.raises(ValueError, match="3 heads do not divide"):
-        GPT(GPTConfig(num_codes=4, num_cond=1, block_size=4, n_head=3, n_embd=8))
+
+
+def test_configs_that_no_transformer_can_have():
+    sizes = {"num_codes": 4, "num_cond": 1, "block_size": 4}
+    with pytest.raises(ValueError, match="--n-head 3 does not divide --n-embd 8"):
+        GPTConfig(**sizes, n_head=3, n_embd=8)
+    with pytest.raises(ValueError, match="--n-layer is 0, not a whole number from 1 to 1000"):
+        GPTConfig(**sizes, n_layer=0)
+    with pytest.raises(ValueError, match="a transformer cannot have 4 codes, -1 condition tokens"):
+        GPTConfig(**sizes | {"num_cond": -1})
 
 
 def test_decay_on_matrices_only(gpt):

@@ -1,5 +1,7 @@
 """Encoder, decoder and VQGAN: shapes, sizes, the codes of a picture and back, and what is refused."""
 
+import re
+
 import pytest
 import torch
 
@@ -37,8 +39,29 @@ def test_sizes_that_do_not_fit_are_named(vqgan):
         vqgan(torch.randn(1, 1, 16, 16))
     with pytest.raises(ValueError, match=r"must lie in \[0, 32\)"):
         vqgan.decode_indices(torch.full((1, 4, 4), 32))
-    with pytest.raises(ValueError, match="norm_groups = 3 does not divide"):
-        VQGAN(VQGANConfig(ch=16, norm_groups=3))
+
+
+@pytest.mark.parametrize(
+    "wrong, sentence",
+    [
+        ({"ch": 16, "norm_groups": 3}, "--norm-groups 3 does not divide a layer's 16 channels"),
+        ({"ch_mult": (1, 1.5)}, "--ch-mult is 1.5, not a whole number"),
+        ({"ch_mult": (1, 0)}, "--ch-mult is 0, not a whole number from 1 to 1048576"),
+        ({"ch_mult": [1, 2]}, "--ch-mult is [1, 2], not a tuple"),
+        ({"ch_mult": (1,) * 13, "image_size": 4096}, "--ch-mult has 13 levels, not 1 to 12"),
+        ({"image_size": 33}, "--image-size 33 is not divisible by f = 4; use 32 or 36"),
+        ({"image_size": 2}, "--image-size 2 is not divisible by f = 4; use 4"),
+        ({"num_res_blocks": 101}, "--num-res-blocks is 101, not a whole number from 1 to 100"),
+        ({"dropout": float("nan")}, "--dropout is nan, not a number from 0 to 1"),
+        ({"beta": float("inf")}, "--beta is inf, not a number"),
+        ({"ch": True}, "--ch is True, not a whole number"),
+        ({"gumbel": 1}, "--gumbel is 1, not true or false"),
+        ({"input_kind": "smell"}, "no VQGAN reads 3 channels of the kind 'smell'"),
+    ],
+)
+def test_configs_that_no_model_can_have(wrong, sentence):
+    with pytest.raises(ValueError, match=re.escape(sentence)):
+        VQGANConfig(**wrong)
 
 
 def test_every_parameter_learns():

@@ -221,6 +221,28 @@ def test_coordinates_of_a_crop_are_a_crop_of_the_coordinates():
     assert torch.equal(tokens[:, 1:, 1:4], condition(c[None, :, 2:, 2:8]))
 
 
+def test_parts_that_were_not_made_for_each_other():
+    model = make_model("class")
+    coarser = VQGAN(VQGANConfig(image_size=8, ch=8, ch_mult=(1, 1, 1), z_channels=8, code_dim=4, codebook_size=16))
+    larger = VQGAN(VQGANConfig(image_size=8, ch=8, ch_mult=(1, 2), z_channels=8, code_dim=4, codebook_size=17))
+    for match, parts in (
+        ("a sequence of 25 tokens does not fit the transformer's 17", {"config": TwoStageConfig(5)}),
+        ("needs 16 codes and 20 tokens in all", {"condition": ClassCondition(4)}),
+        ("needs 17 codes", {"vqgan": larger}),
+        ("2 class names for 3 classes", {"config": TwoStageConfig(4, classes=("a", "b"))}),
+    ):
+        own = {"vqgan": model.vqgan, "condition": model.condition, "gpt": model.gpt, "config": model.config}
+        with pytest.raises(ValueError, match=match):
+            TwoStage(**own | parts)
+    gpt = make_model("spatial").gpt
+    with pytest.raises(ValueError, match="the condition is downsampled by 4, the image by 2"):
+        TwoStage(model.vqgan, SpatialCondition(coarser), gpt, TwoStageConfig(4))
+    with pytest.raises(ValueError, match="cannot have 0 x 0 codes"):
+        TwoStageConfig(0)
+    with pytest.raises(ValueError, match="--order is 'random', not one of row, "):
+        TwoStageConfig(4, order="random")
+
+
 def test_only_the_transformer_trains():
     model = make_model("spatial").train()
     assert model.gpt.training and not model.vqgan.training and not model.condition.vqgan.training

@@ -106,9 +106,12 @@ def add_fields(group, config_class: type) -> None:
 
 
 def config(config_class: type, args, **others):
-    """The dataclass, filled from the flags that `add_fields` made of it and from `others`."""
+    """The dataclass, filled from the flags that `add_fields` made of it and from `others`. Raises UserError."""
     values = {f.name: getattr(args, f.name) for f in dataclasses.fields(config_class) if f.metadata}
-    return config_class(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}, **others)
+    try:
+        return config_class(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}, **others)
+    except ValueError as error:
+        raise UserError(str(error)) from None
 
 
 def check_image_size(size: int, f: int) -> None:
