@@ -159,8 +159,8 @@ def stage_one_step(
 ) -> tuple[dict[str, Tensor], Quantized]:
     """`textbook_step` with every network passed once; adds the gradients of one micro-batch to vqgan's and disc's.
 
-    x: (B, C, H, W). adv_fraction: see `adversarial_ramp`; None while D does not learn yet; a scalar tensor where one
-    recorded step serves all fractions. amp: networks in bfloat16. scale: of all gradients, 1/n for n micro-batches.
+    x: (B, C, H, W). adv_fraction: None: D is off. A number (or scalar tensor): see `adversarial_ramp`; at 0 D learns
+    alone. amp: networks in bfloat16. scale: of all gradients, 1/n for n micro-batches.
     -> (measurements {name: scalar}, Quantized).
 
     Why one pass is enough. L_rec and L_GAN depend on the network through x_hat alone, and a backward pass is linear in
@@ -189,7 +189,6 @@ def stage_one_step(
     if adv_fraction is not None:
         with autocast:
             logits_real, logits_fake = disc(x).to(x.dtype), disc(x_leaf).to(x.dtype)  # each (B, 1, h', w')
-    if isinstance(adv_fraction, Tensor) or adv_fraction:
         terms["gen_loss"] = generator_loss(logits_fake, config.disc_loss)
         # Only x_leaf's gradient is asked for, so G's loss leaves none in D.
         (gan_grad,) = torch.autograd.grad(terms["gen_loss"], x_leaf, retain_graph=True)
