@@ -6,7 +6,7 @@ arXiv:2012.09841).
     python evaluate.py --gpt runs/gpt/best.pt --features runs/classifier.pt      without InceptionV3's weights
 
 FID and Inception Score need InceptionV3's weights, which are downloaded once. Where that cannot be, a classifier of
-`python -m minvqgan.harness.classifier` takes its place, and the distances then bear its name.
+`python -m minvqgan.harness.judges` takes its place, and the distances then bear its name.
 """
 
 import json
@@ -17,8 +17,8 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from minvqgan.harness import checkpoint, data, distances, flags, metrics, official, pictures, runtime, tokens
-from minvqgan.harness.classifier import load_classifier, match_classes
+from minvqgan.harness import checkpoint, data, flags, judges, metrics, official, pictures, runtime, tokens
+from minvqgan.harness.judges import load_classifier, match_classes
 from minvqgan.harness.runtime import UserError
 from minvqgan.quantizer import codebook_stats
 from minvqgan.two_stage import TwoStage
@@ -125,7 +125,7 @@ class Table:
 
     def mean(self, name: str, values: torch.Tensor) -> None:
         """A mean over images, values (N,), with its standard error."""
-        value, error = distances.spread(values)
+        value, error = metrics.spread(values)
         self.rows[name] = {"value": value, "spread": error}
 
     def over_splits(self, name: str, measure, parts, whole) -> None:
@@ -157,11 +157,11 @@ def compare_sets(table: Table, args, name: str, real: torch.Tensor, fake: torch.
     real_parts = split(real, args.splits) if score is None else [real] * len(fake_parts)
     parts = list(zip(fake_parts, real_parts, strict=False))
     label = "fid" if inception else f"frechet_distance({name})"
-    table.over_splits(label, lambda pair: distances.frechet_distance(*pair), parts, (fake, real))
+    table.over_splits(label, lambda pair: metrics.frechet_distance(*pair), parts, (fake, real))
     if score is not None:
         label = "inception_score" if inception else f"class_score({name})"
-        table.over_splits(label, distances.inception_score, split(score, args.splits), score)
-        precision, recall = distances.precision_recall(real, fake)
+        table.over_splits(label, metrics.inception_score, split(score, args.splits), score)
+        precision, recall = metrics.precision_recall(real, fake)
         table.plain(f"precision({name})", precision)
         table.plain(f"recall({name})", recall)
 
@@ -172,8 +172,8 @@ def evaluate_reconstructions(args, model: VQGAN, val_set, device: torch.device, 
     labels = kind == "labels"
     perceptual = features = None
     if not labels:
-        perceptual = optional(lambda name: metrics.load_perceptual(name, args.image_size), args.perceptual, device)
-        features = optional(metrics.load_features, args.features, device)
+        perceptual = optional(lambda name: judges.load_perceptual(name, args.image_size), args.perceptual, device)
+        features = optional(judges.load_features, args.features, device)
     values: dict[str, list] = {}
     seen: dict[str, list] = {"real": [], "fake": []}
     counts = torch.zeros(K, dtype=torch.long)
@@ -239,7 +239,7 @@ def evaluate_gpt(args, model: TwoStage, train_set, val_set, device: torch.device
     table.mean("bits_per_pixel", nats * T / math.log(2) / pixels)
     table.plain("ln_K", math.log(model.vqgan.config.codebook_size))
 
-    features = optional(metrics.load_features, args.features, device)
+    features = optional(judges.load_features, args.features, device)
     judge = args.classifier or (args.features if args.features not in ("inception", "none") else None)
     if features is None and not (judge and model.condition.kind == "class"):
         print(f"{len(nats)} held-out images of {args.data}")
@@ -273,9 +273,9 @@ def compare_new_images(args, features, fake, train_set, val_set, config, device,
     made, score = seen_by(features, fake.split(args.batch_size), device)
     compare_sets(table, args, features.name, real, made, score)
     # Samples nearer to the training images than held-out images are would be copies.
-    distance, index = distances.nearest(made, known)
+    distance, index = metrics.nearest(made, known)
     table.mean(f"nearest_training({features.name})", distance)
-    table.mean(f"nearest_training_of_held_out({features.name})", distances.nearest(real, known)[0])
+    table.mean(f"nearest_training_of_held_out({features.name})", metrics.nearest(real, known)[0])
     closest = distance.argsort()[: args.neighbours]
     wanted, found = set(index[closest].tolist()), {}
     for number, image in enumerate(image for batch in shown(train_set) for image in batch):

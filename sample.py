@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from minvqgan import sampler
 from minvqgan.harness import data, flags, official, pictures, runtime
-from minvqgan.harness.classifier import load_classifier, match_classes
+from minvqgan.harness.judges import load_classifier, match_classes
 from minvqgan.harness.runtime import UserError
 from minvqgan.two_stage import TwoStage
 
@@ -59,7 +59,7 @@ def parse_flags():
         help="keep this fraction: the images that a classifier is surest of",
     )
     g.add_argument(
-        "--classifier", metavar="FILE", help="for --reject: of minvqgan.harness.classifier, or a torchvision name"
+        "--classifier", metavar="FILE", help="for --reject: of minvqgan.harness.judges, or a torchvision name"
     )
     g.add_argument("--seed", type=flags.seed, default=0, help="image i takes seed + i, in any batch")
     g.add_argument("--batch-size", type=flags.positive, default=64, help="images at a time")

@@ -14,7 +14,7 @@ import torch
 import torch._functorch.config as functorch
 
 from minvqgan.discriminator import PatchDiscriminator
-from minvqgan.harness import data, flags, metrics, pictures, runtime, schema
+from minvqgan.harness import data, flags, judges, metrics, pictures, runtime, schema
 from minvqgan.harness.run import Run
 from minvqgan.harness.runtime import UserError
 from minvqgan.objective import ObjectiveConfig, adversarial_ramp, stage_one_step
@@ -175,7 +175,7 @@ def main() -> int:
         args.data, args.image_size, args.resize, sources, args.num_labels, args.seed, args.flip
     )
     data.check_outside(args.out, args.data)
-    perceptual = metrics.load_perceptual(args.perceptual, args.image_size) if uses_disc(args) else None
+    perceptual = judges.load_perceptual(args.perceptual, args.image_size) if uses_disc(args) else None
     vqgan, disc, perceptual, opt_g, opt_d = build(args, in_channels, perceptual, run.device)
     objective = flags.config(ObjectiveConfig, args)
     if not saved and args.revive_every and not args.gumbel:

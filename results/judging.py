@@ -1,18 +1,18 @@
 """What the tables of this folder share: judges, their numbers, and a file of them.
 
-A judge is a residual classifier of minvqgan.harness.classifier that no training has seen, itself trained on sharp
+A judge is a residual classifier of minvqgan.harness.judges that no training has seen, itself trained on sharp
 images only. The first one knows the classes of the data, where the data has any. The perceptual network was trained on
 the same labels, so the two may share their taste; a judge of rotations never saw a label, and looks at shape and
 orientation more than at texture. Those of the tables (80.6 and 65.5 % right on held-out images) come from
 
-    python -m minvqgan.harness.classifier --data cifar10_split --steps 2800 --amp --out classes.pt
-    python -m minvqgan.harness.classifier --data cifar10_split --steps 1500 --seed 1 --task rotations --amp \
+    python -m minvqgan.harness.judges --data cifar10_split --steps 2800 --amp --out classes.pt
+    python -m minvqgan.harness.judges --data cifar10_split --steps 1500 --seed 1 --task rotations --amp \
         --out rotations.pt
 
 where cifar10_split holds train/ (45,000 images) and val/ (5,000), as split.py divides them. A third judge, of rotations
 of other photographs (BSDS500's 300, 64 pixels), belongs to the table of road scenes:
 
-    python -m minvqgan.harness.classifier --data bsds500 --image-size 64 --batch-size 32 --steps 1500 --task rotations \
+    python -m minvqgan.harness.judges --data bsds500 --image-size 64 --batch-size 32 --steps 1500 --task rotations \
         --amp --out photographs.pt
 """
 
@@ -24,9 +24,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import default_collate
 
-from minvqgan.harness import data, flags, metrics
-from minvqgan.harness.classifier import match_classes
-from minvqgan.harness.distances import frechet_distance, precision_recall
+from minvqgan.harness import data, flags, judges
+from minvqgan.harness.judges import match_classes
+from minvqgan.harness.metrics import frechet_distance, precision_recall
 from minvqgan.harness.runtime import UserError
 
 
@@ -68,10 +68,10 @@ class Judges:
         if crops > 1:
             keys = ((i * len(val_set) // count, i * crops + n) for i in range(count) for n in range(crops))
             batches = [default_collate([val_set[key] for key in keys])]
-        self.judges = [metrics.load_features(name) for name in files]
+        self.judges = [judges.load_features(name) for name in files]
         self.classes = val_set.classes
         if len(self.classes) > 1:
-            self.numbers = torch.tensor(match_classes(self.judges[0].classifier.classes, self.classes))
+            self.numbers = torch.tensor(match_classes(self.judges[0].net.classes, self.classes))
         self.x, self.c = torch.cat([b["image"] for b in batches]), torch.cat([b["class"] for b in batches])
         self.real = [self._seen(judge, self.x)[0] for judge in self.judges]
 

@@ -12,8 +12,8 @@ from judging import Judges, add_flags, write
 from torch import Tensor
 
 from minvqgan import Sampling
-from minvqgan.harness import checkpoint, flags, metrics, runtime
-from minvqgan.harness.classifier import load_classifier, match_classes
+from minvqgan.harness import checkpoint, flags, runtime
+from minvqgan.harness.judges import SMALL, load_classifier, match_classes
 from minvqgan.harness.runtime import UserError
 from minvqgan.sampler import reject
 from minvqgan.two_stage import TwoStage
@@ -69,7 +69,7 @@ def main() -> int:
     add_flags(p, "sampling", images=1000)
     p.add_argument("--gpt", required=True, help="a class-conditional transformer")
     args = p.parse_args()
-    model, rejector = checkpoint.load(args.gpt), load_classifier(metrics.SMALL)
+    model, rejector = checkpoint.load(args.gpt), load_classifier(SMALL)
     if not isinstance(model, TwoStage) or model.condition.kind != "class":
         raise UserError(f"{args.gpt} is no class-conditional transformer")
     if args.images < model.condition.num_tokens:

@@ -21,7 +21,7 @@ from helpers import ROOT, assert_one_line_error, make_photos, png_that_claims, r
 from PIL import Image
 
 from minvqgan.harness import checkpoint, data
-from minvqgan.harness.classifier import Classifier, save_classifier
+from minvqgan.harness.judges import Classifier, save_classifier
 
 STAGE_ONE = (
     "train_vqgan.py --image-size 16 --ch 8 --ch-mult 1 2 --z-channels 8 --code-dim 4 --codebook-size 16 --batch-size 4 "
@@ -488,7 +488,7 @@ def test_outputs_never_replace_an_input(house, tmp_path):
     ):
         assert_refused(house, words, "would be written over")
     assert {path: path.read_bytes() for path in tmp_path.rglob("*.png")} == before
-    words = ["-m", "minvqgan.harness.classifier", "--steps", "1", "--out", "rgb/best.pt"]
+    words = ["-m", "minvqgan.harness.judges", "--steps", "1", "--out", "rgb/best.pt"]
     env = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, *words], cwd=house, env=env, capture_output=True, text=True)
     assert_one_line_error(done, "rgb/best.pt holds a vqgan, not a classifier")
@@ -596,7 +596,7 @@ def test_names_that_cannot_be_written_are_found_before_the_work(house, tmp_path,
     gpt = ["--gpt", house / "none" / "best.pt"]
     assert_one_line_error(run_inside("sample.py", *gpt, *out.split(), cwd=tmp_path), "cannot write", "taken")
     assert [path.name for path in tmp_path.iterdir()] == ["taken"]
-    words = ["-m", "minvqgan.harness.classifier", "--steps", "1000000000", "--out", "taken/judge.pt"]
+    words = ["-m", "minvqgan.harness.judges", "--steps", "1000000000", "--out", "taken/judge.pt"]
     env = os.environ | {"PYTHONPATH": str(ROOT)}
     how = {"cwd": tmp_path, "env": env, "capture_output": True, "text": True, "timeout": 60}
     assert_one_line_error(subprocess.run([sys.executable, *words], **how), "cannot write", "taken")

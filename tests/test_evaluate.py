@@ -14,12 +14,14 @@ import torch_fidelity.feature_extractor_inceptionv3 as inception
 from helpers import ROOT, NoFloat64, assert_one_line_error, fixture, official_files, run_inside
 from PIL import Image
 from torch import nn
-from torchmetrics.functional.image import structural_similarity_index_measure
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 from torchmetrics.image.fid import FrechetInceptionDistance
 from torchmetrics.image.inception import InceptionScore
 
-from minvqgan.harness import checkpoint, data, distances, metrics
-from minvqgan.harness.classifier import Classifier, load_classifier, save_classifier
+from minvqgan.harness import checkpoint, data, judges, metrics
+from minvqgan.harness.judges import Classifier, load_classifier, save_classifier
 
 STAGE_ONE = (
     "train_vqgan.py --image-size 16 --ch 8 --ch-mult 1 2 --z-channels 8 --code-dim 4 --codebook-size 16 --batch-size 4 "
@@ -58,33 +60,33 @@ def test_frechet_distance_is_scipys_and_torchmetrics(clouds):
     A, B = np.cov(a.double().numpy().T), np.cov(b.double().numpy().T)
     root = scipy.linalg.sqrtm(A @ B).real
     truth = ((a.double().mean(0) - b.double().mean(0)) ** 2).sum().item() + np.trace(A + B - 2 * root)
-    assert distances.frechet_distance(a, b) == pytest.approx(truth, rel=1e-8)
+    assert metrics.frechet_distance(a, b) == pytest.approx(truth, rel=1e-8)
     a, b = ((t * 20 + 128).clamp(0, 255).to(torch.uint8) for t in clouds)
     theirs = FrechetInceptionDistance(feature=Features(8))
     theirs.update(as_pictures(a), real=True)
     theirs.update(as_pictures(b), real=False)
-    assert distances.frechet_distance(a, b) == pytest.approx(theirs.compute().item(), rel=1e-4)
+    assert metrics.frechet_distance(a, b) == pytest.approx(theirs.compute().item(), rel=1e-4)
 
 
 def test_frechet_distance_by_hand():
     # One dimension: means 0 and 3, variances 1 and 4: 3^2 + (1 - 2)^2.
     a, b = torch.tensor([[-1.0], [0.0], [1.0]]), torch.tensor([[1.0], [3.0], [5.0]])
-    assert distances.frechet_distance(a, b) == pytest.approx(9 + 1)
+    assert metrics.frechet_distance(a, b) == pytest.approx(9 + 1)
     # Fewer pictures than features: the covariances are singular.
     c = torch.randn(5, 20, generator=torch.Generator().manual_seed(0))
-    assert distances.frechet_distance(c, c) == pytest.approx(0, abs=1e-6)
-    assert distances.frechet_distance(c, c + 2) == pytest.approx(20 * 4)
+    assert metrics.frechet_distance(c, c) == pytest.approx(0, abs=1e-6)
+    assert metrics.frechet_distance(c, c + 2) == pytest.approx(20 * 4)
     with pytest.raises(ValueError, match="at least two"):
-        distances.frechet_distance(c[:1], c)
+        metrics.frechet_distance(c[:1], c)
 
 
 def test_inception_score_is_torchmetrics_and_by_hand(clouds):
-    assert distances.inception_score(torch.eye(5).repeat(4, 1)) == pytest.approx(5)
-    assert distances.inception_score(torch.full((7, 5), 0.2)) == pytest.approx(1)
+    assert metrics.inception_score(torch.eye(5).repeat(4, 1)) == pytest.approx(5)
+    assert metrics.inception_score(torch.full((7, 5), 0.2)) == pytest.approx(1)
     logits = (clouds[0] * 3).clamp(0, 255).to(torch.uint8)
     theirs = InceptionScore(feature=Features(8), splits=1)
     theirs.update(as_pictures(logits))
-    assert distances.inception_score(logits.float().softmax(1)) == pytest.approx(theirs.compute()[0].item(), rel=1e-5)
+    assert metrics.inception_score(logits.float().softmax(1)) == pytest.approx(theirs.compute()[0].item(), rel=1e-5)
 
 
 def test_precision_recall_against_the_definition(clouds):
@@ -101,22 +103,54 @@ def test_precision_recall_against_the_definition(clouds):
                     break
         return inside / len(points)
 
-    precision, recall = distances.precision_recall(real, fake, k)
+    precision, recall = metrics.precision_recall(real, fake, k)
     assert precision == pytest.approx(share(fake.tolist(), real.tolist()))
     assert recall == pytest.approx(share(real.tolist(), fake.tolist()))
     assert 0 < precision < 1 or 0 < recall < 1
-    assert distances.precision_recall(real, real) == (1, 1)
-    assert distances.precision_recall(real, real + 1000) == (0, 0)
+    assert metrics.precision_recall(real, real) == (1, 1)
+    assert metrics.precision_recall(real, real + 1000) == (0, 0)
     with pytest.raises(ValueError, match="k = 3"):
-        distances.precision_recall(real[:3], fake)
+        metrics.precision_recall(real[:3], fake)
 
 
 def test_nearest_against_the_definition(clouds):
-    distance, index = distances.nearest(*clouds)
+    distance, index = metrics.nearest(*clouds)
     for i, a in enumerate(clouds[0].tolist()):
         all_distances = [math.dist(a, b) for b in clouds[1].tolist()]
         assert distance[i].item() == pytest.approx(min(all_distances), rel=1e-4)
         assert index[i] == all_distances.index(min(all_distances))
+
+
+def test_distances_are_made_in_blocks(monkeypatch):
+    """They were collected in a list: 20 GB for two sets of 50,000 images."""
+
+    class Largest(TorchDispatchMode):
+        numbers = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            tensors = [t.numel() for t in tree_leaves(out) if isinstance(t, torch.Tensor)]
+            self.numbers = max(self.numbers, *tensors, 0)
+            return out
+
+    monkeypatch.setattr(metrics, "BLOCK", 2**14)
+    a, b = torch.randn(700, 4), torch.randn(900, 4) + 0.3
+    with Largest() as seen:
+        ours = metrics.precision_recall(a, b), metrics.nearest(a, b)
+    assert seen.numbers <= 2**14
+    d = (a.double()[:, None] - b.double()).norm(dim=2)  # all N x M at once
+    assert torch.equal(ours[1][1], d.argmin(1)) and torch.allclose(ours[1][0], d.amin(1).float())
+    inside = [torch.cdist(t.double(), t.double()).sort(1).values[:, 3] for t in (a, b)]
+    assert ours[0] == ((d <= inside[0][:, None]).any(0).double().mean(), (d <= inside[1]).any(1).double().mean())
+
+
+def test_psnr_by_hand():
+    """20 log10(peak / root mean squared error), the peak to peak range being 2."""
+    x = torch.zeros(2, 3, 4, 4)
+    y = x + torch.tensor([0.2, 0.02])[:, None, None, None]
+    assert metrics.psnr(x, y).tolist() == pytest.approx([20, 40], rel=1e-4)
+    theirs = peak_signal_noise_ratio(y, x, data_range=2.0, dim=(1, 2, 3), reduction="none")
+    assert torch.allclose(metrics.psnr(x, y), theirs, rtol=1e-5)
 
 
 def test_ssim_of_each_picture():
@@ -134,13 +168,13 @@ def test_inception_features_and_what_happens_without(monkeypatch):
         raise OSError("Name or service not known")
 
     monkeypatch.setattr(inception, "load_state_dict_from_url", no_network)
-    with pytest.raises(metrics.UserError, match="InceptionV3 could not be downloaded"):
-        metrics.load_features("inception")
+    with pytest.raises(judges.UserError, match="InceptionV3 could not be loaded"):
+        judges.load_features("inception")
     # With weights, here random ones: what it sees is what torchmetrics' FID sees.
     monkeypatch.setattr(inception, "load_state_dict_from_url", lambda *a, **k: {})
     monkeypatch.setattr(inception.FeatureExtractorInceptionV3, "load_state_dict", lambda *a, **k: None)
     torch.manual_seed(0)
-    judge = metrics.load_features("inception")
+    judge = judges.load_features("inception")
     theirs = FrechetInceptionDistance(feature=2048)
     theirs.inception.net = None
     theirs.inception.load_state_dict = None

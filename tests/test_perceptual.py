@@ -7,8 +7,8 @@ import torch.nn.functional as F
 import torchvision
 from torch import nn
 
-from minvqgan.harness import metrics
-from minvqgan.harness.classifier import Classifier, load_classifier, save_classifier
+from minvqgan.harness import judges, metrics
+from minvqgan.harness.judges import Classifier, load_classifier, save_classifier
 from minvqgan.harness.runtime import UserError
 from minvqgan.perceptual import LPIPS, SmallFeatures, VGG16Features, blur_pool
 
@@ -25,7 +25,7 @@ def both():
     convs = [m for m in vgg.features if isinstance(m, nn.Conv2d)]
     for ours, other in zip(convs, source, strict=True):
         ours.load_state_dict(other.state_dict())
-    return LPIPS(VGG16Features(vgg.features), metrics.lpips_weights()), theirs
+    return LPIPS(VGG16Features(vgg.features), judges.lpips_weights()), theirs
 
 
 def test_equal_to_the_lpips_package(both):
@@ -84,9 +84,9 @@ def test_weights_of_other_names_are_refused(monkeypatch, tmp_path):
     (tmp_path / "weights" / "v0.1").mkdir(parents=True)
     torch.save({"lins.0.model.1.weight": torch.zeros(1, 64, 1, 1)}, tmp_path / "weights" / "v0.1" / "vgg.pth")
     spec = type("Spec", (), {"submodule_search_locations": [str(tmp_path)]})
-    monkeypatch.setattr(metrics, "find_spec", lambda name: spec)
+    monkeypatch.setattr(judges, "find_spec", lambda name: spec)
     with pytest.raises(UserError, match="does not hold the five weights"):
-        metrics.lpips_weights()
+        judges.lpips_weights()
 
 
 def test_vgg_file_of_the_cache_is_read_strictly(monkeypatch, tmp_path):
@@ -94,7 +94,7 @@ def test_vgg_file_of_the_cache_is_read_strictly(monkeypatch, tmp_path):
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     monkeypatch.setattr(torch.hub, "download_url_to_file", lambda *a, **k: (_ for _ in ()).throw(OSError("no network")))
     with pytest.raises(UserError, match=r"download https://.*vgg16.*\.pth to .*or train with --perceptual small"):
-        metrics.vgg16_lpips()
+        judges.vgg16_lpips()
     torch.manual_seed(0)
     vgg = torchvision.models.vgg16(weights=None)
     name = torchvision.models.VGG16_Weights.IMAGENET1K_V1.url.rsplit("/", 1)[1]
@@ -102,14 +102,24 @@ def test_vgg_file_of_the_cache_is_read_strictly(monkeypatch, tmp_path):
     torch.save(vgg.state_dict(), tmp_path / "checkpoints" / name)
     x, y = torch.rand(2, 1, 3, 32, 32)
     with torch.no_grad():
-        truth = LPIPS(VGG16Features(vgg.features), metrics.lpips_weights())(x, y)
-        assert torch.equal(metrics.vgg16_lpips()(x, y), truth)
+        truth = LPIPS(VGG16Features(vgg.features), judges.lpips_weights())(x, y)
+        assert torch.equal(judges.vgg16_lpips()(x, y), truth)
     torch.save({"features.0.weight": torch.zeros(1)}, tmp_path / "checkpoints" / name)
     with pytest.raises(UserError, match="could not be loaded"):
-        metrics.vgg16_lpips()
+        judges.vgg16_lpips()
     (tmp_path / "checkpoints" / name).write_bytes(b"half a file")
     with pytest.raises(UserError, match="could not be loaded"):
-        metrics.vgg16_lpips()
+        judges.vgg16_lpips()
+
+
+def test_a_classifier_of_torchvision_sees_what_it_was_trained_on(monkeypatch):
+    net = torchvision.models.resnet18(weights=None).eval()
+    monkeypatch.setattr(torchvision.models, "get_model", lambda name, weights: net)
+    x = torch.rand(2, 3, 40, 40) * 2.4 - 1.2  # a decoder's output goes a little beyond [-1, 1]
+    model, weights = load_classifier("resnet18"), torchvision.models.ResNet18_Weights.DEFAULT
+    with torch.no_grad():
+        assert torch.allclose(model(x), net(weights.transforms()((x.clamp(-1, 1) + 1) / 2)), atol=1e-5)
+    assert len(model.classes) == 1000 and model.classes[207] == "golden retriever"
 
 
 @pytest.mark.parametrize("network", ["residual", "small"])
@@ -117,7 +127,7 @@ def test_a_classifier_of_ours_serves_as_feature_network(tmp_path, network):
     torch.manual_seed(0)
     save_classifier(tmp_path / "c.pt", Classifier(("cat", "dog"), network))
     classifier = load_classifier(tmp_path / "c.pt")
-    distance = metrics.load_perceptual(str(tmp_path / "c.pt"), image_size=32)
+    distance = judges.load_perceptual(str(tmp_path / "c.pt"), image_size=32)
     x, y = torch.rand(2, 2, 3, 32, 32)
     truth = 0
     with torch.no_grad():
@@ -136,9 +146,9 @@ def test_a_classifier_of_ours_serves_as_feature_network(tmp_path, network):
 
 def test_the_small_network_comes_with_the_package():
     """It serves sides of 32, 64 and 256, gray images, and is told apart from LPIPS by its name."""
-    path = metrics.SMALL
+    path = judges.SMALL
     assert path.stat().st_size < 2**20 and (path.parent / "README.md").exists()
-    distance = metrics.load_perceptual("small", 32)
+    distance = judges.load_perceptual("small", 32)
     rng = torch.Generator().manual_seed(0)
     for shape in ((2, 3, 32, 32), (2, 1, 64, 64), (1, 3, 256, 256)):
         x = F.interpolate(torch.rand(*shape[:2], 8, 8, generator=rng) * 2 - 1, shape[2:], mode="bicubic")

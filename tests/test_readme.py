@@ -35,7 +35,7 @@ SMALL = {
     "train_gpt.py": "--n-layer 1 --n-head 2 --n-embd 16 --batch-size 4 --steps 2 --val-images 8 --val-every 2",
     "sample.py": "-n 2",
     "evaluate.py": "-n 4 --images 20 --perceptual none --splits 2",
-    "minvqgan.harness.classifier": "--steps 2 --image-size 16",
+    "minvqgan.harness.judges": "--steps 2 --image-size 16",
     "minvqgan.harness.official": "",
 }
 # Commands that need more than that: (words of theirs, flags instead of or beside the small ones).
@@ -178,7 +178,7 @@ def test_what_it_points_to_is_there():
 def test_every_flag_it_names_exists():
     """Also those of the tables, which no command of the README uses."""
     sources = [ROOT / f"{name}.py" for name in ("train_vqgan", "train_gpt", "sample", "evaluate")]
-    sources += [ROOT / "minvqgan" / "harness" / f"{name}.py" for name in ("flags", "classifier", "official")]
+    sources += [ROOT / "minvqgan" / "harness" / f"{name}.py" for name in ("flags", "judges", "official")]
     sources += [ROOT / "tests" / "benchmarks" / "report.py", *(ROOT / "results").glob("*.py")]
     known = {flag for path in sources for flag in re.findall(r'"(--[a-z0-9-]+)"', path.read_text())}
     for config in (VQGANConfig, ObjectiveConfig, GPTConfig, TwoStageConfig):

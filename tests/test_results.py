@@ -11,7 +11,7 @@ from helpers import ROOT, make_photos
 
 from minvqgan import VQGAN, VQGANConfig
 from minvqgan.harness import checkpoint, data, runtime
-from minvqgan.harness.classifier import Classifier, save_classifier
+from minvqgan.harness.judges import Classifier, save_classifier
 from minvqgan.orders import ORDERS
 
 pytestmark = pytest.mark.slow

@@ -15,7 +15,7 @@ from PIL import Image
 
 import minvqgan
 from minvqgan.harness import checkpoint, data, tokens
-from minvqgan.harness.classifier import Classifier, load_classifier, save_classifier
+from minvqgan.harness.judges import Classifier, load_classifier, save_classifier
 
 STAGE_ONE = (
     "train_vqgan.py --image-size 16 --ch 8 --ch-mult 1 2 --z-channels 8 --code-dim 4 --codebook-size 16 --batch-size 4 "

@@ -1,24 +1,31 @@
-"""Held-out quality of a VQGAN, and the networks it is judged by: the perceptual distance, InceptionV3, classifiers."""
+"""Numbers: how close a reconstruction is to its image, and how close a set of images is to another.
+
+No number can say whether one image is realistic, but a set of images can be compared with another: both pass through a
+judge (judges.py), and its features, (N, d) and (M, d), are compared as two clouds of points.
+
+    frechet_distance    between the Gaussians fitted to both clouds. On InceptionV3's features this is the FID (Heusel
+                        et al. 2017, arXiv:1706.08500); on those of any other network it must not be called so.
+    inception_score     does each image clearly belong to one class, and do all together cover many? (Salimans et al.
+                        2016, arXiv:1606.03498)
+    precision_recall    which fraction of the fake images lies among the real ones, and vice versa (Kynkäänniemi et al.
+                        2019, arXiv:1904.06991)
+    nearest             the training image nearest to each sample: does the model memorise?
+"""
 
 from collections.abc import Iterable, Iterator
 from importlib.util import find_spec
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-import torchvision
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..perceptual import LPIPS, VGG16Features
+from ..perceptual import LPIPS
 from ..quantizer import codebook_stats
 from ..vqgan import VQGAN
-from .classifier import DOWNLOAD_ERRORS, Classifier, load_classifier
 from .data import to_input
-from .pictures import to_pixels
 from .runtime import UserError
 
-# The perceptual network that comes with the package. weights/README.md says how it was made.
-SMALL = Path(__file__).parent.parent / "weights" / "small.pt"
+BLOCK = 2**24  # distances computed at a time: 128 MB, however many images there are
 
 
 def psnr(x: Tensor, x_hat: Tensor) -> Tensor:
@@ -27,61 +34,9 @@ def psnr(x: Tensor, x_hat: Tensor) -> Tensor:
     return 10 * torch.log10(4 / mse.clamp_min(1e-10))
 
 
-@torch.no_grad()
-def evaluate_vqgan(
-    model: VQGAN, batches: Iterable[dict], device: torch.device, perceptual: LPIPS | None = None
-) -> dict:
-    """Held-out metrics, means over the images. Leaves the model in the mode it was in.
-
-    images: l1 (on [-1, 1]), psnr (dB), lpips or perceptual (with `perceptual`); label maps: cross_entropy (nats a
-    pixel), pixel_accuracy. Both: usage (fraction of the codes chosen at all) and perplexity of the codebook over all
-    these images.
-    """
-    training, counts, sums, n = model.training, torch.zeros(model.config.codebook_size, dtype=torch.long), {}, 0
-    for x, _, indices, values in reconstructions(model, batches, device, perceptual):
-        counts += torch.bincount(indices.flatten().cpu(), minlength=len(counts))
-        for name, value in values.items():
-            sums[name] = sums.get(name, 0.0) + value.sum().item()
-        n += len(x)
-    model.train(training)
-    usage, perplexity = codebook_stats(counts)
-    return {name: total / n for name, total in sums.items()} | {"usage": usage, "perplexity": perplexity}
-
-
-@torch.no_grad()
-def reconstructions(
-    model: VQGAN, batches: Iterable[dict], device: torch.device, perceptual: LPIPS | None
-) -> Iterator[tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]]:
-    """(x, x_hat, indices (B, h, w), values of each image (B,) by name) of each batch, the model in eval mode."""
-    kind = model.config.input_kind
-    model.eval()
-    for batch in batches:
-        x = to_input({k: v.to(device) for k, v in batch.items()}, kind, model.config.in_channels)
-        x = x.contiguous(memory_format=torch.channels_last)
-        x_hat, quantized = model(x)
-        values = label_metrics(x, x_hat) if kind == "labels" else image_metrics(x, x_hat, perceptual)
-        yield x, x_hat, quantized.indices, values
-
-
-def image_metrics(x: Tensor, x_hat: Tensor, perceptual: LPIPS | None) -> dict[str, Tensor]:
-    """l1, psnr and, with `perceptual`, its distance of images (B, C, H, W) in [-1, 1]: each (B,). Only with the learned
-    weights it bears the name lpips."""
-    values = {"l1": (x - x_hat).abs().mean((1, 2, 3)), "psnr": psnr(x, x_hat)}
-    if perceptual is None:
-        return values
-    return values | {"perceptual" if perceptual.n_layers is None else "lpips": perceptual(x, x_hat)}
-
-
-def label_metrics(x: Tensor, logits: Tensor) -> dict[str, Tensor]:
-    """cross_entropy and pixel_accuracy of one-hot label maps and their logits (B, C, H, W): each (B,)."""
-    labels = x.argmax(1)  # (B, H, W)
-    cross_entropy = F.cross_entropy(logits, labels, reduction="none").mean((1, 2))
-    return {"cross_entropy": cross_entropy, "pixel_accuracy": (logits.argmax(1) == labels).float().mean((1, 2))}
-
-
 def ssim(x: Tensor, x_hat: Tensor) -> Tensor:
-    """Structural similarity of images (B, C, H, W) in [-1, 1], through torchmetrics: (B,), 1 for equal ones. Raises
-    UserError where torchmetrics is not installed."""
+    """Structural similarity of images (B, C, H, W) in [-1, 1]: (B,), 1 for equal images. Raises UserError without
+    torchmetrics."""
     need_torchmetrics()
     from torchmetrics.functional.image import structural_similarity_index_measure
 
@@ -93,103 +48,114 @@ def need_torchmetrics() -> None:
         raise UserError('evaluation needs torchmetrics: pip install -e ".[eval]"')
 
 
-def lpips_weights() -> list[Tensor]:
-    """The five learned w_l of LPIPS on VGG16 (version 0.1), from the file inside the installed `lpips` package.
+def image_metrics(x: Tensor, x_hat: Tensor, perceptual: LPIPS | None) -> dict[str, Tensor]:
+    """l1, psnr and the perceptual distance of images (B, C, H, W) in [-1, 1], each (B,). The distance is called lpips
+    only if the network has the learned weights."""
+    values = {"l1": (x - x_hat).abs().mean((1, 2, 3)), "psnr": psnr(x, x_hat)}
+    if perceptual is None:
+        return values
+    return values | {"perceptual" if perceptual.n_layers is None else "lpips": perceptual(x, x_hat)}
 
-    Read by their own names, strictly: a widely used tutorial asked for others with strict=False and trained with noise.
+
+def label_metrics(x: Tensor, logits: Tensor) -> dict[str, Tensor]:
+    """cross_entropy (nats per pixel) and pixel_accuracy of one-hot label maps and their logits (B, C, H, W): each
+    (B,)."""
+    labels = x.argmax(1)  # (B, H, W)
+    cross_entropy = F.cross_entropy(logits, labels, reduction="none").mean((1, 2))
+    return {"cross_entropy": cross_entropy, "pixel_accuracy": (logits.argmax(1) == labels).float().mean((1, 2))}
+
+
+@torch.no_grad()
+def reconstructions(
+    model: VQGAN, batches: Iterable[dict], device: torch.device, perceptual: LPIPS | None
+) -> Iterator[tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]]:
+    """For each batch (x, x_hat, indices (B, h, w), the metrics of each image (B,) by name). Sets eval mode."""
+    kind = model.config.input_kind
+    model.eval()
+    for batch in batches:
+        x = to_input({k: v.to(device) for k, v in batch.items()}, kind, model.config.in_channels)
+        x = x.contiguous(memory_format=torch.channels_last)
+        x_hat, quantized = model(x)
+        values = label_metrics(x, x_hat) if kind == "labels" else image_metrics(x, x_hat, perceptual)
+        yield x, x_hat, quantized.indices, values
+
+
+def evaluate_vqgan(
+    model: VQGAN, batches: Iterable[dict], device: torch.device, perceptual: LPIPS | None = None
+) -> dict[str, float]:
+    """Held-out metrics of a first-stage model: `image_metrics` or `label_metrics` as means over the images, usage
+    (fraction of the codes used at all) and perplexity of the codebook. Leaves the model in the mode it was in."""
+    training, counts, sums, n = model.training, torch.zeros(model.config.codebook_size, dtype=torch.long), {}, 0
+    for x, _, indices, values in reconstructions(model, batches, device, perceptual):
+        counts += torch.bincount(indices.flatten().cpu(), minlength=len(counts))
+        for name, value in values.items():
+            sums[name] = sums.get(name, 0.0) + value.sum().item()
+        n += len(x)
+    model.train(training)
+    usage, perplexity = codebook_stats(counts)
+    return {name: total / n for name, total in sums.items()} | {"usage": usage, "perplexity": perplexity}
+
+
+def spread(values: Tensor) -> tuple[float, float]:
+    """Mean and its standard error over images, values (N,)."""
+    return values.mean().item(), (values.double().std() / len(values) ** 0.5).item() if len(values) > 1 else 0.0
+
+
+def _gaussian(features: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean (d,) and covariance (d, d) of features (N, d), in float64 without a copy of all of them."""
+    mean = features.mean(0, dtype=torch.float64)
+    parts = (part.double() - mean for part in features.split(4096))
+    return mean, sum(part.T @ part for part in parts) / (len(features) - 1)
+
+
+def frechet_distance(a: Tensor, b: Tensor) -> float:
+    """|mean_a - mean_b|^2 + tr(A + B - 2 (A B)^(1/2)), A and B the covariances of a (N, d) and b (M, d).
+
+    It falls as the number of images grows: compare only values of equal N. Raises ValueError below two rows.
     """
-    spec = find_spec("lpips")  # finds the folder without importing the package, which would load scipy and more
-    if spec is None or not spec.submodule_search_locations:
-        raise UserError("the package lpips is not installed; its weights are needed for --perceptual vgg16")
-    path = Path(spec.submodule_search_locations[0]) / "weights" / "v0.1" / "vgg.pth"
-    state = torch.load(path, map_location="cpu", weights_only=True)
-    names = [f"lin{i}.model.1.weight" for i in range(5)]
-    if state.keys() != set(names):
-        raise UserError(f"{path} does not hold the five weights of LPIPS")
-    return [state[name].flatten() for name in names]
+    if len(a) < 2 or len(b) < 2:
+        raise ValueError("a covariance needs at least two images")
+    (mean_a, A), (mean_b, B) = _gaussian(a), _gaussian(b)
+    # (A B)^(1/2) has the trace of (A^(1/2) B A^(1/2))^(1/2). That one is symmetric, so its eigenvalues are real.
+    values, vectors = torch.linalg.eigh(A)
+    root = vectors * values.clamp_min(0).sqrt() @ vectors.T
+    cross = torch.linalg.eigvalsh(root @ B @ root).clamp_min(0).sqrt().sum()
+    return ((mean_a - mean_b).square().sum() + A.trace() + B.trace() - 2 * cross).item()
 
 
-def vgg16_lpips() -> LPIPS:
-    """LPIPS as in the paper. Raises UserError, saying where the file belongs, when VGG16 cannot be downloaded."""
-    weights = torchvision.models.VGG16_Weights.IMAGENET1K_V1
-    try:
-        vgg = torchvision.models.vgg16(weights=weights)
-    except DOWNLOAD_ERRORS as error:
-        place = Path(torch.hub.get_dir()) / "checkpoints" / Path(weights.url).name
-        raise UserError(
-            f"the VGG16 weights could not be loaded ({' '.join(str(error).split())[:80]}): "
-            f"download {weights.url} to {place}, or train with --perceptual small"
-        ) from None
-    return LPIPS(VGG16Features(vgg.features), lpips_weights())
+def inception_score(probabilities: Tensor) -> float:
+    """exp of the mean KL(p(class | image) || p(class)); probabilities (N, classes) -> 1 to the number of classes."""
+    p = probabilities.double()
+    log_ratio = p.clamp_min(1e-30).log() - p.mean(0).clamp_min(1e-30).log()
+    return (p * log_ratio).sum(1).mean().exp().item()
 
 
-class Judge(nn.Module):
-    """A network whose features images are compared by: x (B, 3, H, W) in [-1, 1] -> (features (B, d), class
-    probabilities (B, classes)). `name` stands in the names of the numbers it gives."""
-
-    name = ""
-
-
-class ClassifierJudge(Judge):
-    """A classifier of ours: the mean of its last map, 128 numbers."""
-
-    def __init__(self, classifier: Classifier, name: str):
-        super().__init__()
-        self.classifier, self.name = classifier, name
-
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        features = self.classifier.embed(x)
-        return features, self.classifier.head(features).softmax(1)
+def _distances(a: Tensor, b: Tensor) -> Iterator[Tensor]:
+    """|a_i - b_j| in float64, a few rows at a time: N x M distances need not fit into memory."""
+    b = b.double()
+    for part in a.split(max(1, BLOCK // len(b))):
+        yield torch.cdist(part.double(), b)
 
 
-class InceptionJudge(Judge):
-    """The InceptionV3 on which FID and Inception Score are defined, with torch-fidelity's weights, which are what
-    torchmetrics uses too: 2048 features, 1008 classes."""
+def precision_recall(real: Tensor, fake: Tensor, k: int = 3) -> tuple[float, float]:
+    """Features real (N, d), fake (M, d) -> (precision, recall).
 
-    name = "inception"
+    A set covers the balls around its points, each reaching to the point's k-th neighbour. Precision: the fraction of
+    the fake points that the real set covers; recall: of the real points that the fake set covers. Raises ValueError
+    for k images or fewer.
+    """
+    if min(len(real), len(fake)) <= k:
+        raise ValueError(f"more than k = {k} images are needed")
 
-    def __init__(self):
-        super().__init__()
-        need_torchmetrics()
-        from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+    def fraction_covered(points: Tensor, centres: Tensor) -> float:
+        # k + 1, because the nearest neighbour of a point is the point itself.
+        radii = torch.cat([d.topk(k + 1, largest=False).values[:, -1] for d in _distances(centres, centres)])
+        return torch.cat([(d <= radii).any(1) for d in _distances(points, centres)]).double().mean().item()
 
-        try:
-            self.net = FeatureExtractorInceptionV3("inception-v3-compat", ["2048", "logits_unbiased"])
-        except DOWNLOAD_ERRORS as error:
-            raise UserError(
-                f"the weights of InceptionV3 could not be downloaded ({' '.join(str(error).split())[:80]}): no FID; "
-                "--features CLASSIFIER.pt compares by a classifier of minvqgan.harness.classifier instead"
-            ) from None
-
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        features, logits = self.net(to_pixels(x))
-        return features, logits.softmax(1)
+    return fraction_covered(fake, real), fraction_covered(real, fake)
 
 
-def load_features(name: str) -> Judge | None:
-    """`inception`, `none`, or the file of a classifier. Raises UserError."""
-    if name == "none":
-        return None
-    if name == "inception":
-        return InceptionJudge().eval()
-    classifier = load_classifier(name)
-    if not isinstance(classifier, Classifier):
-        raise UserError(f"--features {name}: only classifiers of minvqgan.harness.classifier, and inception")
-    return ClassifierJudge(classifier, Path(name).stem).eval()
-
-
-def load_perceptual(name: str, image_size: int) -> LPIPS | None:
-    """The perceptual distance on `small`, the network that comes with the package, on `vgg16` as in the paper, on the
-    file of a classifier, or None for `none`. Only on VGG16 the weights w_l are learned. Raises UserError."""
-    if name == "none":
-        return None
-    if name == "vgg16":
-        if image_size < 16:
-            raise UserError(f"VGG16 halves images four times, and {image_size} pixels are too few; --perceptual small")
-        return vgg16_lpips()
-    classifier = load_classifier(SMALL if name == "small" else name)
-    if not isinstance(classifier, Classifier):
-        raise UserError(f"--perceptual {name}: small, vgg16, none, or the file of a classifier")
-    if classifier.network == "small":
-        classifier.features.fold_batch_norm()
-    return LPIPS(classifier.features)
+def nearest(queries: Tensor, references: Tensor) -> tuple[Tensor, Tensor]:
+    """Features (N, d), (M, d) -> distance (N,) to the nearest reference and its number (N,)."""
+    distances, numbers = zip(*(d.min(1) for d in _distances(queries, references)), strict=True)
+    return torch.cat(distances).float(), torch.cat(numbers)

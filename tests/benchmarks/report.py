@@ -23,7 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from minvqgan import Sampling
 from minvqgan.gpt import GPT, GPTConfig, parameter_groups
-from minvqgan.harness import flags, metrics, runtime
+from minvqgan.harness import flags, judges, runtime
 from minvqgan.objective import ObjectiveConfig, generator_loss, hinge_loss, reconstruction_loss, stage_one_step
 from minvqgan.perceptual import LPIPS, VGG16Features
 from minvqgan.quantizer import VectorQuantizer
@@ -73,7 +73,7 @@ class StageOne:
             weights = [torch.rand(c) for c in (64, 128, 256, 512, 512)]  # of the right shape: the time is the same
             lpips = LPIPS(VGG16Features(torchvision.models.vgg16(weights=None).features), weights)
         elif args.perceptual != "none":
-            lpips = metrics.load_perceptual(args.perceptual, args.image_size)
+            lpips = judges.load_perceptual(args.perceptual, args.image_size)
         torch.manual_seed(0)
         built = TRAIN_VQGAN["build"](args, 3, lpips, device)
         self.vqgan, self.disc, self.lpips, self.opt_g, self.opt_d = built
