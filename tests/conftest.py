@@ -13,7 +13,7 @@ import torch
 from helpers import STAGE_ONE, STAGE_TWO, make_photos, run_inside
 from PIL import Image
 
-from minvqgan.harness.classifier import Classifier, save_classifier
+from minvqgan.harness.judges import Classifier, save_classifier
 
 
 @pytest.fixture(scope="session")
