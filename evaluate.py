@@ -212,8 +212,7 @@ def new_images(args, model: TwoStage, val_set, to_c, sampling, device: torch.dev
     while bar.n < args.n:
         for batch in data.held_out_batches(val_set, args.batch_size, min(count, args.n - bar.n)):
             c = to_c({k: v.to(device) for k, v in batch.items()})
-            seeds = range(args.seed + bar.n, args.seed + bar.n + len(c))
-            indices = model.sample_indices(c, seeds, sampling=sampling)
+            indices = model.sample_indices(c, args.seed, range(bar.n, bar.n + len(c)), sampling=sampling)
             images.append(model.vqgan.decode_indices(indices).cpu())
             classes.append(batch["class"])
             bar.update(len(c))

@@ -16,7 +16,7 @@ import sys
 import time
 from argparse import ArgumentTypeError
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -61,7 +61,7 @@ def parse_flags():
     g.add_argument(
         "--classifier", metavar="FILE", help="for --reject: of minvqgan.harness.judges, or a torchvision name"
     )
-    g.add_argument("--seed", type=flags.seed, default=0, help="image i takes seed + i, in any batch")
+    g.add_argument("--seed", type=flags.seed, default=0, help="image i of a seed is the same in any batch")
     g.add_argument("--batch-size", type=flags.positive, default=64, help="images at a time")
     g.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
 
@@ -273,14 +273,14 @@ def main() -> int:
     given = None if start.x is None else model.vqgan.encode_indices(start.x.to(device))  # (1, h, w)
     codes, began, rows = len(start.classes) * per_row * (h * w - start.keep), time.time(), []
     bar = tqdm(total=codes // world, unit="code", unit_scale=True, dynamic_ncols=True, disable=rank > 0)
+    sampling = replace(sampling, stride=args.stride, on_token=bar.update)
     for row, number in enumerate(start.classes):
         images = [torch.empty(0, model.vqgan.config.in_channels, start.height, start.width)]  # those done, on the CPU
-        mine = [args.seed + row * per_row + i for i in range(rank, per_row, world)]  # dealt out over the processes
-        for seeds in (mine[i : i + args.batch_size] for i in range(0, len(mine), args.batch_size)):
-            c = conditions(model, start, number, len(seeds), device)
-            copies = None if given is None else given.expand(len(seeds), -1, -1)
-            how = {"stride": args.stride, "on_token": bar.update}
-            indices = model.sample_indices(c, seeds, (h, w), sampling, copies, start.keep, **how)
+        mine = range(row * per_row + rank, (row + 1) * per_row, world)  # dealt out over the processes
+        for numbers in (mine[i : i + args.batch_size] for i in range(0, len(mine), args.batch_size)):
+            c = conditions(model, start, number, len(numbers), device)
+            copies = None if given is None else given.expand(len(numbers), -1, -1)
+            indices = model.sample_indices(c, args.seed, numbers, (h, w), sampling, copies, start.keep)
             images += [model.vqgan.decode_indices(part).cpu() for part in indices.split(16)]
         images = torch.cat(images)
         if classifier is not None:

@@ -1,7 +1,7 @@
 """One place for an option: a field of a dataclass that carries its help, its bounds and its choices.
 
-The training scripts make a flag of each such field (`harness/flags.py`), and every config calls `check` when it is made,
-whether from flags, a checkpoint or a notebook. So a new option is one line in its dataclass and one where it acts.
+The training scripts make a flag of each such field (`harness/flags.py`). Every config calls `check` when it is made,
+whether from flags, a checkpoint or a notebook, so a new option is one line in its dataclass and one where it acts.
 """
 
 import math

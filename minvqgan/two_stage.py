@@ -10,7 +10,7 @@ the start token is also code 0; `shared_range` reads those.
 Letters: B batch, C x H x W image, n x n its latents at the training size, h x w at any size, T = n*n, R tokens of c.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -140,63 +140,53 @@ class TwoStage(nn.Module):
     def sample_indices(
         self,
         c: Tensor,
-        seeds: Sequence[int],
+        seed: int = 0,
+        numbers: Sequence[int] | None = None,
         size: tuple[int, int] | None = None,
         sampling: Sampling | None = None,
         given: Tensor | None = None,
         keep: int = 0,
-        wave: bool = True,
-        stride: int = 1,
-        use_cache: bool = True,
-        on_token: Callable[[int], None] | None = None,
     ) -> Tensor:
-        """New codes (B, h, w) for c, one seed an image; the arguments of `sample` and `complete` in latents.
+        """New codes (B, h, w) for c.
 
-        size: (h, w), by default that of c's map or the training size. given (B, h, w): codes of which the first `keep`
-        in the model's order stay. wave, stride: of `sampler.slide`, for larger sizes; use_cache: of
-        `sampler.continue_tokens`, for the training size. Raises ValueError for sizes below the training size, or above
-        it in another order than row.
+        seed, numbers: of `sampler.uniforms`, by default images 0 to B - 1. size: (h, w), by default that of c's map or
+        the training size. given (B, h, w): codes of which the first `keep` in the model's order stay. Raises ValueError
+        for a size below the training size, or above it in another order than row.
         """
         n, sampling = self.config.n, sampling or Sampling()
         r = self.condition_tokens(c)
         h, w = size or (tuple(r.shape[1:]) if r.ndim == 3 else (n, n))
         if r.ndim == 3 and tuple(r.shape[1:]) != (h, w):
             raise ValueError(f"the condition covers {r.shape[1]} x {r.shape[2]} latents, the image has {h} x {w}")
-        u = sampler.uniforms(seeds, h * w).to(r.device)  # (B, h * w)
-        null = self.null if sampling.guidance != 1 else None
-        if sampling.guidance != 1 and null is None:
-            raise ValueError("guidance needs a model that was trained with dropped conditions (--drop-cond)")
+        u = sampler.uniforms(seed, range(len(c)) if numbers is None else numbers, h * w).to(r.device)  # (B, h * w)
         if (h, w) == (n, n):
-            s = given.flatten(1)[:, self.order[:keep]] if keep else u.new_zeros(len(u), 0).long()
-            r = r.flatten(1)
-            nulls = None if null is None else torch.full_like(r, null)
-            new = sampler.continue_tokens(self.gpt, r, s, u[:, keep:], sampling, nulls, use_cache, on_token)
+            s = given.flatten(1)[:, self.order[:keep]] if keep else r.new_empty(len(u), 0)
+            new = sampler.continue_tokens(self.gpt, r.flatten(1), s, u[:, keep:], sampling, self.null)
             return self.to_map(torch.cat([s, new], 1))
         if self.config.order != "row":
             raise ValueError(f"the order {self.config.order} is bound to {n} x {n} latents; only row order slides")
-        s = given if keep else torch.zeros(len(u), h, w, dtype=torch.long, device=r.device)
-        return sampler.slide(self.gpt, r, s, u.view(-1, h, w), n, sampling, keep, null, wave, stride, on_token)
+        s = given if keep else r.new_zeros(len(u), h, w)
+        return sampler.slide(self.gpt, r, s, u.view(-1, h, w), n, sampling, keep, self.null)
 
     def sample(self, c: Tensor | None = None, n: int = 1, seed: int = 0, **how) -> Tensor:
-        """New images (B, C, H, W) in [-1, 1], as far as the decoder keeps to it.
+        """New images (B, C, H, W), near [-1, 1].
 
-        c: what the model is conditioned on, a row an image; None for an unconditional model, or one on coordinates, of
-        which `n` images are made. Image i takes the seed `seed + i`. how: `size`, `sampling`, ... of `sample_indices`.
+        c: what the model is conditioned on, one row an image. None: `n` images of a model that needs no condition, or
+        only coordinates. how: `numbers`, `size`, `sampling` of `sample_indices`.
         """
         c = self.default_condition(n, how.get("size")) if c is None else c
-        seeds = range(seed, seed + len(c))
-        return self.vqgan.decode_indices(self.sample_indices(c, seeds, **how))
+        return self.vqgan.decode_indices(self.sample_indices(c, seed, **how))
 
     def complete(self, x: Tensor, fraction: float, c: Tensor | None = None, seed: int = 0, **how) -> Tensor:
-        """x (B, C, H, W) with the first `fraction` of its rows of codes kept, the rest sampled anew. Raises ValueError
-        for a model of another order than row."""
+        """x (B, C, H, W) with the first `fraction` of its rows of codes kept, the rest sampled. Raises ValueError for
+        a model of another order than row."""
         if self.config.order != "row":
             raise ValueError(f"completing rows needs row order; this model reads in {self.config.order}")
         given = self.vqgan.encode_indices(x)  # (B, h, w)
         h, w = given.shape[1:]
         c = self.default_condition(len(x), (h, w)) if c is None else c
         how |= {"size": (h, w), "given": given, "keep": round(fraction * h) * w}
-        return self.vqgan.decode_indices(self.sample_indices(c, range(seed, seed + len(x)), **how))
+        return self.vqgan.decode_indices(self.sample_indices(c, seed, **how))
 
     def default_condition(self, count: int, size: tuple[int, int] | None = None) -> Tensor:
         """c for `count` images of `size` latents where it needs no choice: nothing, or the coordinates of all of it."""

@@ -103,7 +103,7 @@ def draw(gpt: GPT, side: int, classes: Tensor, part: int = 100) -> Tensor:
     drawn = []
     for i in range(0, len(classes), part):
         c = K + classes[i : i + part, None]
-        u = uniforms(range(i, i + len(c)), side * side).view(len(c), side, side)
+        u = uniforms(0, range(i, i + len(c)), side * side).view(len(c), side, side)
         blank = torch.zeros(len(c), side, side, dtype=torch.long)
         drawn.append(slide(gpt, c, blank, u, min(side, WINDOW), Sampling()))
     return torch.cat(drawn)

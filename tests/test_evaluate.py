@@ -276,15 +276,15 @@ def test_new_images_are_of_all_classes_equally(n):
         def __getitem__(self, key):
             return super().__getitem__(key[0])
 
-    seeds = []
+    seen = []
     model = SimpleNamespace(
-        sample_indices=lambda c, seed, sampling: seeds.extend(seed) or c,
+        sample_indices=lambda c, seed, numbers, sampling: seen.extend(numbers) or c,
         vqgan=SimpleNamespace(decode_indices=lambda c: c.float().view(-1, 1, 1, 1)),
     )
     args = SimpleNamespace(n=n, images=1000, batch_size=7, seed=3)
     new_images = runpy.run_path(str(ROOT / "evaluate.py"))["new_images"]
     images, classes = new_images(args, model, Sorted(val_set), lambda b: b["class"] / 10, None, torch.device("cpu"))
-    assert classes.bincount(minlength=10).tolist() == [n // 10] * 10 and seeds == list(range(3, 3 + n))
+    assert classes.bincount(minlength=10).tolist() == [n // 10] * 10 and seen == list(range(n))
     assert torch.allclose(images.flatten(), classes / 10)
 
 

@@ -53,10 +53,10 @@ def test_the_loss_is_the_likelihood(model):
 
 def test_samples(model):
     classes = torch.tensor([0, 1, 2])
-    sampled = model.sample(classes, uniforms([5, 6, 7], N * N))
+    sampled = model.sample(classes, uniforms(0, [5, 6, 7], N * N))
     assert sampled.shape == (3, N, N) and sampled.min() >= 0 and sampled.max() < K
-    assert torch.equal(sampled[1:2], model.sample(classes[1:2], uniforms([6], N * N)))
-    greedy = model.sample(classes, uniforms([5, 6, 7], N * N), Sampling(temperature=0))
+    assert torch.equal(sampled[1:2], model.sample(classes[1:2], uniforms(0, [6], N * N)))
+    greedy = model.sample(classes, uniforms(0, [5, 6, 7], N * N), Sampling(temperature=0))
     with torch.no_grad():  # each code is the likeliest given those before it
         assert torch.equal(model(greedy, classes).argmax(1), greedy)
     with pytest.raises(ValueError, match="5 x 5"):

@@ -1,6 +1,7 @@
 """Choosing a token, against slow definitions."""
 
 import math
+import zlib
 
 import pytest
 import torch
@@ -112,22 +113,25 @@ def test_schedule_predicts_every_token_once_and_after_all_it_needs(size, n, stri
     for wave in (True, False):
         done = torch.zeros(h, w, dtype=torch.bool)
         for batch in sampler.schedule(h, w, n, wave=wave, stride=stride):
-            assert len({(run.prefix(n), run.length) for run in batch}) == 1
-            for run in batch:
-                assert 0 <= run.top <= h - n and 0 <= run.left <= w - n
-                for col in range(run.col, run.col + run.length):
-                    assert (run.top, run.left) == (slow_left(run.row, h, n, 1), slow_left(col, w, n, stride))
-                assert not done[run.row, run.col : run.col + run.length].any()
-                assert done[run.top : run.row, run.left : run.left + n].all()
-                assert done[run.row, run.left : run.col].all()
-            for run in batch:
-                done[run.row, run.col : run.col + run.length] = True
+            assert len({(segment.prefix, segment.length) for segment in batch}) == 1
+            for segment in batch:
+                assert 0 <= segment.top <= h - n and 0 <= segment.left <= w - n
+                for col in range(segment.col, segment.col + segment.length):
+                    assert (segment.top, segment.left) == (
+                        slow_left(segment.row, h, n, 1),
+                        slow_left(col, w, n, stride),
+                    )
+                assert not done[segment.row, segment.col : segment.col + segment.length].any()
+                assert done[segment.top : segment.row, segment.left : segment.left + n].all()
+                assert done[segment.row, segment.left : segment.col].all()
+            for segment in batch:
+                done[segment.row, segment.col : segment.col + segment.length] = True
         assert done.all()
 
 
-def test_a_stride_of_4_has_about_a_quarter_of_the_runs():
-    runs = {N: sum(map(len, sampler.schedule(64, 64, 16, stride=N))) for N in (1, 4)}
-    assert 3.5 < runs[1] / runs[4] < 4.5
+def test_a_stride_of_4_has_about_a_quarter_of_the_segments():
+    counts = {N: sum(map(len, sampler.schedule(64, 64, 16, stride=N))) for N in (1, 4)}
+    assert 3.5 < counts[1] / counts[4] < 4.5
 
 
 def test_the_wave_is_shorter_than_the_reading_order():
@@ -144,8 +148,18 @@ def test_rejection_keeps_the_best():
         sampler.reject(scores, 0.0)
 
 
+def test_each_image_of_each_seed_has_random_numbers_of_its_own():
+    """An image's numbers depend on its seed and its number alone, and no image of one seed comes back in another."""
+    u = sampler.uniforms(3, [7, 0, 12], 5)
+    alone = torch.rand(5, generator=torch.Generator().manual_seed(zlib.crc32(b"3 12")))
+    assert u.shape == (3, 5) and torch.equal(u[2], alone)
+    assert torch.equal(sampler.uniforms(3, [12], 5)[0], u[2])
+    rows = torch.cat([sampler.uniforms(seed, range(50), 5) for seed in range(50)])
+    assert len({tuple(row.tolist()) for row in rows}) == 2500
+
+
 def test_settings_that_make_no_sense():
-    wrongs = [{"temperature": -1}, {"top_k": 0}, {"top_p": 0.0}, {"top_p": 1.5}]
+    wrongs = [{"temperature": -1}, {"top_k": 0}, {"top_p": 0.0}, {"top_p": 1.5}, {"stride": 0}]
     for wrong in [*wrongs, {"temperature": float("nan")}, {"guidance": float("nan")}]:
         with pytest.raises(ValueError):
             Sampling(**wrong)

@@ -31,10 +31,10 @@ def test_official_numbers(kind, tmp_path):
         assert relative_error(model(s, r).mean(), fx["loss"]) < 1e-5
         assert relative_error(model.nll(fx["x"], fx["c"]).mean(), fx["loss"]) < 1e-5
         assert relative_error(model.vqgan.decode_indices(model.to_map(s)), fx["image_of_z"]) < 1e-5
-    indices = model.sample_indices(fx["c"], [0, 1], sampling=GREEDY).flatten(1)
+    indices = model.sample_indices(fx["c"], sampling=GREEDY).flatten(1)
     assert torch.equal(indices[:, :64], fx["greedy_64"])
     given = s.view(2, 16, 16)
-    completed = model.sample_indices(fx["c"], [0, 1], sampling=GREEDY, given=given, keep=128).flatten(1)
+    completed = model.sample_indices(fx["c"], sampling=GREEDY, given=given, keep=128).flatten(1)
     assert torch.equal(completed[:, :128], s[:, :128])
     n = fx["completion_from_128"].shape[1] - 128 if fx["completion_from_128"].shape[1] > 128 else 0
     assert n and torch.equal(completed[:, : 128 + n], fx["completion_from_128"])
@@ -46,7 +46,7 @@ def test_official_sliding_window(kind, wave, tmp_path):
     fx, model = official_model(kind, tmp_path)
     assert torch.equal(model.condition_tokens(fx["slide_c"]), fx["slide_c_indices"])
     assert model.config.n == fx["slide_window"]
-    indices = model.sample_indices(fx["slide_c"], [0], sampling=GREEDY, wave=wave)
+    indices = model.sample_indices(fx["slide_c"], sampling=Sampling(temperature=0, wave=wave))
     assert torch.equal(indices, fx["slide_greedy"])
 
 
@@ -111,10 +111,11 @@ def test_orders_go_there_and_back(order):
 def test_same_seed_same_image_for_any_batch_and_without_the_cache(kind, guidance):
     model = make_model(kind, guided=True)
     c, how = condition_for(kind, 4), Sampling(guidance=guidance)
-    together = model.sample_indices(c, [5, 6, 7, 8], sampling=how)
-    alone = [model.sample_indices(c[i : i + 1], [5 + i], sampling=how) for i in range(4)]
+    together = model.sample_indices(c, 1, [5, 6, 7, 8], sampling=how)
+    alone = [model.sample_indices(c[i : i + 1], 1, [5 + i], sampling=how) for i in range(4)]
     assert torch.equal(together, torch.cat(alone))
-    assert torch.equal(together, model.sample_indices(c, [5, 6, 7, 8], sampling=how, use_cache=False))
+    uncached = Sampling(guidance=guidance, use_cache=False)
+    assert torch.equal(together, model.sample_indices(c, 1, [5, 6, 7, 8], sampling=uncached))
     assert len({tuple(row.flatten().tolist()) for row in together}) == 4
 
 
@@ -125,11 +126,11 @@ def test_bfloat16_samples_the_same_image_in_any_batch(guidance):
     gpt = GPT(GPTConfig(64, 2, 64, n_layer=2, n_head=8, n_embd=512)).eval().bfloat16()
     torch.nn.init.normal_(gpt.head.weight, std=0.1)
     r, s, u = torch.full((4, 1), 64), torch.zeros(4, 0, dtype=torch.long), torch.rand(4, 64)
-    how = (Sampling(guidance=guidance), torch.full((4, 1), 65))
+    how = Sampling(guidance=guidance), 65
     together = sampler.continue_tokens(gpt, r, s, u, *how)
     for size in (1, 2, 3):
-        batches = zip(*(t.split(size) for t in (r, s, u, how[1])), strict=True)
-        alone = [sampler.continue_tokens(gpt, *batch[:3], how[0], batch[3]) for batch in batches]
+        batches = zip(*(t.split(size) for t in (r, s, u)), strict=True)
+        alone = [sampler.continue_tokens(gpt, *batch, *how) for batch in batches]
         assert torch.equal(together, torch.cat(alone))
     assert len({tuple(row.tolist()) for row in together}) == 4
 
@@ -152,7 +153,7 @@ def test_wave_equals_one_by_one_equals_the_definition(kind, size, stride):
     """The definition: for each position in reading order the whole window, recomputed, and the logits at its place."""
     model = make_model(kind)
     c = condition_for(kind, 2, *size)
-    r, u = model.condition_tokens(c), sampler.uniforms([0, 1], size[0] * size[1])
+    r, u = model.condition_tokens(c), sampler.uniforms(0, [0, 1], size[0] * size[1])
     h, w = size
     s = torch.zeros(2, h, w, dtype=torch.long)
     for i in range(h):
@@ -167,31 +168,31 @@ def test_wave_equals_one_by_one_equals_the_definition(kind, size, stride):
             p = logits[:, (i - top) * 4 + j - left].detach().double().softmax(1)
             s[:, i, j] = (p.cumsum(1) <= u[:, i * w + j, None]).sum(1)
     for wave in (True, False):
-        assert torch.equal(model.sample_indices(c, [0, 1], size=size, wave=wave, stride=stride), s)
+        assert torch.equal(model.sample_indices(c, size=size, sampling=Sampling(wave=wave, stride=stride)), s)
 
 
 def test_window_equal_to_the_grid_is_plain_sampling():
     model = make_model("coords")
     c = condition_for("coords", 2)
-    u = sampler.uniforms([3, 4], 16).view(2, 4, 4)
+    u = sampler.uniforms(5, [3, 4], 16).view(2, 4, 4)
     s = torch.zeros(2, 4, 4, dtype=torch.long)
     slid = sampler.slide(model.gpt, model.condition_tokens(c), s, u, 4, Sampling())
-    assert torch.equal(slid, model.sample_indices(c, [3, 4]))
+    assert torch.equal(slid, model.sample_indices(c, 5, [3, 4]))
 
 
 @pytest.mark.parametrize("size", [(4, 4), (7, 10)])
 def test_completion_keeps_what_is_given(size):
     model = make_model("none")
     given = torch.randint(0, 16, (2, *size))
-    full = model.sample_indices(torch.zeros(2, 1), [0, 1], size=size, given=given, keep=size[0] * size[1])
+    full = model.sample_indices(torch.zeros(2, 1), size=size, given=given, keep=size[0] * size[1])
     assert torch.equal(full, given)
     keep = 2 * size[1] + 1
-    half = model.sample_indices(torch.zeros(2, 1), [0, 1], size=size, given=given, keep=keep)
+    half = model.sample_indices(torch.zeros(2, 1), size=size, given=given, keep=keep)
     assert torch.equal(half.flatten(1)[:, :keep], given.flatten(1)[:, :keep])
     assert not torch.equal(half, given)
     # What is continued is what the model itself began: keeping any prefix of a sample gives the sample back.
-    whole = model.sample_indices(torch.zeros(2, 1), [0, 1], size=size)
-    assert torch.equal(model.sample_indices(torch.zeros(2, 1), [0, 1], size=size, given=whole, keep=keep), whole)
+    whole = model.sample_indices(torch.zeros(2, 1), size=size)
+    assert torch.equal(model.sample_indices(torch.zeros(2, 1), size=size, given=whole, keep=keep), whole)
 
 
 def test_images_and_mistakes():
@@ -208,9 +209,9 @@ def test_images_and_mistakes():
     with pytest.raises(ValueError, match="fewer than the 4 x 4"):
         model.sample(torch.tensor([0]), size=(3, 8))
     with pytest.raises(ValueError, match="a stride of 5 is not between 1 and 4"):
-        model.sample(torch.tensor([0]), size=(6, 8), stride=5)
+        model.sample(torch.tensor([0]), size=(6, 8), sampling=Sampling(stride=5))
     with pytest.raises(ValueError, match="the condition covers 4 x 4 latents, the image has 6 x 6"):
-        make_model("coords").sample_indices(condition_for("coords", 1), [0], size=(6, 6))
+        make_model("coords").sample_indices(condition_for("coords", 1), size=(6, 6))
 
 
 def test_coordinates_of_a_crop_are_a_crop_of_the_coordinates():

@@ -141,7 +141,7 @@ def gpt_step(gpt, opt, s, amp: bool):
 def sample(gpt, s, use_cache: bool = True):
     """As many new sequences as s has, of the same length."""
     start, u = s[:, :1], torch.rand(len(s), s.shape[1] - 1, device=s.device)
-    continue_tokens(gpt.eval(), start, start[:, :0], u, Sampling(), use_cache=use_cache)
+    continue_tokens(gpt.eval(), start, start[:, :0], u, Sampling(use_cache=use_cache))
 
 
 def peak_flops(device, dtype=torch.float32) -> float:

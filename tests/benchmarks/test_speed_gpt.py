@@ -173,7 +173,7 @@ def test_sliding_window(size, exact):
         f"sliding window of 16 x 16 over {size[0]} x {size[1]}",
         official,
         {
-            f"{name}, stride {N}": lambda gpt=gpt, N=N: sampler.slide(gpt, r, s, u, n, PLAIN, stride=N)
+            f"{name}, stride {N}": lambda gpt=gpt, N=N: sampler.slide(gpt, r, s, u, n, Sampling(stride=N))
             for name, gpt in gpts.items()
             for N in (1, stride)
         },
