@@ -26,8 +26,8 @@ def house(tmp_path_factory):
     judge.pt: a classifier of photos' classes, untrained.
     """
     folder = tmp_path_factory.mktemp("house")
-    for name in ("one", "two"):
-        make_photos(folder / "photos" / name, n=6, size=(16, 16))
+    for seed, name in enumerate(("one", "two")):
+        make_photos(folder / "photos" / name, n=6, size=(16, 16), seed=seed)
     (folder / "pairs" / "labels").mkdir(parents=True)
     rng = np.random.default_rng(0)
     for photo in make_photos(folder / "pairs" / "images", n=8, size=(24, 20)):

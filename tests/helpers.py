@@ -1,6 +1,7 @@
 """What several test files need: the official numbers, a distance, and a way to run a script as a user."""
 
 import contextlib
+import csv
 import io
 import os
 import runpy
@@ -138,6 +139,11 @@ def run_inside(*words, cwd: Path) -> subprocess.CompletedProcess:
     return subprocess.CompletedProcess(words, ended.value.code, out.getvalue(), err.getvalue())
 
 
+def metrics_rows(run: Path) -> list[dict]:
+    with open(run / "metrics.csv") as file:
+        return list(csv.DictReader(file))
+
+
 def assert_one_line_error(done: subprocess.CompletedProcess, *words: str) -> None:
     """Exit code 2, no traceback, and a last line that begins with `error:` and holds all the words."""
     assert done.returncode == 2, f"exit code {done.returncode}: {done.stderr[-2000:]}"
@@ -148,10 +154,10 @@ def assert_one_line_error(done: subprocess.CompletedProcess, *words: str) -> Non
         assert word in last, f"{word!r} is not in {last!r}"
 
 
-def make_photos(folder: Path, n: int = 8, size: tuple[int, int] = (40, 36)) -> list[Path]:
+def make_photos(folder: Path, n: int = 8, size: tuple[int, int] = (40, 36), seed: int = 0) -> list[Path]:
     """n smooth random RGB images of (width, height) as PNG."""
     folder.mkdir(parents=True, exist_ok=True)
-    rng = np.random.default_rng(0)
+    rng = np.random.default_rng(seed)
     paths = []
     for i in range(n):
         coarse = Image.fromarray(rng.integers(0, 256, (4, 4, 3), dtype=np.uint8))
