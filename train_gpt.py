@@ -16,7 +16,7 @@ import torch
 
 from minvqgan.conditioning import ClassCondition, CoordinateCondition, NoCondition, SpatialCondition
 from minvqgan.gpt import GPT, GPTConfig, parameter_groups
-from minvqgan.harness import checkpoint, data, flags, official, pictures, runtime, schema, tokens
+from minvqgan.harness import checkpoint, data, flags, official, pictures, runtime, tokens
 from minvqgan.harness.run import Run
 from minvqgan.harness.runtime import UserError
 from minvqgan.two_stage import TwoStage, TwoStageConfig, condition_length, sequence_length
@@ -38,9 +38,6 @@ PRESETS = {
         --n-layer 24 --n-head 16 --n-embd 1024 --dropout 0 --batch-size 32 --steps 500000 --lr 1.5e-4 --warmup 0.02
         --weight-decay 0.01 --drop-cond 0.1 --pkeep 1 --log-every 100 --val-every 5000 --save-every 2000""",
 }
-
-# What a checkpoint must hold beside the model for training to resume from it.
-RESUME_NEEDS = {"opt": schema.optimizer_state}
 
 COLUMNS = "step seconds lr loss val_nats val_bits_per_pixel".split()
 PANELS = [["loss", "val_nats"], ["val_bits_per_pixel"]]
@@ -72,7 +69,7 @@ def parse_flags():
     g = p.add_argument_group("transformer")
     flags.add_fields(g, GPTConfig)
     flags.add_fields(g, TwoStageConfig)
-    return flags.parse(p, PRESETS, "two_stage", RESUME_NEEDS)
+    return flags.parse(p, PRESETS, "two_stage")
 
 
 def learning_rate(args, step: int) -> float:

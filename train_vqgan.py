@@ -14,7 +14,7 @@ import torch
 import torch._functorch.config as functorch
 
 from minvqgan.discriminator import PatchDiscriminator
-from minvqgan.harness import data, flags, judges, metrics, pictures, runtime, schema
+from minvqgan.harness import data, flags, judges, metrics, pictures, runtime
 from minvqgan.harness.run import Run
 from minvqgan.harness.runtime import UserError
 from minvqgan.objective import ObjectiveConfig, adversarial_ramp, stage_one_step
@@ -56,13 +56,6 @@ PRESETS = {
         --disc-start 0.25 --disc-warmup 0 --disc-ramp 0 --disc-channels 64 --disc-layers 3
         --log-every 100 --val-every 5000 --save-every 2000""",
 }
-
-# What a checkpoint must hold beside the model for training to resume from it.
-RESUME_NEEDS = {"discriminator": schema.TENSORS, "opt_g": schema.optimizer_state, "opt_d": schema.optimizer_state}
-RESUME_NEEDS["state"] = schema.record(
-    {"disc_steps": schema.several(schema.STEP, 3), "gumbel_steps": schema.whole(1), "revived": schema.STEP},
-    {"counts": schema.tensor},
-)
 
 COLUMNS = (
     "step seconds lr rec_loss l1 perceptual codebook_loss gen_loss disc_loss logits_real logits_fake lambda "
@@ -106,7 +99,7 @@ def parse_flags():
     g.add_argument("--disc-channels", type=flags.size, help="channels of D's first layer")
     g.add_argument("--disc-layers", type=flags.positive, help="2: patches of 34 pixels, 3: of 70")
     flags.add_fields(p.add_argument_group("model (names of the official configuration)"), VQGANConfig)
-    return flags.parse(p, PRESETS, "vqgan", RESUME_NEEDS)
+    return flags.parse(p, PRESETS, "vqgan")
 
 
 def check(args) -> None:

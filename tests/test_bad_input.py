@@ -279,7 +279,7 @@ def test_checkpoints_that_do_not_fit(house, tmp_path, flag):
     path.write_bytes(other.read_bytes())
     attempt("last.pt holds a")
     torch.save(odd, path)
-    attempt("last.pt", first, "another shape")
+    attempt("last.pt", first, "(3, 3) in the file")
     torch.save(content | {"flags": Bomb(mark)}, path)
     attempt("last.pt holds objects other than tensors; nothing in it was executed")
     assert not mark.exists()
@@ -378,43 +378,7 @@ def test_an_optimizer_state_of_another_shape_is_refused(house, tmp_path):
     state = content["opt_g"]["state"] | {0: content["opt_g"]["state"][0] | {"exp_avg": torch.zeros(1)}}
     edited(house / "rgb" / "last.pt", tmp_path / "run" / "last.pt", opt_g=content["opt_g"] | {"state": state})
     done = run_script("train_vqgan.py", "--resume", "--steps", "9", "--out", "run", cwd=tmp_path)
-    assert_one_line_error(done, "run/last.pt", "opt_g does not fit", "exp_avg of parameter 0")
-
-
-def test_edited_checkpoints(house, tmp_path):
-    content = checkpoint.read(house / "rgb" / "last.pt")
-    (tmp_path / "run").mkdir()
-    for changes, answer in (
-        ({"step": -5}, "step is -5"),
-        ({"step": 2.5}, "step is 2.5"),
-        ({"flags": [1, 2]}, "flags is a list"),
-        ({"flags": content["flags"] | {"val_every": 0}}, "--val-every is 0"),
-        ({"flags": content["flags"] | {"seed": True}}, "--seed is True"),
-        ({"flags": content["flags"] | {"ch_mult": []}}, "--ch-mult is a list"),
-        ({"flags": content["flags"] | {"ch_mult": 2}}, "--ch-mult is 2"),
-        ({"flags": content["flags"] | {"lr": [0.1]}}, "--lr is a list"),
-        ({"flags": content["flags"] | {"evil": 1}}, "not of this version (evil)"),
-        ({"random": [{"cpu": torch.zeros(7, dtype=torch.uint8), "cuda": []}]}, "no state of a random generator"),
-        ({"best": float("nan")}, "best is nan"),
-        ({"sums": {"l1": [1.0, 0]}}, "sums.l1[1] is 0"),
-        ({"state": content["state"] | {"disc_steps": [0, -1, 2]}}, "disc_steps[1] is -1"),
-        ({"config": content["config"] | {"ch_mult": [1, -2]}}, "ch_mult[1] is -2"),
-    ):
-        edited(house / "rgb" / "last.pt", tmp_path / "run" / "last.pt", **changes)
-        words = ["train_vqgan.py", "--resume", "--steps", "9", "--out", tmp_path / "run"]
-        assert_one_line_error(run_inside(*words, cwd=house), "last.pt", answer)
-        assert [p.name for p in (tmp_path / "run").iterdir()] == ["last.pt"]
-
-
-def test_floats_of_eight_bits_are_refused(house, tmp_path):
-    """torch has no `isfinite` for them."""
-    (tmp_path / "run").mkdir()
-    opt = checkpoint.read(house / "rgb" / "last.pt")["opt_g"]
-    first = opt["state"][0] | {"exp_avg": opt["state"][0]["exp_avg"].to(torch.float8_e4m3fn)}
-    changes = {"opt_g": opt | {"state": opt["state"] | {0: first}}}
-    edited(house / "rgb" / "last.pt", tmp_path / "run" / "last.pt", **changes)
-    words = ["train_vqgan.py", "--resume", "--steps", "9", "--out", tmp_path / "run"]
-    assert_one_line_error(run_inside(*words, cwd=house), "opt_g.state.0.exp_avg is no plain tensor", "float8")
+    assert_one_line_error(done, "run/last.pt does not fit", "exp_avg of parameter 0 is (1,)")
 
 
 def test_a_link_at_the_temporary_name_is_not_followed(house, tmp_path):

@@ -8,8 +8,9 @@ import sys
 import typing
 from pathlib import Path
 
+from ..options import LARGEST
 from ..sampler import Sampling
-from . import checkpoint, schema
+from . import checkpoint
 from .runtime import UserError, printable
 
 
@@ -70,16 +71,10 @@ class Number:
             raise argparse.ArgumentTypeError(f"{value} is not finite")
         return value
 
-    def takes(self, value: int | float) -> bool:
-        """Would this value have passed as text?"""
-        try:
-            return self(repr(value)) == value
-        except (argparse.ArgumentTypeError, ValueError):
-            return False
 
-
-# Beyond these limits a product of two would not fit into 64 bits; `schema` has the same for checkpoints.
-positive, natural, size = Number(int, 1, schema.MOST), Number(int, 0, schema.MOST), Number(int, 1, schema.LARGEST)
+# Counts: beyond, a product of two would not fit into 64 bits.
+MOST = 2**40
+positive, natural, size = Number(int, 1, MOST), Number(int, 0, MOST), Number(int, 1, LARGEST)
 fraction, weight, rate = Number(float, 0, 1), Number(float, 0), Number(float, above=0)
 seed = Number(int, 0, 2**63 - 1)
 
@@ -100,7 +95,7 @@ def add_fields(group, config_class: type) -> None:
         elif item is str:
             how["choices"] = field.metadata["choices"]
         else:
-            largest = schema.LARGEST if item is int else None
+            largest = LARGEST if item is int else None
             how["type"] = Number(item, field.metadata["least"], field.metadata["most"] or largest)
         group.add_argument("--" + field.name.replace("_", "-"), **how)
 
@@ -183,53 +178,30 @@ def sampling(args) -> Sampling:
         raise UserError(str(error)) from None
 
 
-def _check_saved(p: Parser, saved: dict, path: Path) -> None:
-    """Raises UserError for flags of a run that are not what the command line would have given."""
-    actions = {action.dest: action for action in p._actions if action.dest != "help"}
-    if saved.keys() != actions.keys():
-        odd = ", ".join(sorted(saved.keys() ^ actions.keys()))
-        raise UserError(f"{path}: its flags are not of this version ({odd[:80]})")
-    for name, value in saved.items():
-        several = actions[name].nargs in ("+", "*")
-        items = value if several and isinstance(value, (list, tuple)) else [value]
-        fits = isinstance(value, (list, tuple)) == several and (items or actions[name].nargs == "*")
-        if not fits or not all(_fits(actions[name], item) for item in items):
-            raise UserError(f"{path}: the flag --{name.replace('_', '-')} is {schema.shown(value)}")
-
-
-def _fits(action: argparse.Action, value) -> bool:
-    if value is None:
-        return action.default is None
-    if action.nargs == 0:  # --yes or --no-yes
-        return isinstance(value, bool)
-    if isinstance(action.type, Number):
-        return type(value) in (int, action.type.type) and action.type.takes(value)
-    return isinstance(value, str) and (action.choices is None or value in action.choices)
-
-
-def parse(p: Parser, presets: dict, kind: str, resume_needs: dict):
+def parse(p: Parser, presets: dict, kind: str):
     """(flags, checkpoint to resume from or None). Defaults come from the preset, on --resume from the run's own flags.
 
-    presets: lines of flags by name.
-    resume_needs: see `checkpoint.read`; what `Run` needs is known. Raises UserError.
+    presets: lines of flags by name. A run of an older version resumes: flags that it did not have take their defaults,
+    those that are gone are ignored. Raises UserError.
     """
     first = Parser(add_help=False)  # which defaults hold must be known before the rest is read
     first.add_argument("--preset", default=p.get_default("preset"))
     first.add_argument("--out", default=p.get_default("out"))
     first.add_argument("--resume", action="store_true")
     early, _ = first.parse_known_args()
-    if early.preset in presets:  # else argparse says what there is, further down
-        p.set_defaults(**vars(p.parse_args(presets[early.preset].split())))
-    if not early.resume:
+    saved = checkpoint.read(Path(early.out) / "last.pt", kind, ("flags", "step", "random")) if early.resume else None
+    preset = saved["flags"].get("preset") if saved else early.preset
+    if preset in presets:  # else argparse says what there is, further down
+        p.set_defaults(**vars(p.parse_args(presets[preset].split())))
+    if not saved:
         return p.parse_args(), None
-    last = Path(early.out) / "last.pt"
-    saved = checkpoint.read(last, kind, needs=schema.RUN | resume_needs)
-    _check_saved(p, saved["flags"], last)
+    known = {action.dest for action in p._actions}
+    kept = {name: value for name, value in saved["flags"].items() if name in known}
     # The folder may have been moved, or be a stranger's: the file must not say where this run writes.
-    p.set_defaults(**saved["flags"] | {"out": early.out, "resume": False})
+    p.set_defaults(**kept | {"out": early.out, "resume": False})
     args = p.parse_args()
-    for name, value in saved["flags"].items():
-        if name not in MAY_CHANGE and getattr(args, name, None) != value:
+    for name, value in kept.items():
+        if name not in MAY_CHANGE and getattr(args, name) != value:
             flag = "--" + name.replace("_", "-")
             raise UserError(f"{flag} was {value} in {args.out}; a resumed run keeps it, so choose another --out")
     return args, saved

@@ -10,7 +10,6 @@ checkpoint that was loaded "almost" gives images that are almost right, and cost
 """
 
 from collections.abc import Iterable
-from dataclasses import fields
 from math import isqrt
 from pathlib import Path
 
@@ -22,7 +21,7 @@ from ..gpt import GPT, GPTConfig
 from ..quantizer import GumbelQuantizer
 from ..two_stage import TwoStage, TwoStageConfig
 from ..vqgan import VQGAN, VQGANConfig
-from . import checkpoint, flags, runtime, schema
+from . import checkpoint, flags, runtime
 from .runtime import UserError, first_line
 
 # What an official file holds beside the model: the discriminator and LPIPS, and random colours to paint label maps in.
@@ -40,16 +39,9 @@ ORDER_NAMES = {
 }
 
 
-def entry(node, name: str, type_: type = dict):
-    """node[name], where node comes from a yaml and may be anything. Raises ValueError."""
-    if not isinstance(node, dict) or not isinstance(node.get(name), type_) or node[name] is True:
-        raise ValueError(f"the configuration has no {name} of the kind {type_.__name__}")
-    return node[name]
-
-
-def target(node: dict) -> str:
-    """`taming.models.vqgan.VQModel` -> `VQModel`."""
-    return entry(node, "target", str).rsplit(".", 1)[-1]
+def class_name(node: dict) -> str:
+    """Of a yaml's {target, params}: `taming.models.vqgan.VQModel` -> `VQModel`."""
+    return str(node["target"]).rsplit(".", 1)[-1]
 
 
 def vqgan_config(
@@ -58,40 +50,33 @@ def vqgan_config(
     """Our configuration from the official `ddconfig`, `n_embed` and `embed_dim`.
 
     legacy: the published models were trained with beta on the codebook term. Further fields of VQGANConfig
-    (`input_kind`, `gumbel`) pass through. Raises ValueError for what no published VQGAN uses: double_z, or other
-    channels out than in.
+    (`input_kind`, `gumbel`) pass through. Raises ValueError for what no published VQGAN uses (double_z, other channels
+    out than in), and ValueError or TypeError for what no VQGAN can be.
     """
     dd = dict(ddconfig)
     if dd.pop("double_z", False):
         raise ValueError("double_z = True is a KL autoencoder, not a VQGAN")
-    if dd.pop("out_ch", entry(dd, "in_channels", int)) != dd["in_channels"]:
+    if dd.pop("out_ch", dd["in_channels"]) != dd["in_channels"]:
         raise ValueError("out_ch differs from in_channels; a VQGAN reconstructs what it reads")
-    dd["image_size"] = entry(dd, "resolution", int)
-    del dd["resolution"]
-    for name in ("ch_mult", "attn_resolutions"):
-        dd[name] = tuple(entry(dd, name, list))
-    sizes = {"norm_groups": 32, "codebook_size": n_embed, "code_dim": embed_dim, "beta": beta, "legacy": legacy}
-    values = {f.name: f.default for f in fields(VQGANConfig)} | dd | sizes | ours
-    schema.VQGAN_CONFIG(values, "ddconfig")
-    return VQGANConfig(**values)
+    dd |= {"image_size": dd.pop("resolution"), "norm_groups": 32, "codebook_size": n_embed, "code_dim": embed_dim}
+    return checkpoint.config_from(VQGANConfig, dd | {"beta": beta, "legacy": legacy} | ours)
 
 
 def first_stage_config(node: dict, key: str = "image") -> VQGANConfig:
     """From a yaml's {target, params} of a first stage. key: what it is fed with (`image`, `depth`, `segmentation`);
     where params name an image_key, that counts. Raises ValueError for a model that is none of FIRST_STAGES."""
-    name, params = target(node), entry(node, "params")
+    name, params = class_name(node), node["params"]
     if name not in FIRST_STAGES:
         raise ValueError(f"{name} is not one of {', '.join(FIRST_STAGES)}")
     if params.get("remap"):
         raise ValueError("remapped codebooks (remap) are not supported")
-    key, dd = str(params.get("image_key", key)), entry(params, "ddconfig")
-    kind = {"segmentation": "labels", "depth": "depth"}.get(key, "rgb")
+    kind = {"segmentation": "labels", "depth": "depth"}.get(params.get("image_key", key), "rgb")
     if name == "VQSegmentationModel":
         kind = "labels"
-    elif kind == "rgb" and dd.get("in_channels") == 1:
+    elif kind == "rgb" and params["ddconfig"]["in_channels"] == 1:
         kind = "gray"
-    ours = {"input_kind": kind, "gumbel": name == "GumbelVQ"}
-    return vqgan_config(dd, entry(params, "n_embed", int), entry(params, "embed_dim", int), **ours)
+    sizes = (params["ddconfig"], params["n_embed"], params["embed_dim"])
+    return vqgan_config(*sizes, input_kind=kind, gumbel=name == "GumbelVQ")
 
 
 def _encoder_names(c: VQGANConfig) -> list[str | None]:
@@ -175,9 +160,7 @@ def _fill(module: nn.Module, state: dict[str, Tensor], pairs: Pairs, inner: Pair
             new[key] = torch.zeros(own.shape)
         if key not in new:
             raise ValueError(f"the official file lacks {_rename(key, _backwards(pairs), _backwards(inner)) or key}")
-        if new[key].shape != own.shape:
-            raise ValueError(f"{key} is {tuple(new[key].shape)} in the file, {tuple(own.shape)} by the configuration")
-    module.load_state_dict(new, assign=True)
+    checkpoint.fit(module, new, assign=True)
 
 
 def load_vqgan(state: dict[str, Tensor], config: VQGANConfig) -> VQGAN:
@@ -204,13 +187,11 @@ def load_discriminator(module: nn.Module, state: dict[str, Tensor]) -> nn.Module
 
 
 def gpt_config(config: dict) -> GPTConfig:
-    """From a yaml's params of the transformer. Raises ValueError for what no GPT can be."""
+    """From a yaml's params of the transformer. Raises ValueError or TypeError for what no GPT can be."""
     if config.get("n_unmasked"):
         raise ValueError("n_unmasked > 0: a transformer whose condition is read without a causal mask is not supported")
-    sizes = {name: config.get(name) for name in ("block_size", "n_layer", "n_head", "n_embd")}
-    values = {"num_codes": config.get("vocab_size"), "num_cond": 0, "dropout": 0.0} | sizes
-    schema.GPT_CONFIG(values, "transformer_config")
-    return GPTConfig(**values)
+    sizes = {name: config[name] for name in ("block_size", "n_layer", "n_head", "n_embd")}
+    return GPTConfig(num_codes=config["vocab_size"], num_cond=0, dropout=0.0, **sizes)
 
 
 def load_gpt(state: dict[str, Tensor], config: dict) -> GPT:
@@ -247,15 +228,12 @@ def _condition(params: dict, first_stage: VQGANConfig, state: dict[str, Tensor])
         raise ValueError("downsample_cond_size: conditions of another size than the image are not supported")
     if node == "__is_first_stage__":
         return SpatialCondition(load_vqgan(state, first_stage))
-    if target(node) == "Labelator":
-        classes = entry(entry(node, "params"), "n_classes", int)
-        schema.condition({"kind": "class", "num_classes": classes}, "cond_stage_config")
-        return ClassCondition(classes)
-    if target(node) == "CoordStage":
-        f, levels = (entry(entry(node, "params"), name, int) for name in ("down_factor", "n_embed"))
+    if class_name(node) == "Labelator":
+        return ClassCondition(node["params"]["n_classes"])
+    if class_name(node) == "CoordStage":
+        f, levels = node["params"]["down_factor"], node["params"]["n_embed"]
         if f != first_stage.f:
             raise ValueError(f"down_factor is {f}, the first-stage model's is {first_stage.f}")
-        schema.condition({"kind": "coords", "f": f, "levels": levels}, "cond_stage_config")
         return CoordinateCondition(f, levels)
     return SpatialCondition(load_vqgan(state, first_stage_config(node, params.get("cond_stage_key", "depth"))))
 
@@ -274,8 +252,8 @@ def load_two_stage(state: dict[str, Tensor], params: dict) -> TwoStage:
         if part not in parts:
             raise ValueError(f"official key without a place here: {key}")
         parts[part][rest] = tensor
-    first_stage = first_stage_config(entry(params, "first_stage_config"), params.get("first_stage_key", "image"))
-    transformer = entry(entry(params, "transformer_config"), "params")
+    first_stage = first_stage_config(params["first_stage_config"], params.get("first_stage_key", "image"))
+    transformer = params["transformer_config"]["params"]
     block_size = gpt_config(transformer).block_size
     condition = _condition(params, first_stage, parts["cond_stage_model"])
     if parts["cond_stage_model"] and condition.kind != "spatial":
@@ -283,7 +261,7 @@ def load_two_stage(state: dict[str, Tensor], params: dict) -> TwoStage:
     vqgan = load_vqgan(parts["first_stage_model"], first_stage)
     # The grid is square: block_size holds T codes and as many condition tokens, or T codes and at most one.
     n = isqrt(block_size // 2 if condition.is_map else block_size)
-    permuter = target(params.get("permuter_config") or {"target": "Identity"})
+    permuter = class_name(params.get("permuter_config") or {"target": "Identity"})
     if permuter not in ORDER_NAMES:
         raise ValueError(f"the permuter {permuter} is not one of {', '.join(ORDER_NAMES)}")
     classes = tuple(map(str, range(condition.num_tokens))) if condition.kind == "class" else ()
@@ -312,41 +290,20 @@ def read_config(path: str | Path) -> dict:
     if not Path(path).is_file():
         raise UserError(f"no configuration at {path}")
     try:
-        text = Path(path).read_bytes()
-        _check_yaml(text)
-        content = yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError, OverflowError) as error:  # among them dates and numbers that cannot be
+        model = yaml.safe_load(Path(path).read_bytes())["model"]
+        return {"target": model["target"], "params": model["params"]}
+    except (yaml.YAMLError, *checkpoint.FILE_ERRORS) as error:
         raise UserError(f"{path} is not the yaml of an official model ({first_line(error)[:80]})") from None
-    model = content.get("model") if isinstance(content, dict) else None
-    if not isinstance(model, dict) or not isinstance(model.get("params"), dict) or "target" not in model:
-        raise UserError(f"{path} has no model with target and params: it is not the configuration of an official model")
-    return model
-
-
-def _check_yaml(text: bytes) -> None:
-    """A configuration is a page long and a few levels deep. More takes a parser minutes or its stack, and an alias to
-    an alias a thousand times over fills the memory. Raises ValueError."""
-    import yaml
-
-    if len(text) > 100_000:
-        raise ValueError("it is longer than 100 kB")
-    depth = 0
-    for event in yaml.parse(text, Loader=yaml.SafeLoader):
-        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
-        if depth > 20 or isinstance(event, yaml.AliasEvent) or getattr(event, "tag", None):
-            raise ValueError("it is nested too deeply, or has aliases or tags")
 
 
 def load(path: str | Path, config: str | Path) -> VQGAN | TwoStage:
     """The model of an official checkpoint and the yaml beside it, in eval mode, on the CPU. Raises UserError."""
     model = read_config(config)
     state = checkpoint.read_foreign(path)
-    try:
-        if target(model) == "Net2NetTransformer":
+    with checkpoint.door(f"{path} with {config}"):
+        if class_name(model) == "Net2NetTransformer":
             return load_two_stage(state, model["params"])
         return load_vqgan(state, first_stage_config(model))
-    except ValueError as error:
-        raise UserError(f"{path} with {config}: {first_line(error)}") from None
 
 
 def export_vqgan(model: VQGAN) -> tuple[dict[str, Tensor], dict]:
