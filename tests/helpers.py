@@ -5,6 +5,7 @@ import csv
 import io
 import os
 import runpy
+import signal
 import socket
 import struct
 import subprocess
@@ -17,6 +18,7 @@ import pytest
 import torch
 import yaml
 from PIL import Image
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -128,6 +130,7 @@ def run_inside(*words, cwd: Path) -> subprocess.CompletedProcess:
     """The same in this process: the script runs as `__main__` and ends by SystemExit. Saves the seconds that importing
     torch takes, where dozens of mistakes are tried."""
     out, err, before = io.StringIO(), io.StringIO(), (sys.argv, os.getcwd())
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     sys.argv = [str(word) for word in words]
     os.chdir(cwd)
     try:
@@ -136,7 +139,26 @@ def run_inside(*words, cwd: Path) -> subprocess.CompletedProcess:
     finally:
         sys.argv = before[0]
         os.chdir(before[1])
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
     return subprocess.CompletedProcess(words, ended.value.code, out.getvalue(), err.getvalue())
+
+
+def run_interrupted(step: int, *words, cwd: Path) -> subprocess.CompletedProcess:
+    """`run_inside`, with Ctrl-C in the middle of a training step: as the first optimizer makes its
+    `step`th step."""
+    seen: list = []
+
+    def count(optimizer, *_):
+        seen.append(optimizer)
+        if optimizer is seen[0] and sum(one is optimizer for one in seen) == step:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    hook = register_optimizer_step_pre_hook(count)
+    try:
+        return run_inside(*words, cwd=cwd)
+    finally:
+        hook.remove()
 
 
 def metrics_rows(run: Path) -> list[dict]:
