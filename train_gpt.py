@@ -22,7 +22,7 @@ from minvqgan.harness.runtime import UserError
 from minvqgan.two_stage import TwoStage, TwoStageConfig, condition_length, sequence_length
 from minvqgan.vqgan import VQGAN
 
-# A preset is a line of flags, complete in itself; those of the command line come after it. How they were found: LOG.md.
+# A preset is a line of flags, complete in itself; those of the command line come after it. How they were found: results/LOG.md.
 PRESETS = {
     # 0.9 M parameters: for the built-in shapes, CIFAR-10 and a laptop.
     "tiny": """

@@ -21,7 +21,7 @@ from minvqgan.objective import ObjectiveConfig, adversarial_ramp, stage_one_step
 from minvqgan.quantizer import codebook_stats
 from minvqgan.vqgan import VQGAN, VQGANConfig
 
-# A preset is a line of flags, complete in itself; those of the command line come after it. How they were found: LOG.md.
+# A preset is a line of flags, complete in itself; those of the command line come after it. How they were found: results/LOG.md.
 PRESETS = {
     # DEPARTURE: in tiny and small D has a rate of its own, and both rates rise at the start and fall at the end; the
     # official code has one constant rate.
