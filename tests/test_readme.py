@@ -105,6 +105,7 @@ def prepare(line: str, folder) -> None:
             torch.save({"state_dict": first}, folder / "last.ckpt")
 
 
+@pytest.mark.slow
 def test_the_commands(folder, monkeypatch):
     class Pictures(torch.utils.data.Dataset):  # CIFAR-10 without the download
         classes = ("a", "b")
@@ -143,6 +144,7 @@ def test_the_commands(folder, monkeypatch):
         assert "Traceback" not in done.stderr, line
 
 
+@pytest.mark.slow
 def test_the_python(folder):
     """The README's Python, as it stands."""
     blocks = re.findall(r"```python\n(.*?)```", README, re.S)
