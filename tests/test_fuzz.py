@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import minvqgan
-from minvqgan.harness import checkpoint, data
+from minvqgan.harness import checkpoint, data, official
 from minvqgan.harness.runtime import UserError
 
 pytestmark = pytest.mark.slow
@@ -95,7 +95,7 @@ FILES = {"vqgan": "rgb/best.pt", "two_stage": "class/best.pt"}  # of the house
 
 def either_a_model_or_one_line(path) -> None:
     before = path.read_bytes()
-    for read in (minvqgan.load, checkpoint.read_foreign):
+    for read in (minvqgan.load, official.read):
         try:
             read(path)
         except UserError as error:

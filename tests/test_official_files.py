@@ -50,7 +50,7 @@ def test_a_lightning_file_is_read_without_lightning(tmp_path):
     assert not any(name.startswith("pytorch_lightning") for name in sys.modules)
     state, _ = official.export_vqgan(model)
     with torch.serialization.safe_globals(
-        [(checkpoint.Inert, "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint"), types.SimpleNamespace]
+        [(official.Inert, "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint"), types.SimpleNamespace]
     ):
         truth = torch.load(LIGHTNING, weights_only=True)["state_dict"]
     assert same(state, floats(truth))
@@ -99,7 +99,7 @@ def test_code_in_a_file_is_not_executed(tmp_path):
             content = {"state_dict": state, "callbacks": Touch(*call)}
             torch.save(content, tmp_path / "evil.ckpt", pickle_protocol=protocol)
             with contextlib.suppress(UserError):
-                assert same(checkpoint.read_foreign(tmp_path / "evil.ckpt"), state)
+                assert same(official.read(tmp_path / "evil.ckpt"), state)
             assert not marker.exists(), call
 
 
@@ -118,7 +118,7 @@ def test_objects_of_frameworks_are_inert(tmp_path):
     torch.save({"state_dict": {"w": torch.ones(3)}, "hyper": odd, "callbacks": {classes[2]: {}}}, tmp_path / "a.ckpt")
     for name in [n for n in sys.modules if n.split(".")[0] in ("pytorch_lightning", "omegaconf", "main")]:
         del sys.modules[name]
-    state = checkpoint.read_foreign(tmp_path / "a.ckpt")
+    state = official.read(tmp_path / "a.ckpt")
     assert same(state, {"w": torch.ones(3)}) and not called
 
 
@@ -129,7 +129,7 @@ def test_broken_files_give_one_line(tmp_path):
     torch.save([torch.zeros(1)], tmp_path / "list.ckpt")
     for name in ("cut", "text", "numbers", "list", "absent"):
         with pytest.raises(UserError, match=f"{name}.ckpt"):
-            checkpoint.read_foreign(tmp_path / f"{name}.ckpt")
+            official.read(tmp_path / f"{name}.ckpt")
     good = vqgan_yaml(tmp_path / "good.yaml")
     for name, text in (("a", "model: ["), ("b", "data: 1"), ("c", "model: {target: x.VQModel, params: {n_embed: 3}}")):
         (tmp_path / f"{name}.yaml").write_text(text)

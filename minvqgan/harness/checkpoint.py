@@ -13,7 +13,6 @@ import os
 import pickle
 import struct
 import warnings
-from collections import OrderedDict
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -119,32 +118,6 @@ def trained_with(path: str | Path) -> dict:
         flags = dict(read(path).get("flags", {}))
     names = ("data", "image_size", "resize", "flip", "seed")
     return {name: flags[name] for name in names if flags.get(name) is not None}
-
-
-class Inert:
-    """Stands in for every class that a file mentions. Calling it gives a plain dict, the one type whose attributes and
-    items torch's safe unpickler sets."""
-
-    def __new__(cls, *args, **kwargs):
-        return OrderedDict()
-
-
-def read_foreign(path: str | Path) -> dict[str, Tensor]:
-    """The `state_dict` of somebody else's checkpoint. It is mapped from the file, so that a large one takes memory only
-    where it is used.
-
-    Files of old Lightning versions hold pickled callbacks and hyper-parameters beside the weights. They are read as
-    `Inert`: nothing of theirs is imported or executed. Raises UserError.
-    """
-    names = []
-    with contextlib.suppress(*FILE_ERRORS):  # `unpickled` says what is wrong
-        names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-    with torch.serialization.safe_globals([(Inert, name) for name in names]):
-        content = unpickled(path, mmap=True)
-    state = content.get("state_dict", content) if isinstance(content, dict) else None
-    if not state or not isinstance(state, dict) or not all(isinstance(t, Tensor) for t in state.values()):
-        raise UserError(f"{path} has no state_dict of tensors")
-    return dict(state)
 
 
 def config_from(cls, values: dict):
@@ -276,3 +249,51 @@ def load(file: File) -> VQGAN | TwoStage:
         raise UserError(f"{name_of(file)} holds a {str(content.get('kind'))[:40]}, not a vqgan or two_stage model")
     with door(file):
         return _build_vqgan(content)
+
+
+def init_from(path: str | Path, model: VQGAN | TwoStage, **others: nn.Module) -> str:
+    """Fill a new model with what fits of a checkpoint's weights, ours or official; returns a line that says what does.
+
+    A VQGAN takes those of a first-stage model, a TwoStage those of a transformer (its first stage is given). others:
+    `discriminator=D`, filled where the file has one. A tensor fits if it has the same place in the network, by its
+    official name, and the same shape. From another codebook the first codes are taken; the rest stays as it is and
+    counts as dead, so call this before the first `revive_dead_codes`. Raises UserError where nothing fits.
+    """
+    from . import official  # which reads files by means of this module
+
+    part, module = ("gpt", model.gpt) if isinstance(model, TwoStage) else ("vqgan", model)
+    found, said = official.weights(path), []
+    for name, own in {part: module, **others}.items():
+        if name == part or found.get(name):
+            with door(path):
+                said.append(f"{name}: " + _take(own, found.get(name, {}), official.names(own)))
+    return f"weights from {path}; " + "; ".join(said)
+
+
+# Their rows are codes: of another codebook size the first ones are taken.
+CODE_ROWS = ("quantizer.codebook.weight", "quantizer.recent_use", "head.weight", "codes")
+
+
+@torch.no_grad()
+def _take(module: nn.Module, found: dict[str, Tensor], names: dict[str, str]) -> str:
+    """Copy what fits; returns what did and what did not. names: our key -> that in `found`."""
+    own = module.state_dict()
+    new = {key: found[names.get(key, key)] for key in own if names.get(key, key) in found}
+    if "token_embedding.weight" in new:  # condition tokens are numbered behind the codes
+        for state in (own, new):
+            K, tokens = len(state["head.weight"]), state.pop("token_embedding.weight")
+            state |= {"codes": tokens[:K], "condition tokens": tokens[K:]}
+    partly, left = [], []
+    for key, tensor in own.items():
+        if key in new and new[key].shape == tensor.shape:
+            tensor.copy_(new[key])
+        elif key in new and key in CODE_ROWS and new[key].shape[1:] == tensor.shape[1:]:
+            tensor[: len(new[key])] = new[key][: len(tensor)]
+            partly.append(f"the first {min(len(new[key]), len(tensor))} of {len(tensor)} rows of {key}")
+        else:
+            left.append(key)
+    if len(left) == len(own):
+        raise ValueError("nothing in it has the names and shapes of this model")
+    line = ", ".join([f"{len(own) - len(left)} of {len(own)} tensors", *partly])
+    more = f" and {len(left) - 8} more" if left[8:] else ""
+    return line + (f"; not in it or of another shape: {', '.join(left[:8])}{more}" if left else "")

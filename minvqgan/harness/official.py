@@ -4,12 +4,13 @@ their layout.
     python -m minvqgan.harness.official last.ckpt project.yaml OUT.pt             theirs -> ours, once
     python -m minvqgan.harness.official --export OURS.pt last.ckpt project.yaml   ours -> theirs
 
-Both sides hold the same tensors in the same order, so a mapping is a list of pairs (official prefix, our prefix), made
-by walking a configuration the way the official constructors do. Every key is used, known to be unneeded, or reported: a
-checkpoint that was loaded "almost" gives images that are almost right, and costs days.
+Both sides hold the same tensors, so the mapping is a table from our names to the official ones, made by walking a
+configuration as the official constructors do. Every key of a file is used, known to be unneeded, or reported: a
+checkpoint that is loaded only in part gives images that are almost right, and costs days to find.
 """
 
-from collections.abc import Iterable
+import contextlib
+from collections import OrderedDict
 from math import isqrt
 from pathlib import Path
 
@@ -37,6 +38,37 @@ ORDER_NAMES = {
     "SpiralIn": "spiral-in",
     "AlternateParsing": "alternate",
 }
+
+
+class Inert:
+    """Stands in for every class that a file mentions. Calling it gives a plain dict, the one type whose attributes and
+    items torch's safe unpickler sets."""
+
+    def __new__(cls, *args, **kwargs):
+        return OrderedDict()
+
+
+def _content(path: str | Path):
+    """What somebody else's checkpoint holds. It is mapped from the file, so a large one takes memory only where it is
+    used.
+
+    Files of old Lightning versions hold pickled callbacks and hyper-parameters beside the weights. They are read as
+    `Inert`: nothing of theirs is imported or executed. Raises UserError.
+    """
+    classes = []
+    with contextlib.suppress(*checkpoint.FILE_ERRORS):  # `unpickled` says what is wrong
+        classes = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+    with torch.serialization.safe_globals([(Inert, name) for name in classes]):
+        return checkpoint.unpickled(path, mmap=True)
+
+
+def read(path: str | Path) -> dict[str, Tensor]:
+    """The `state_dict` of an official checkpoint. Raises UserError."""
+    content = _content(path)
+    state = content.get("state_dict", content) if isinstance(content, dict) else None
+    if not state or not isinstance(state, dict) or not all(isinstance(t, Tensor) for t in state.values()):
+        raise UserError(f"{path} has no state_dict of tensors")
+    return dict(state)
 
 
 def class_name(node: dict) -> str:
@@ -79,8 +111,8 @@ def first_stage_config(node: dict, key: str = "image") -> VQGANConfig:
     return vqgan_config(*sizes, input_kind=kind, gumbel=name == "GumbelVQ")
 
 
-def _encoder_names(c: VQGANConfig) -> list[str | None]:
-    """Official names of the modules in `Encoder.layers`, in order; None where a module has no parameters."""
+def _encoder_names(c: VQGANConfig) -> list[str]:
+    """Official names of the modules in `Encoder.layers`, in order."""
     names, resolution = ["conv_in"], c.image_size
     for level in range(len(c.ch_mult)):
         for block in range(c.num_res_blocks):
@@ -90,10 +122,10 @@ def _encoder_names(c: VQGANConfig) -> list[str | None]:
         if level < len(c.ch_mult) - 1:
             names.append(f"down.{level}.downsample")
             resolution //= 2
-    return names + ["mid.block_1", "mid.attn_1", "mid.block_2", "norm_out", None, "conv_out"]
+    return names + ["mid.block_1", "mid.attn_1", "mid.block_2", "norm_out", "SiLU", "conv_out"]
 
 
-def _decoder_names(c: VQGANConfig) -> list[str | None]:
+def _decoder_names(c: VQGANConfig) -> list[str]:
     """Official names of the modules in `Decoder.layers`, in order."""
     names, resolution = ["conv_in", "mid.block_1", "mid.attn_1", "mid.block_2"], c.image_size // c.f
     for level in reversed(range(len(c.ch_mult))):
@@ -107,60 +139,84 @@ def _decoder_names(c: VQGANConfig) -> list[str | None]:
     return names + ["norm_out"]
 
 
-Pairs = list[tuple[str, str]]
-
-# Inside a residual or attention block two layers carry other names.
-VQGAN_INNER: Pairs = [("nin_shortcut", "skip"), ("proj_out", "proj")]
-
-
-def _vqgan_pairs(c: VQGANConfig) -> Pairs:
-    """(official prefix, our prefix) of every module of a VQGAN."""
-    pairs = [(f"encoder.{n}", f"encoder.layers.{i}") for i, n in enumerate(_encoder_names(c)) if n]
-    pairs += [(f"decoder.{n}", f"decoder.layers.{i}") for i, n in enumerate(_decoder_names(c))]
-    pairs += [("decoder.conv_out", "decoder.conv_out"), ("quant_conv", "to_code"), ("post_quant_conv", "from_code")]
-    if c.gumbel:
-        return pairs + [("quantize.proj", "quantizer.proj"), ("quantize.embed", "quantizer.codebook")]
-    return pairs + [("quantize.embedding", "quantizer.codebook")]
-
-
-def _gpt_pairs(n_layer: int) -> Pairs:
-    """(official prefix, our prefix) of a GPT; query, key and value are dealt with where they are."""
-    pairs = [("pos_emb", "position_embedding"), ("tok_emb", "token_embedding"), ("ln_f", "norm"), ("head", "head")]
-    for layer in range(n_layer):
-        inner = (("ln1", "norm1"), ("ln2", "norm2"), ("mlp", "mlp"), ("attn.proj", "attention.proj"))
-        pairs += [(f"blocks.{layer}.{old}", f"blocks.{layer}.{new}") for old, new in inner]
-    return pairs
+def vqgan_names(model: VQGAN) -> dict[str, str]:
+    """Our key -> the official one, of all that both save."""
+    c = model.config
+    names = {f"encoder.layers.{i}": f"encoder.{name}" for i, name in enumerate(_encoder_names(c))}
+    names |= {f"decoder.layers.{i}": f"decoder.{name}" for i, name in enumerate(_decoder_names(c))}
+    names |= {"decoder.conv_out": "decoder.conv_out", "to_code": "quant_conv", "from_code": "post_quant_conv"}
+    names |= {"quantizer.proj": "quantize.proj"}
+    names |= {"quantizer.codebook": "quantize.embed" if c.gumbel else "quantize.embedding"}
+    keys = {}
+    for key in model.state_dict():
+        for ours, theirs in names.items():
+            if key.startswith(ours + "."):
+                rest = key[len(ours) :].replace(".skip.", ".nin_shortcut.").replace(".proj.", ".proj_out.")
+                keys[key] = theirs + rest
+    return keys
 
 
-def _rename(key: str, pairs: Iterable[tuple[str, str]], inner: Pairs) -> str | None:
-    for old, new in pairs:
-        if key == old or key.startswith(old + "."):
-            rest = key[len(old) :]
-            for a, b in inner:
-                rest = rest.replace(f".{a}.", f".{b}.")
-            return new + rest
-    return None
+def gpt_names(gpt: GPT) -> dict[str, str]:
+    """Our key -> the official one, once query, key and value are one: see `joined`."""
+    words = {"position_embedding": "pos_emb", "token_embedding": "tok_emb", "attention": "attn"}
+    words |= {"norm1": "ln1", "norm2": "ln2", "norm": "ln_f"}
+    return {key: ".".join(words.get(word, word) for word in key.split(".")) for key in gpt.state_dict()}
 
 
-def _backwards(pairs: Pairs) -> Pairs:
-    return [(new, old) for old, new in pairs]
+def names(module: nn.Module) -> dict[str, str]:
+    """Our key -> the official one, for a VQGAN, a GPT or a discriminator."""
+    if isinstance(module, VQGAN):
+        return vqgan_names(module)
+    if isinstance(module, GPT):
+        return gpt_names(module)
+    return {key: key.replace("layers.", "main.", 1) for key in module.state_dict()}
 
 
-def _fill(module: nn.Module, state: dict[str, Tensor], pairs: Pairs, inner: Pairs = VQGAN_INNER) -> None:
-    """The official tensors become the module's own, without a copy where they are float32 already. Raises ValueError,
-    naming the first key that has no counterpart on either side or another shape."""
-    new = {}
-    for key, tensor in state.items():
-        ours = _rename(key, pairs, inner)
-        if ours is None:
+def joined(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The official GPT's `state_dict` with one layer for query, key and value, positions (T, C) instead of (1, T, C),
+    and without the causal masks (attn.mask)."""
+    state = {key: t for key, t in state.items() if not key.endswith("attn.mask")}
+    for key in [key for key in state if ".attn.query." in key]:
+        names = [key.replace("query", name) for name in ("query", "key", "value")]
+        state[key.replace("query", "qkv")] = torch.cat([state.pop(name) for name in names])
+    if "pos_emb" in state:
+        state["pos_emb"] = state["pos_emb"].flatten(0, -2)
+    return state
+
+
+def _fill(module: nn.Module, state: dict[str, Tensor], theirs: dict[str, str]) -> None:
+    """The official tensors become the module's own, without a copy where they are float32 already. Raises ValueError
+    that names the first key without a counterpart on the other side, or of another shape."""
+    known, own = set(theirs.values()), module.state_dict()
+    for key in [*state, *known]:
+        if key not in known:
             raise ValueError(f"official key without a place here: {key}")
-        new[ours] = tensor.float() if tensor.is_floating_point() else tensor
-    for key, own in module.state_dict().items():
-        if key.endswith("recent_use"):  # the quantizer's count of recent use, which only training needs
-            new[key] = torch.zeros(own.shape)
-        if key not in new:
-            raise ValueError(f"the official file lacks {_rename(key, _backwards(pairs), _backwards(inner)) or key}")
-    checkpoint.fit(module, new, assign=True)
+        if key not in state:
+            raise ValueError(f"the official file lacks {key}")
+    new = {key: state[name].to(own[key].dtype) for key, name in theirs.items()}
+    use = {key: torch.zeros(own[key].shape) for key in own.keys() - theirs.keys()}  # how often a code was chosen
+    checkpoint.fit(module, new | use, assign=True)
+
+
+def weights(path: str | Path) -> dict[str, dict[str, Tensor]]:
+    """The tensors of any checkpoint, ours or official, under their official names: of its "vqgan", "gpt" and
+    "discriminator", as far as it has them. Raises UserError."""
+    content = _content(path)
+    if not isinstance(content, dict) or content.get("format") != checkpoint.FORMAT:
+        state = read(path)
+
+        def part(prefix: str) -> dict[str, Tensor]:
+            return {key.removeprefix(prefix): t for key, t in state.items() if key.startswith(prefix)}
+
+        first = part("first_stage_model.") or state
+        if "quantize.embedding.weight" in first:  # all of its codes count as in use
+            first["quantizer.recent_use"] = torch.ones(len(first["quantize.embedding.weight"]))
+        return {"vqgan": first, "gpt": joined(part("transformer.")), "discriminator": part("loss.discriminator.")}
+    model = checkpoint.load(path)
+    modules = {"vqgan": model.vqgan, "gpt": model.gpt} if isinstance(model, TwoStage) else {"vqgan": model}
+    parts = {name: {names(m).get(key, key): t for key, t in m.state_dict().items()} for name, m in modules.items()}
+    disc = content.get("discriminator", {})
+    return parts | {"discriminator": {key.replace("layers.", "main.", 1): t for key, t in disc.items()}}
 
 
 def load_vqgan(state: dict[str, Tensor], config: VQGANConfig) -> VQGAN:
@@ -168,7 +224,7 @@ def load_vqgan(state: dict[str, Tensor], config: VQGANConfig) -> VQGAN:
     the first key that does not fit."""
     with torch.device("meta"):  # shapes without memory or initialisation: the file's own tensors take their places
         model = VQGAN(config)
-    _fill(model, {k: t for k, t in state.items() if not k.startswith(UNNEEDED)}, _vqgan_pairs(config))
+    _fill(model, {k: t for k, t in state.items() if not k.startswith(UNNEEDED)}, names(model))
     return model.eval()
 
 
@@ -176,13 +232,13 @@ def load_gumbel(state: dict[str, Tensor]) -> GumbelQuantizer:
     """A quantizer from the official GumbelQuantize's `state_dict` (keys proj.*, embed.weight)."""
     K, in_channels = state["proj.weight"].shape[:2]
     quantizer = GumbelQuantizer(K, state["embed.weight"].shape[1], in_channels)
-    _fill(quantizer, state, [("proj", "proj"), ("embed", "codebook")], inner=[])
+    _fill(quantizer, state, {key: key.replace("codebook", "embed") for key in quantizer.state_dict()})
     return quantizer.eval()
 
 
 def load_discriminator(module: nn.Module, state: dict[str, Tensor]) -> nn.Module:
     """Fill a `PatchDiscriminator` with the official NLayerDiscriminator's `state_dict` (keys main.*)."""
-    _fill(module, state, [("main", "layers")], inner=[])
+    _fill(module, state, names(module))
     return module
 
 
@@ -197,23 +253,11 @@ def gpt_config(config: dict) -> GPTConfig:
 def load_gpt(state: dict[str, Tensor], config: dict) -> GPT:
     """A GPT from the official GPT's `state_dict`. config: vocab_size, block_size, n_layer, n_head, n_embd.
 
-    Codes and condition use one range there, so every token is a code here and none is the condition's alone. The
-    three layers query, key and value are one here; the saved causal masks (attn.mask) are not needed.
+    Codes and condition share one range there, so every token is a code here and none is the condition's alone.
     """
-    sizes = gpt_config(config)
     with torch.device("meta"):
-        gpt = GPT(sizes)
-    rest = {key: t for key, t in state.items() if not key.endswith("attn.mask")}
-    if "pos_emb" in rest and rest["pos_emb"].ndim == 3:
-        rest["pos_emb"] = rest["pos_emb"][0]  # (1, block_size, C) there
-    pairs = _gpt_pairs(sizes.n_layer)
-    for layer in range(sizes.n_layer):
-        pairs.append((f"blocks.{layer}.qkv", f"blocks.{layer}.attention.qkv"))
-        for part in ("weight", "bias"):
-            names = [f"blocks.{layer}.attn.{which}.{part}" for which in ("query", "key", "value")]
-            if len({rest[name].shape if name in rest else None for name in names}) == 1 and names[0] in rest:
-                rest[f"blocks.{layer}.qkv.{part}"] = torch.cat([rest.pop(name) for name in names])
-    _fill(gpt, rest, pairs, inner=[])
+        gpt = GPT(gpt_config(config))
+    _fill(gpt, joined(state), names(gpt))
     return gpt.eval()
 
 
@@ -231,22 +275,14 @@ def _condition(params: dict, first_stage: VQGANConfig, state: dict[str, Tensor])
     if class_name(node) == "Labelator":
         return ClassCondition(node["params"]["n_classes"])
     if class_name(node) == "CoordStage":
-        f, levels = node["params"]["down_factor"], node["params"]["n_embed"]
-        if f != first_stage.f:
-            raise ValueError(f"down_factor is {f}, the first-stage model's is {first_stage.f}")
-        return CoordinateCondition(f, levels)
+        return CoordinateCondition(node["params"]["down_factor"], node["params"]["n_embed"])
     return SpatialCondition(load_vqgan(state, first_stage_config(node, params.get("cond_stage_key", "depth"))))
 
 
 def load_two_stage(state: dict[str, Tensor], params: dict) -> TwoStage:
     """A whole model from the official Net2NetTransformer's `state_dict` and its yaml's `params`. Raises ValueError
     naming the first key that does not fit."""
-    parts: dict[str, dict[str, Tensor]] = {
-        "first_stage_model": {},
-        "cond_stage_model": {},
-        "transformer": {},
-        "permuter": {},
-    }
+    parts = {name: {} for name in ("first_stage_model", "cond_stage_model", "transformer", "permuter")}
     for key, tensor in state.items():
         part, _, rest = key.partition(".")
         if part not in parts:
@@ -299,7 +335,7 @@ def read_config(path: str | Path) -> dict:
 def load(path: str | Path, config: str | Path) -> VQGAN | TwoStage:
     """The model of an official checkpoint and the yaml beside it, in eval mode, on the CPU. Raises UserError."""
     model = read_config(config)
-    state = checkpoint.read_foreign(path)
+    state = read(path)
     with checkpoint.door(f"{path} with {config}"):
         if class_name(model) == "Net2NetTransformer":
             return load_two_stage(state, model["params"])
@@ -309,27 +345,12 @@ def load(path: str | Path, config: str | Path) -> VQGAN | TwoStage:
 def export_vqgan(model: VQGAN) -> tuple[dict[str, Tensor], dict]:
     """(`state_dict` with the official keys, {target, params} for the yaml). Raises ValueError for what the official
     code cannot build: other than 32 norm groups, or normalised codes."""
-    c = model.config
+    c, state = model.config, model.state_dict()
     if c.norm_groups != 32 or c.l2_norm:
         raise ValueError("the official code has 32 norm groups and no l2-normalised codes")
-    pairs = _backwards(_vqgan_pairs(c))
-    state = {
-        _rename(key, pairs, _backwards(VQGAN_INNER)): tensor
-        for key, tensor in model.state_dict().items()
-        if not key.endswith("recent_use")
-    }
-    dd = {
-        "double_z": False,
-        "z_channels": c.z_channels,
-        "resolution": c.image_size,
-        "in_channels": c.in_channels,
-        "out_ch": c.in_channels,
-        "ch": c.ch,
-        "ch_mult": list(c.ch_mult),
-        "num_res_blocks": c.num_res_blocks,
-        "attn_resolutions": list(c.attn_resolutions),
-        "dropout": c.dropout,
-    }
+    dd = {name: getattr(c, name) for name in ("z_channels", "in_channels", "ch", "num_res_blocks", "dropout")}
+    dd |= {"double_z": False, "resolution": c.image_size, "out_ch": c.in_channels}
+    dd |= {"ch_mult": list(c.ch_mult), "attn_resolutions": list(c.attn_resolutions)}
     params = {"embed_dim": c.code_dim, "n_embed": c.codebook_size, "ddconfig": dd}
     params["lossconfig"] = {"target": "taming.modules.losses.DummyLoss"}
     name = "GumbelVQ" if c.gumbel else "VQModel"
@@ -339,7 +360,8 @@ def export_vqgan(model: VQGAN) -> tuple[dict[str, Tensor], dict]:
         name, params["n_labels"], params["image_key"] = "VQSegmentationModel", c.in_channels, "segmentation"
     elif c.input_kind == "depth":
         params["image_key"] = "depth"
-    return state, {"target": f"taming.models.vqgan.{name}", "params": params}
+    named = {theirs: state[ours] for ours, theirs in names(model).items()}
+    return named, {"target": f"taming.models.vqgan.{name}", "params": params}
 
 
 def export(model: VQGAN | TwoStage, path: str | Path, config: str | Path) -> None:

@@ -1,0 +1,153 @@
+"""--init (`checkpoint.init_from`): a new model begins with what fits of an old one's weights, ours or official."""
+
+import pytest
+import torch
+from helpers import fixture, official_files, relative_error
+
+from minvqgan import VQGAN, TwoStage, VQGANConfig
+from minvqgan.conditioning import ClassCondition, NoCondition
+from minvqgan.discriminator import PatchDiscriminator
+from minvqgan.gpt import GPT, GPTConfig
+from minvqgan.harness import checkpoint, official
+from minvqgan.harness.runtime import UserError
+from minvqgan.two_stage import TwoStageConfig
+
+SMALL = {"image_size": 16, "ch": 8, "ch_mult": (1, 2), "z_channels": 8, "code_dim": 4, "codebook_size": 16}
+
+
+def vqgan(**changes) -> VQGAN:
+    return VQGAN(VQGANConfig(**SMALL | changes))
+
+
+@pytest.fixture
+def old(tmp_path):
+    """A checkpoint as a run writes it, its model and its D."""
+    model, disc = vqgan(), PatchDiscriminator(3, 8, 2)
+    model.quantizer.recent_use.uniform_()
+    for buffer in disc.buffers():
+        buffer += 3
+    states = {"model": model.state_dict(), "discriminator": disc.state_dict()}
+    checkpoint.save(tmp_path / "old.pt", "vqgan", config=vars(model.config), **states)
+    return tmp_path / "old.pt", model, disc
+
+
+def same(a, b) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+def test_an_equal_model_becomes_the_old_one(old):
+    path, model, disc = old
+    new, new_disc = vqgan(), PatchDiscriminator(3, 8, 2)
+    parameters = list(new.parameters())
+    line = checkpoint.init_from(path, new, discriminator=new_disc)
+    assert same(new.state_dict(), model.state_dict()) and same(new_disc.state_dict(), disc.state_dict())
+    assert all(a is b for a, b in zip(parameters, new.parameters(), strict=True))  # an optimizer may hold them
+    n, m = len(new.state_dict()), len(new_disc.state_dict())
+    assert line == f"weights from {path}; vqgan: {n} of {n} tensors; discriminator: {m} of {m} tensors"
+
+
+def test_without_a_discriminator_in_the_file(old, tmp_path):
+    checkpoint.save_model(tmp_path / "alone.pt", old[1])
+    disc = PatchDiscriminator(3, 8, 2)
+    before = {key: t.clone() for key, t in disc.state_dict().items()}
+    assert "discriminator:" not in checkpoint.init_from(tmp_path / "alone.pt", vqgan(), discriminator=disc)
+    assert same(disc.state_dict(), before)
+
+
+@pytest.mark.parametrize("K", [12, 20])
+def test_another_codebook_size_takes_the_first_codes(old, K):
+    path, model, _ = old
+    new = vqgan(codebook_size=K)
+    fresh = new.quantizer.codebook.weight.detach().clone()
+    line = checkpoint.init_from(path, new)
+    rows = min(K, 16)
+    assert f"the first {rows} of {K} rows of quantizer.codebook.weight" in line
+    assert torch.equal(new.quantizer.codebook.weight[:rows], model.quantizer.codebook.weight[:rows])
+    assert torch.equal(new.quantizer.codebook.weight[rows:], fresh[rows:])
+    assert torch.equal(new.quantizer.recent_use[:rows], model.quantizer.recent_use[:rows])
+    assert not new.quantizer.recent_use[rows:].any()  # dead: the first revival moves exactly these
+    taken = new.quantizer.recent_use >= 0.05 / K
+    before = new.quantizer.codebook.weight.detach().clone()
+    assert new.quantizer.revive_dead_codes(torch.randn(2, 4, 8, 8)) == (~taken).sum()
+    assert torch.equal(new.quantizer.codebook.weight[taken], before[taken])
+
+
+def test_what_does_not_fit_is_named_and_stays(old):
+    """A layer is found by its place, not by its number: with one more block a level, and one more level."""
+    path, model, _ = old
+    new = vqgan(num_res_blocks=2, ch_mult=(1, 2, 2), in_channels=1)
+    fresh = {key: t.clone() for key, t in new.state_dict().items()}
+    line = checkpoint.init_from(path, new)
+    # Our number of a layer -> its number in the old model, or None. Levels, blocks, changes of resolution, the middle.
+    encoder = {1: 1, 2: None, 3: 2, 4: 3, 5: None, 6: None, 7: None, 8: None, 9: 4, 10: 5, 11: 6}
+    decoder = {0: 0, 1: 1, 2: 2, 3: 3, 4: None, 7: None, 8: 4, 9: 5, 10: None, 11: 6, 12: 7, 13: 8, 14: None, 15: 9}
+    for part, numbers in (("encoder", encoder), ("decoder", decoder)):
+        for here, there in numbers.items():
+            layer = getattr(new, part).layers[here].state_dict(prefix=f"{part}.layers.{here}.")
+            source = there is not None and getattr(model, part).layers[there].state_dict()
+            for key, tensor in layer.items():
+                inner = key.removeprefix(f"{part}.layers.{here}.")
+                assert torch.equal(tensor, source[inner] if source else fresh[key])
+    assert "not in it or of another shape: encoder.layers.0.weight, encoder.layers.2." in line
+
+
+def test_files_that_have_nothing_to_give(old, tmp_path):
+    with pytest.raises(UserError, match=r"old\.pt does not fit: nothing in it has the names and shapes"):
+        checkpoint.init_from(old[0], two_stage(16, 0))
+    (tmp_path / "text.pt").write_text("hello")
+    for name, match in (("text.pt", "truncated"), ("absent.pt", "no checkpoint")):
+        with pytest.raises(UserError, match=match):
+            checkpoint.init_from(tmp_path / name, vqgan())
+
+
+def test_an_official_first_stage(tmp_path):
+    """Without its yaml: the new model says which layers there are."""
+    fx = fixture("vqgan")
+    c = fx["config"]
+    disc = {f"loss.discriminator.{key}": t for key, t in fx["discriminator"].items()}
+    torch.save({"state_dict": fx["state_dict"] | disc | {"loss.perceptual_loss.a": torch.ones(1)}}, tmp_path / "a.ckpt")
+    config = official.vqgan_config(c["ddconfig"], c["n_embed"], c["embed_dim"])
+    new, new_disc = VQGAN(config).eval(), PatchDiscriminator(3, c["disc_ndf"], c["disc_num_layers"])
+    checkpoint.init_from(tmp_path / "a.ckpt", new, discriminator=new_disc)
+    assert torch.equal(new.encode_indices(fx["x"]), fx["indices"])
+    assert relative_error(new.decode_indices(fx["indices"]), fx["x_rec"]) < 1e-5
+    assert relative_error(new_disc(fx["x"]), fx["logits_real"]) < 1e-5
+    assert new.quantizer.revive_dead_codes(torch.randn(2, c["embed_dim"], 8, 8)) == 0  # its codes stay
+
+
+def two_stage(K: int, classes: int, **sizes) -> TwoStage:
+    condition = ClassCondition(classes) if classes else NoCondition()
+    num_cond = condition.num_tokens + (classes > 0)
+    gpt = GPT(GPTConfig(K, num_cond, 64, **{"n_layer": 1, "n_head": 2, "n_embd": 8} | sizes))
+    return TwoStage(vqgan(codebook_size=K), condition, gpt, TwoStageConfig(8, guided=classes > 0))
+
+
+@pytest.mark.parametrize("K, classes", [(16, 3), (12, 3), (20, 3), (16, 5), (20, 0)])
+def test_a_transformer(tmp_path, K, classes):
+    model = two_stage(16, 3)
+    checkpoint.save_model(tmp_path / "gpt.pt", model)
+    new = two_stage(K, classes)
+    first_stage = {key: t.clone() for key, t in new.vqgan.state_dict().items()}
+    fresh = new.gpt.token_embedding.weight.detach().clone()
+    line = checkpoint.init_from(tmp_path / "gpt.pt", new)
+    assert same(new.vqgan.state_dict(), first_stage)
+    rows, a, b = min(K, 16), new.gpt.token_embedding.weight, model.gpt.token_embedding.weight
+    assert torch.equal(a[:rows], b[:rows]) and torch.equal(a[rows:K], fresh[rows:K])
+    assert torch.equal(a[K:], b[16:] if classes == 3 else fresh[K:])  # "no condition" is the last one
+    assert ("shape: condition tokens" in line) == (classes != 3)
+    assert torch.equal(new.gpt.head.weight[:rows], model.gpt.head.weight[:rows])
+    assert torch.equal(new.gpt.blocks[0].attention.qkv.weight, model.gpt.blocks[0].attention.qkv.weight)
+
+
+def test_an_official_transformer(tmp_path):
+    fx = fixture("net2net_class")
+    path, config = official_files(fx, tmp_path)
+    theirs = official.load(path, config)
+    t = fx["transformer"]
+    sizes = {name: t[name] for name in ("n_layer", "n_head", "n_embd")}
+    new = GPT(GPTConfig(t["vocab_size"], 5, t["block_size"], **sizes))
+    model = TwoStage(theirs.vqgan, ClassCondition(4), new, TwoStageConfig(theirs.config.n, guided=True))
+    line = checkpoint.init_from(path, model)
+    assert line.endswith("of another shape: condition tokens")
+    tokens = torch.randint(t["vocab_size"], (2, 9))
+    assert torch.equal(new.eval()(tokens), theirs.gpt(tokens))
