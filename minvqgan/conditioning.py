@@ -1,13 +1,13 @@
-"""What an image is conditioned on (Sec. 3.2): c becomes tokens r that stand before the image's, [r | s].
+"""What an image is conditioned on (Sec. 3.2): c becomes tokens r that precede the image's, [r | s].
 
-    none     one start token                                        p(s)
-    class    one token, the class's number                          p(s | class)
-    coords   one token a latent: where in the full image it lies    p(s | place), for crops and sliding windows
-    spatial  one token a latent: the codes of a second image, seen  p(s | label map, depth, edges, ...)
-             through a VQGAN of its own
+    none     one start token                                           p(s)
+    class    one token, the number of the class                        p(s | class)
+    coords   a token for each latent: where it is in the full image    p(s | place), for crops and sliding windows
+    spatial  a token for each latent: the codes of a second image,     p(s | label map, depth, edges, ...)
+             from a VQGAN of its own
 
-Each kind says how many different tokens it has (`num_tokens`) and turns c into indices in [0, num_tokens). `is_map`
-kinds give a map (B, h, w) that lies over the image's latents and is cut with them; the others give (B, 1).
+Each kind says how many different tokens it has (`num_tokens`) and turns c into indices in [0, num_tokens). With
+`is_map` they are a map (B, h, w), aligned with the image's latents and cropped with them; otherwise they are (B, 1).
 
 Letters: B batch, H x W pixels, h x w latents, f = H / h.
 """
@@ -20,10 +20,10 @@ from .vqgan import VQGAN
 
 
 class NoCondition(nn.Module):
-    """A start token: the first code needs something to follow.
+    """A start token, which the first code follows.
 
-    DEPARTURE: the official code takes code 0 for it, so that "nothing yet" and "code 0" look alike, and counts all
-    condition tokens from 0 as well. Here they have numbers of their own, behind the image codes.
+    DEPARTURE: the official code uses code 0 for it, so that "nothing yet" and "code 0" look alike, and numbers all
+    condition tokens from 0. Here they have numbers of their own, after the image codes.
     """
 
     kind, is_map, num_tokens = "none", False, 1
@@ -34,7 +34,7 @@ class NoCondition(nn.Module):
 
 
 class ClassCondition(nn.Module):
-    """c: (B,) int64 in [0, num_classes) -> (B, 1)."""
+    """c: (B,) of any integer type, in [0, num_classes) -> (B, 1). Raises ValueError for anything else."""
 
     kind, is_map = "class", False
 
@@ -43,6 +43,9 @@ class ClassCondition(nn.Module):
         self.num_tokens = num_classes
 
     def forward(self, c: Tensor) -> Tensor:
+        if c.ndim != 1 or c.dtype.is_floating_point:
+            raise ValueError(f"expected integer classes (B,), got {tuple(c.shape)} of {c.dtype}")
+        c = c.long()
         if c.numel() and (c.min() < 0 or c.max() >= self.num_tokens):
             raise ValueError(f"classes must lie in [0, {self.num_tokens}), got {c.min().item()} to {c.max().item()}")
         return c.view(-1, 1)
@@ -51,8 +54,8 @@ class ClassCondition(nn.Module):
 class CoordinateCondition(nn.Module):
     """c: (B, 1, H, W) in [0, 1], each pixel's place in the full image, see `coordinates` -> (B, H / f, W / f).
 
-    A crop alone does not say whether it shows sky or road; its coordinates do. The place is the pixel's rank in reading
-    order as a fraction of all, rounded to `levels` steps, as in the official `CoordStage`.
+    A crop alone does not say whether it shows sky or road; its coordinates do. A place is rounded to `levels` steps, as
+    in the official `CoordStage`.
     """
 
     kind, is_map = "coords", True
@@ -60,16 +63,16 @@ class CoordinateCondition(nn.Module):
     def __init__(self, f: int, levels: int = 1024):
         super().__init__()
         self.f, self.levels = f, levels
-        self.num_tokens = levels + 1  # both ends are rounded to
+        self.num_tokens = levels + 1  # from 0 to `levels`
 
     def forward(self, c: Tensor) -> Tensor:
-        place = F.avg_pool2d(c, self.f).clamp(0, 1)  # (B, 1, h, w)
+        place = F.avg_pool2d(c.float(), self.f).clamp(0, 1)  # (B, 1, h, w)
         return (place * self.levels).round().long().squeeze(1)
 
 
 def coordinates(height: int, width: int) -> Tensor:
-    """The coordinates of a full image, (1, height, width) in [0, 1): reading order over the number of pixels. A crop
-    of the image takes the same crop of them."""
+    """The coordinates of a full image, (1, height, width) in [0, 1): each pixel's number in reading order over the
+    number of pixels. A crop of the image takes the same crop of them."""
     return (torch.arange(height * width, dtype=torch.float32) / (height * width)).view(1, height, width)
 
 
@@ -84,7 +87,7 @@ class SpatialCondition(nn.Module):
         self.num_tokens, self.f = vqgan.config.codebook_size, vqgan.config.f
 
     def train(self, mode: bool = True) -> "SpatialCondition":
-        """The first-stage model of c is as frozen as that of x."""
+        """Stays in eval mode: the VQGAN of c is frozen like that of x."""
         return super().train(False)
 
     def forward(self, c: Tensor) -> Tensor:

@@ -2,9 +2,9 @@
 
     (B, z_channels, h, w) -> (B, C, H, W),   H = f * h,  W = f * w
 
-The encoder's mirror (Tab. 7, with the same additions): convolution; residual block, attention, residual block; m + 1
-levels from the lowest resolution up; norm, SiLU, convolution. Each level has one residual block more than in E, as in
-the official code.
+The mirror of the encoder (Tab. 7, with the same additions): convolution; residual block, attention, residual block;
+m + 1 levels from the lowest resolution up; norm, SiLU, convolution. As in the official code, each level has one
+residual block more than in E.
 """
 
 from typing import TYPE_CHECKING
@@ -20,11 +20,8 @@ if TYPE_CHECKING:
 
 
 class Decoder(nn.Module):
-    """G.
-
-    The output is not squashed by a tanh: for images it lies near [-1, 1] because the targets do, for label maps it is
-    one logit a label.
-    """
+    """G. There is no tanh at the end: the output is near [-1, 1] for images, because the targets are, and one logit for
+    each label for label maps."""
 
     def __init__(self, config: "VQGANConfig"):
         super().__init__()
@@ -47,10 +44,10 @@ class Decoder(nn.Module):
                 resolution *= 2
         layers.append(GroupNorm(channels, groups))
         self.layers = nn.Sequential(*layers)
-        # G_L, the last layer: the adaptive weight of Eq. 7 is measured on its weights, so it keeps a name of its own.
+        # G_L, the last layer, has a name of its own because Eq. 7 measures the adaptive weight on its weights.
         self.conv_out = nn.Conv2d(channels, c.in_channels, 3, padding=1)
-        # Keep only the maps between layers and compute what lies inside again in the backward pass: a third more time,
-        # a fraction of the memory, of which the high resolutions at G's end take most.
+        # True: keep only the maps between layers, and compute those inside again in the backward pass. A third more
+        # time for a fraction of the memory, most of which goes to the high resolutions at the end of G.
         self.checkpoint_grad = False
 
     def forward(self, z_q: Tensor) -> Tensor:

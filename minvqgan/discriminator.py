@@ -1,18 +1,18 @@
 """The patch discriminator D (Sec. 3.1): it tells real patches of images from reconstructed ones.
 
-    x (B, C, H, W) -> (B, 1, h', w'), one logit a patch
+    x (B, C, H, W) -> (B, 1, h', w'), one logit for each patch
 
-Its loss, what G learns from it, and how much, stand in `objective.py`.
+Its loss, and what G learns from it, are in `objective.py`.
 """
 
 from torch import Tensor, nn
 
 
 class PatchDiscriminator(nn.Module):
-    """D of pix2pix (Isola et al. 2017, arXiv:1611.07004): x (B, C, H, W) -> (B, 1, h', w'), one logit a patch.
+    """D of pix2pix (Isola et al. 2017, arXiv:1611.07004): x (B, C, H, W) -> (B, 1, h', w').
 
-    It never sees the whole image: each logit depends on one patch (70 pixels wide for num_layers = 3, 34 for 2), so it
-    learns texture and edges, and leaves the composition to stage two. H and W must be at least 3 * 2^num_layers.
+    It never sees the whole image: each logit depends on one patch (70 pixels wide for num_layers = 3, 34 for 2). So it
+    learns texture and edges, and leaves composition to stage two. H and W must be at least 3 * 2^num_layers.
     """
 
     def __init__(self, in_channels: int = 3, channels: int = 64, num_layers: int = 3):
@@ -22,7 +22,7 @@ class PatchDiscriminator(nn.Module):
         for n in range(1, num_layers + 1):
             c_next = channels * min(2**n, 8)
             stride = 2 if n < num_layers else 1
-            # No bias: the BatchNorm that follows would subtract it again.
+            # No bias: the BatchNorm after it would subtract it.
             layers += [
                 nn.Conv2d(c, c_next, 4, stride, padding=1, bias=False),
                 nn.BatchNorm2d(c_next),

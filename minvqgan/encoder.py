@@ -2,9 +2,9 @@
 
     (B, C, H, W) -> (B, z_channels, h, w),   h = H / f,  w = W / f,  f = 2^m,  m = len(ch_mult) - 1
 
-As Tab. 7 of the paper, read from top to bottom, with the official code's `num_res_blocks` a level and one more level of
-blocks at the lowest resolution: a convolution; m + 1 levels of residual blocks with a halving between two levels;
-residual block, attention, residual block; norm, SiLU, convolution.
+Tab. 7 of the paper from top to bottom: a convolution; m + 1 levels of `num_res_blocks` residual blocks, with a halving
+between two levels; residual block, attention, residual block; norm, SiLU, convolution. (The table has m levels of one
+block; the additions are the official code's.)
 """
 
 from typing import TYPE_CHECKING
@@ -18,10 +18,10 @@ if TYPE_CHECKING:
 
 
 class Encoder(nn.Module):
-    """E. What each field of the config means stands at the field.
+    """E; `VQGANConfig` explains each field.
 
-    `attn_resolutions` are sides of maps *at image_size*: the levels of those sides get attention after each block. The
-    lowest resolution always has one.
+    `attn_resolutions` are sides of maps *at image_size*: levels of those sides get attention after each block. The
+    lowest resolution always has one attention layer.
     """
 
     def __init__(self, config: "VQGANConfig"):

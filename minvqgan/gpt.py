@@ -1,10 +1,10 @@
-"""The transformer of stage two (Sec. 3.2): an image as a sequence of codes, s = s_1 ... s_T, read one after another.
+"""The transformer of stage two (Sec. 3.2): an image as a sequence of codes, s = s_1 ... s_T, predicted one by one.
 
     p(s | c) = prod_i p(s_i | s_<i, c)                                                                 (Eq. 10)
 
-A decoder-only transformer of the GPT-2 kind: learned positions, pre-norm blocks, GELU. It reads tokens (B, T) and says
-at every position what comes next: logits (B, T, K). Tokens below K are image codes, tokens from K on belong to the
-condition; the head knows image codes only, because nobody asks it to predict c.
+A decoder-only transformer like GPT-2: learned positions, pre-norm blocks, GELU. It reads tokens (B, T) and predicts the
+next one at every position: logits (B, T, K). Tokens below K are image codes, tokens from K on belong to the condition.
+The head has logits for image codes only, because c is never predicted.
 
 Letters: B batch, T tokens, C width, h heads of C/h dims, K image codes.
 """
@@ -24,7 +24,7 @@ class GPTConfig:
     num_cond: int  # condition tokens, numbered K to K + num_cond - 1
     block_size: int  # longest sequence [c | s]
     n_layer: int = option(4, "blocks", least=1, most=1000)
-    n_head: int = option(4, "attention heads a block", least=1)
+    n_head: int = option(4, "attention heads per block", least=1)
     n_embd: int = option(128, "width", least=1)
     dropout: float = option(0.0, "fraction of activations dropped; 0.1 and more on small datasets", least=0, most=1)
 
@@ -40,15 +40,15 @@ class GPTConfig:
 class KVCache:
     """Keys and values of the tokens read so far, for up to `length` tokens of `batch` sequences.
 
-    Without it each new token would recompute those of all before it: T forward passes of growing length for one image
-    instead of T of length one. The memory is taken once; growing it by `cat` would copy everything at every token. For
+    Without it each new token would recompute those of all earlier ones: T forward passes of growing length for an image
+    instead of T of length one. Allocated once, because growing it by `cat` would copy everything at every token. For
     sampling, without gradients. `like`: a weight, for the device and the precision.
     """
 
     def __init__(self, config: GPTConfig, batch: int, length: int, like: Tensor):
         shape = (2, batch, config.n_head, length, config.n_embd // config.n_head)
-        # A CPU takes four to eight times as long to attend to a cache in bfloat16 as to one in float32.
-        dtype = torch.float32 if like.device.type == "cpu" else like.dtype
+        # float32 at least on a CPU, where attention to a bfloat16 cache takes four to eight times as long.
+        dtype = torch.promote_types(like.dtype, torch.float32) if like.device.type == "cpu" else like.dtype
         self.memory = [torch.empty(shape, dtype=dtype, device=like.device) for _ in range(config.n_layer)]
         self.filled = 0
 
@@ -76,14 +76,14 @@ class CausalSelfAttention(nn.Module):
             kv = cache.extend(layer, kv)  # (2, B, h, filled + t, C/h)
             if cache.filled and t > 1:  # several tokens after others: row i sees all up to filled + i
                 mask = torch.ones(t, kv.shape[3], dtype=torch.bool, device=x.device).tril(cache.filled)
-        # A single new token sees everything that is there, and needs no mask.
+        # A single new token sees everything before it and needs no mask.
         causal = mask is None and t > 1
         y = attention(q, *kv, mask, self.dropout if self.training else 0.0, causal)  # (B, h, t, C/h)
         return self.proj(y.transpose(1, 2).reshape(B, t, C))
 
 
 class Block(nn.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x)). Norms stand before and not after: the sum stays untouched from the
+    """x + attention(norm(x)), then x + mlp(norm(x)). With the norms before each layer nothing rescales the sum from the
     first block to the last, and deep stacks train stably."""
 
     def __init__(self, config: GPTConfig):
@@ -104,8 +104,8 @@ class Block(nn.Module):
 class GPT(nn.Module):
     """forward: tokens (B, T) int64 in [0, K + num_cond) -> logits (B, T, K).
 
-    cache: logits are then those of T *further* tokens after the ones it holds, equal to those of the whole sequence.
-    last_only: logits of the last token alone, (B, 1, K): all that sampling needs.
+    cache: the T tokens follow those in the cache; their logits equal those of a pass over the whole sequence.
+    last_only: logits at the last token only, (B, 1, K), which is all that sampling needs.
     Raises ValueError for a sequence longer than block_size.
     """
 
@@ -134,7 +134,7 @@ class GPT(nn.Module):
             raise ValueError(f"{end} tokens are more than the {self.config.block_size} of this transformer")
         x = self.dropout(self.token_embedding(tokens) + self.position_embedding[first:end])  # (B, T, C)
         for layer, block in enumerate(self.blocks):
-            # Nobody reads what the last block makes of the other tokens: its MLP need not see them.
+            # With last_only, the last block skips its MLP at all positions but the last.
             x = block(x, cache, layer, last_only and layer == len(self.blocks) - 1)
         if cache is not None:
             cache.filled = end
@@ -142,11 +142,8 @@ class GPT(nn.Module):
 
 
 def parameter_groups(gpt: GPT, weight_decay: float) -> list[dict]:
-    """For AdamW: decay for the matrices of linear layers alone, as GPT-2 and the paper's code have it.
-
-    A bias or a norm pulled towards zero only loses its place, and an embedding's row decays on every step but learns
-    only when its token occurs.
-    """
+    """For AdamW: weight decay on the matrices of linear layers only, as in GPT-2 and the paper's code. An embedding's
+    row would decay at every step but learn only when its token occurs; biases and norms gain nothing from it."""
     matrices = {id(m.weight) for m in gpt.modules() if isinstance(m, nn.Linear)}
     decayed = [p for p in gpt.parameters() if id(p) in matrices]
     others = [p for p in gpt.parameters() if id(p) not in matrices]

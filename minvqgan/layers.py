@@ -1,22 +1,38 @@
-"""The bricks of E and G: residual blocks, self-attention, and the two ways to change resolution (paper, Tab. 7).
+"""The layers of E and G: residual blocks, self-attention, and the two changes of resolution (paper, Tab. 7).
 
-Everything here maps (B, C, H, W) to (B, C', H', W') and holds no global size, so E and G built from it accept any image
-whose sides the downsampling factor divides.
+Each maps (B, C, H, W) to (B, C', H', W') and knows no global size, so E and G accept any image whose sides are
+divisible by the downsampling factor.
 
 Letters: B batch, C channels, H x W pixels of the map at hand, N = H*W positions.
 """
+
+import contextlib
+import zlib
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 
+@contextlib.contextmanager
+def seeded(seed: int, name: str) -> Iterator[None]:
+    """`with seeded(0, "vqgan"): model = VQGAN(config)`: initial weights that depend on seed and name alone, and not on
+    what was built or drawn before. torch's random state is restored afterwards."""
+    state = torch.get_rng_state()
+    torch.default_generator.manual_seed(zlib.crc32(f"{seed} {name}".encode()))
+    try:
+        yield
+    finally:
+        torch.set_rng_state(state)
+
+
 class GroupNorm(nn.GroupNorm):
     """GroupNorm of Wu & He 2018 (arXiv:1803.08494) with the eps = 1e-6 of the official code.
 
-    It takes GroupNorm and not BatchNorm, because batches of 256-pixel images are small. It subtracts the mean of each
-    *group*: with one or two channels a group nothing can carry a flat colour through the layer, and small models wash
-    out (18 dB at 2 channels a group against 27 dB at 16, on 32-pixel images). Keep at least 16 channels a group.
+    BatchNorm would need larger batches than fit at 256 pixels. GroupNorm subtracts the mean of each *group*: with one
+    or two channels in a group nothing carries a flat colour through the layer, and images wash out (18 dB at 2 channels
+    a group against 27 dB at 16, on 32-pixel images). Keep at least 16 channels a group.
     DEPARTURE: the official models have 32 groups throughout; our small presets have fewer, for this reason.
     """
 
@@ -24,16 +40,16 @@ class GroupNorm(nn.GroupNorm):
         super().__init__(norm_groups, channels, eps=1e-6)
 
     def forward(self, x: Tensor) -> Tensor:  # (B, C, H, W) -> (B, C, H, W)
-        # A CPU reads 16 bfloat16 numbers of a group at a time: with fewer it is 1.3 to 3 times as slow as float32 with
-        # both conversions. On a GPU autocast takes float32 here by itself.
+        # CPU bfloat16 GroupNorm is slow below 16 channels per group (1.3 to 3 times float32); use float32 there.
         if x.device.type == "cpu" and x.dtype == torch.bfloat16 and self.num_channels < 16 * self.num_groups:
             with torch.autocast("cpu", enabled=False):
-                return super().forward(x.float()).to(x.dtype)
+                weight, bias = self.weight.float(), self.bias.float()
+                return F.group_norm(x.float(), self.num_groups, weight, bias, self.eps).to(x.dtype)
         return super().forward(x)
 
 
 class ResBlock(nn.Module):
-    """x + conv(silu(norm(conv(silu(norm(x)))))): (B, C_in, H, W) -> (B, C_out, H, W)."""
+    """skip(x) + conv(silu(norm(conv(silu(norm(x)))))): (B, C_in, H, W) -> (B, C_out, H, W)."""
 
     def __init__(self, in_channels: int, out_channels: int, norm_groups: int, dropout: float = 0.0):
         super().__init__()
@@ -42,8 +58,8 @@ class ResBlock(nn.Module):
         self.norm2 = GroupNorm(out_channels, norm_groups)
         self.dropout = nn.Dropout(dropout)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
-        # The sum needs equal channels. Where they already agree the skip must stay the identity: a learned skip
-        # everywhere would take away the path that lets a deep stack begin as (almost) a copy.
+        # The identity wherever channels agree: a learned skip would remove the path that lets a deep stack start out
+        # close to a copy of its input.
         self.skip = nn.Identity() if in_channels == out_channels else nn.Conv2d(in_channels, out_channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -55,11 +71,12 @@ class ResBlock(nn.Module):
 def attention(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, dropout: float = 0.0, causal: bool = False
 ) -> Tensor:
-    """softmax(q k^T / sqrt(d) + mask) v (Eq. 1): q (..., t, d), k and v (..., T, d) -> (..., t, d).
+    """softmax(q k^T / sqrt(d) + mask) v (Eq. 1), over h heads: q (B, h, t, d), k and v (B, h, T, d) -> (B, h, t, d).
 
-    causal: row i sees all up to i. mask (t, T): true where it may look.
+    causal: row i sees columns up to i. mask (t, T): true where a row may look.
     """
-    # On a CPU bfloat16 gains nothing here up to some 250 positions, and its gradient takes up to three times as long.
+    # At least float32 on a CPU, where bfloat16 gains nothing up to 250 positions and its gradient is up to three times
+    # as slow.
     dtype = torch.promote_types(k.dtype, torch.float32) if q.device.type == "cpu" else k.dtype
     with torch.autocast("cpu", enabled=False):
         return F.scaled_dot_product_attention(q.to(dtype), k.to(dtype), v.to(dtype), mask, dropout, causal).to(q.dtype)
@@ -68,8 +85,8 @@ def attention(
 class SelfAttention2d(nn.Module):
     """x + proj(softmax(q k^T / sqrt(C)) v) over all N = H*W positions, one head: (B, C, H, W) -> (B, C, H, W).
 
-    The convolutions see a neighbourhood; this lets every position see the whole image. It costs N^2, which is why it
-    stands at the lowest resolution (Sec. 3.1), and at others only where `attn_resolutions` names them.
+    A convolution sees a neighbourhood; here every position sees the whole image, at a cost of N^2. So it is used at the
+    lowest resolution (Sec. 3.1), and at others only where `attn_resolutions` names them.
     """
 
     def __init__(self, channels: int, norm_groups: int):
@@ -80,9 +97,10 @@ class SelfAttention2d(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         B, C, H, W = x.shape
         h = self.norm(x)
-        q, k, v = (layer(h).flatten(2).transpose(1, 2) for layer in (self.q, self.k, self.v))  # each (B, N, C)
-        out = attention(q, k, v)  # (B, N, C)
-        return x + self.proj(out.transpose(1, 2).reshape(B, C, H, W))
+        # Four dimensions, though there is one head: exporters know no other attention.
+        q, k, v = (layer(h).view(B, 1, C, H * W).transpose(2, 3) for layer in (self.q, self.k, self.v))  # (B, 1, N, C)
+        out = attention(q, k, v)  # (B, 1, N, C)
+        return x + self.proj(out.transpose(2, 3).reshape(B, C, H, W))
 
 
 class Downsample(nn.Module):
@@ -93,16 +111,16 @@ class Downsample(nn.Module):
         self.conv = nn.Conv2d(channels, channels, 3, stride=2)
 
     def forward(self, x: Tensor) -> Tensor:
-        # One row and column of zeros at the right and bottom only. padding=1 would give the same shape from windows
-        # shifted by one pixel: official weights then load without complaint and reconstruct with a smear.
+        # One row and column of zeros at the right and bottom only. padding=1 gives the same shape from windows shifted
+        # by one pixel: official weights would load without complaint and reconstruct with a smear.
         return self.conv(F.pad(x, (0, 1, 0, 1)))
 
 
 class Upsample(nn.Module):
-    """Double the resolution: nearest neighbour, then a convolution: (B, C, H, W) -> (B, C, 2H, 2W).
+    """Double the resolution: repeat each pixel, then a convolution: (B, C, H, W) -> (B, C, 2H, 2W).
 
-    A transposed convolution with kernel 3 and stride 2 covers some pixels more often than others and draws a
-    checkerboard (Odena et al. 2016, distill.pub/2016/deconv-checkerboard); repeating pixels first cannot.
+    A transposed convolution of kernel 3 and stride 2 covers some pixels more often than others, which gives a
+    checkerboard pattern (Odena et al. 2016, distill.pub/2016/deconv-checkerboard). This cannot.
     """
 
     def __init__(self, channels: int):

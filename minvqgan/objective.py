@@ -1,13 +1,12 @@
 """The objective of stage one (Sec. 3.1, Eq. 4 to 7), from x_hat to the gradients of G and D.
 
-    L_rec  = |x - x_hat| + perceptual_weight perceptual(x, x_hat)           in place of the squared error of Eq. 4
-    L_D    = (mean max(0, 1 - D(x)) + mean max(0, 1 + D(x_hat))) / 2        in place of the log loss of Eq. 5
+    L_rec  = |x - x_hat| + perceptual_weight perceptual(x, x_hat)           instead of the squared error of Eq. 4
+    L_D    = (mean max(0, 1 - D(x)) + mean max(0, 1 + D(x_hat))) / 2        instead of the log loss of Eq. 5
     L_G    = L_rec + L_VQ + disc_weight lambda L_GAN,   L_GAN = -mean D(x_hat)                          (Eq. 4, 6)
     lambda = |grad_{G_L} L_rec| / (|grad_{G_L} L_GAN| + delta),   G_L = the decoder's last layer        (Eq. 7)
 
-`textbook_step` is these four lines as they are read (L_GAN comes in over some steps, see `adversarial_ramp`).
-`stage_one_step` gives the same gradients in one pass; training calls this one. Both leave gradients behind and move
-nothing: the optimizers are the caller's.
+`textbook_step` is these four lines as written (with L_GAN ramped in, see `adversarial_ramp`). `stage_one_step` computes
+the same gradients in one pass, and is what training calls. Both add to the gradients; the caller steps the optimizers.
 
 Letters: B batch, C channels, H x W pixels, h' x w' patches of D.
 """
@@ -25,22 +24,22 @@ from .quantizer import Quantized
 
 @dataclass
 class ObjectiveConfig:
-    """The weights and the choice of losses. `loss`: vqgan is all of the above; vqvae the squared error and L_VQ alone
-    (van den Oord et al. 2017); labels, for one-hot label maps and their logits, the cross-entropy and L_VQ alone.
+    """The choice of losses and their weights. `loss`: vqgan is all of the above; vqvae only the squared error and L_VQ
+    (van den Oord et al. 2017); labels only the cross-entropy and L_VQ, for one-hot label maps and their logits.
 
     DEPARTURE: Eq. 6 has no disc_weight; the official code has, 0.8 in its models.
     """
 
     loss: str = option(
         "vqgan",
-        "vqvae: squared error, no perceptual loss, no D; labels: what --input labels has",
+        "vqvae: squared error, no perceptual loss, no D; labels: cross-entropy, set by --input labels",
         choices=("vqgan", "vqvae", "labels"),
     )
     perceptual_weight: float = option(1.0, "of the perceptual loss beside L1", least=0)
     disc_loss: str = option("hinge", "the paper writes log, its code trains with hinge", choices=("hinge", "log"))
     disc_weight: float = option(0.3, "of L_GAN, times lambda", least=0)
     max_lambda: float = option(0.05, "cap of the adaptive weight lambda", least=0)
-    fixed_lambda: float = option(0.0, "always this lambda in place of Eq. 7's; 0: Eq. 7", least=0)
+    fixed_lambda: float = option(0.0, "a constant instead of the lambda of Eq. 7; 0: Eq. 7", least=0)
     # DEPARTURE: 1e-6 as in the paper; the official code has 1e-4.
     delta: float = option(1e-6, "added to the denominator of lambda", least=0)
 
@@ -51,13 +50,13 @@ class ObjectiveConfig:
 def reconstruction_loss(
     x: Tensor, x_hat: Tensor, config: ObjectiveConfig, perceptual: nn.Module | None = None
 ) -> dict[str, Tensor]:
-    """L_rec of x, x_hat (B, C, H, W) as {"rec_loss": scalar} with its terms beside it.
+    """L_rec of x, x_hat (B, C, H, W): {"rec_loss": scalar}, and its terms by name.
 
     DEPARTURE: the paper replaces the squared error of Eq. 4 by the perceptual loss alone. Its code adds L1, and so do
-    we: LPIPS does not see a small shift of colour, L1 does.
+    we: LPIPS misses a small shift of colour, L1 does not.
     """
     if config.loss == "labels":
-        # DEPARTURE: the official code takes a binary cross-entropy for each label; a pixel has one label.
+        # DEPARTURE: the official code has a binary cross-entropy for each label; a pixel has one label.
         return {"rec_loss": F.cross_entropy(x_hat, x.argmax(1))}
     if config.loss == "vqvae":
         return {"rec_loss": (x - x_hat).square().mean()}
@@ -69,28 +68,29 @@ def reconstruction_loss(
 
 
 def hinge_loss(logits_real: Tensor, logits_fake: Tensor) -> Tensor:
-    """L_D, hinge (Lim & Ye 2017, arXiv:1705.02894). 1.0 means that D cannot tell: it answers 0 to everything.
+    """L_D, hinge (Lim & Ye 2017, arXiv:1705.02894): logits (B, 1, h', w') of x and of x_hat -> scalar.
 
-    Logits beyond +-1 on the right side cost nothing more, so a D that is sure stops moving instead of running away.
+    A D that cannot tell them apart gives the same logit to both; any constant in [-1, 1] costs exactly 1.0. A D that is
+    sure and wrong costs more. Right logits beyond +-1 cost nothing, so a D that is sure and right stops growing.
     DEPARTURE: the paper's Eq. 5 is the log loss; the official code trains with this one, and so do we.
     """
     return 0.5 * (F.relu(1 - logits_real).mean() + F.relu(1 + logits_fake).mean())
 
 
 def log_loss(logits_real: Tensor, logits_fake: Tensor) -> Tensor:
-    """L_D of Eq. 5, -log D(x) - log(1 - D(x_hat)) with D = sigmoid(logit), halved. log 2 means that D cannot tell."""
+    """L_D of Eq. 5, (-log D(x) - log(1 - D(x_hat))) / 2 with D = sigmoid(logit). log 2 where D answers 0 to both."""
     return 0.5 * (F.softplus(-logits_real).mean() + F.softplus(logits_fake).mean())
 
 
-DISC_LOSS = {"hinge": hinge_loss, "log": log_loss}  # logits (B, 1, h', w') of x and of x_hat -> scalar
+DISC_LOSS = {"hinge": hinge_loss, "log": log_loss}
 
 
 def generator_loss(logits_fake: Tensor, disc_loss: str = "hinge") -> Tensor:
-    """L_GAN: G wants the logits (B, 1, h', w') of its images high -> scalar. hinge: -mean logit. log: -log D(x_hat).
+    """L_GAN: logits (B, 1, h', w') of x_hat -> scalar, low where D takes x_hat for real. hinge: -mean logit. log:
+    -log D(x_hat).
 
-    DEPARTURE: Eq. 5 read literally has log(1 - D(x_hat)), whose gradient vanishes where D is sure of itself, which is
-    where G has most to learn. -log D has the same optimum (Goodfellow et al. 2014, Sec. 3). The official code keeps the
-    hinge's -mean for both.
+    DEPARTURE: Eq. 5 read literally has log(1 - D(x_hat)), whose gradient vanishes where D is sure, just where G has
+    most to learn. -log D has the same optimum (Goodfellow et al. 2014, Sec. 3). The official code uses -mean for both.
     """
     return -logits_fake.mean() if disc_loss == "hinge" else F.softplus(-logits_fake).mean()
 
@@ -98,11 +98,10 @@ def generator_loss(logits_fake: Tensor, disc_loss: str = "hinge") -> Tensor:
 def adversarial_ramp(step: int, start: int, warmup: int, ramp: int) -> float:
     """Fraction in [0, 1] of the adversarial gradient that reaches G at `step`.
 
-    D begins to learn at `start`; for `warmup` steps it learns alone, then its gradient comes in over `ramp` steps. (In
-    the paper lambda is 0 for at least the first epoch: that is `start`.)
-    DEPARTURE: the official code lets an untrained D push with full weight from its first step, and reconstructions
-    break there: lambda scales its gradient to L_rec's length although D has learned nothing yet. warmup = ramp = 0 is
-    the official way.
+    D starts to learn at `start`. For `warmup` steps it learns alone, then its gradient is ramped in over `ramp` steps.
+    (In the paper lambda is 0 for at least the first epoch: that is `start`.)
+    DEPARTURE: in the official code (warmup = ramp = 0) an untrained D has full weight from its first step, and
+    reconstructions break there: lambda scales its gradient to the length of L_rec's before D has learned anything.
     """
     return min(1.0, max(0.0, (step - start - warmup) / max(1, ramp)))
 
@@ -110,9 +109,9 @@ def adversarial_ramp(step: int, start: int, warmup: int, ramp: int) -> float:
 def adaptive_weight(rec_grad: Tensor, gan_grad: Tensor, max_lambda: float = 1e4, delta: float = 1e-6) -> Tensor:
     """lambda of Eq. 7, a detached scalar, from the gradients of L_rec and L_GAN with respect to G_L's weights.
 
-    DEPARTURE: the cap max_lambda. lambda grows when D's gradient shrinks. When D can no longer tell real from fake,
-    that gradient is noise; lambda makes it as long as L_rec's, G changes faster than D learns, and D collapses
-    (disc_loss 1.0). The 1e4 of the official code never bites; a cap near the lambda of a D that still learns does.
+    DEPARTURE: the cap max_lambda. lambda grows as D's gradient shrinks. When D can no longer tell real from fake that
+    gradient is noise, yet lambda scales it up to the length of L_rec's: G changes faster than D learns, and D collapses
+    (disc_loss 1.0). The official cap of 1e4 is never reached; ours is near the lambda of a D that still learns.
     """
     return (rec_grad.norm() / (gan_grad.norm() + delta)).clamp(max=max_lambda).detach()
 
@@ -125,7 +124,7 @@ def textbook_step(
     config: ObjectiveConfig,
     adv_fraction: float = 1.0,
 ) -> Tensor:
-    """Eq. 4 to 7 as the paper is read; leaves the gradients of one step in vqgan and disc, returns lambda.
+    """Eq. 4 to 7 as written; leaves the gradients of one step in vqgan and disc, and returns lambda.
 
     x (B, C, H, W). adv_fraction: see `adversarial_ramp`.
     """
@@ -142,7 +141,7 @@ def textbook_step(
 
     (rec_loss + quantized.loss + adv_fraction * config.disc_weight * lambda_ * gen_loss).backward()  # Eq. 6, over G
 
-    disc.zero_grad()  # G's loss went through D and left gradients there: D must not learn to call fakes real
+    disc.zero_grad()  # G's loss left gradients in D, which would teach D to call fakes real
     DISC_LOSS[config.disc_loss](disc(x), disc(x_hat.detach())).backward()  # Eq. 5, over D; detached: not over G
     return lambda_
 
@@ -163,34 +162,37 @@ def stage_one_step(
     alone. amp: networks in bfloat16. scale: of all gradients, 1/n for n micro-batches.
     -> (measurements {name: scalar}, Quantized).
 
-    Why one pass is enough. L_rec and L_GAN depend on the network through x_hat alone, and a backward pass is linear in
-    the gradient that it is fed with:
+    Why one pass is enough: L_rec and L_GAN depend on the network through x_hat alone, and a backward pass is linear in
+    the gradient it starts from,
 
         d(L_rec + lambda L_GAN)/d theta = (d x_hat/d theta)^T (dL_rec/dx_hat + lambda dL_GAN/dx_hat)
 
-    So each loss goes back to x_hat once. Pushed on through the last layer alone, the two gradients give the norms for
-    lambda. Then their weighted sum goes back through the whole network once. The textbook's way runs the perceptual
-    network and D backward twice for the same numbers, and D forward three times instead of two.
+    So each loss goes back to x_hat once. The two gradients are then passed through the last layer alone, which gives
+    the norms for lambda, and their weighted sum through the whole network. The textbook way runs the perceptual network
+    and D backward twice for the same numbers, and D forward three times instead of two.
 
-    DEPARTURE: the official code reconstructs anew before D's step, with G's weights just updated. Here D learns from
-    the reconstructions that G learned from, one step older.
+    A model in half precision takes x in it, and a perceptual network in float32. Losses are in float32 at least.
+
+    DEPARTURE: the official code makes new reconstructions for D's step, with the weights just updated. Here D learns
+    from those that G learned from, one step older.
     DEPARTURE: with several micro-batches lambda, D's batch statistics and the judgement of dead codes are those of each
-    one, as in the official code, and not of the whole batch.
+    micro-batch, as in the official code, and not of the whole batch.
     """
     autocast = torch.autocast(x.device.type, torch.bfloat16, enabled=amp)
     with autocast:
         x_hat, quantized = vqgan(x)
-    x_hat = x_hat.to(x.dtype)  # bfloat16 ends here: what follows is float32, but for the networks
-    x_leaf = x_hat.detach().requires_grad_()  # gradients of the losses end here
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    x_hat, real = x_hat.to(dtype), x.to(dtype)
+    x_leaf = x_hat.detach().requires_grad_()  # the gradients of the losses are taken here
 
     with autocast:
-        terms = reconstruction_loss(x, x_leaf, config, perceptual) | {"codebook_loss": quantized.loss}
+        terms = reconstruction_loss(real, x_leaf, config, perceptual) | {"codebook_loss": quantized.loss}
     (grad,) = torch.autograd.grad(terms["rec_loss"], x_leaf)
     if adv_fraction is not None:
         with autocast:
-            logits_real, logits_fake = disc(x).to(x.dtype), disc(x_leaf).to(x.dtype)  # each (B, 1, h', w')
+            logits_real, logits_fake = disc(x).to(dtype), disc(x_leaf.to(x.dtype)).to(dtype)  # each (B, 1, h', w')
         terms["gen_loss"] = generator_loss(logits_fake, config.disc_loss)
-        # Only x_leaf's gradient is asked for, so G's loss leaves none in D.
+        # The gradient of x_leaf alone, so that G's loss leaves none in D.
         (gan_grad,) = torch.autograd.grad(terms["gen_loss"], x_leaf, retain_graph=True)
         at_last_layer = last_layer_gradients(vqgan, x_hat, grad, gan_grad)
         terms["lambda"] = adaptive_weight(*at_last_layer, config.max_lambda, config.delta)  # Eq. 7
@@ -201,7 +203,7 @@ def stage_one_step(
     torch.autograd.backward([x_hat, quantized.loss], [weight * grad, weight])  # Eq. 4 and 6, over E, G and Z
 
     if adv_fraction is not None:
-        # D made these logits of x_leaf, which is x_hat.detach(): nothing of this loss reaches G.
+        # These logits are of x_leaf, which is x_hat.detach(): nothing of this loss reaches G.
         terms["disc_loss"] = DISC_LOSS[config.disc_loss](logits_real, logits_fake)
         (weight * terms["disc_loss"]).backward()  # Eq. 5, over D
         terms |= {"logits_real": logits_real.mean(), "logits_fake": logits_fake.mean()}
@@ -209,9 +211,9 @@ def stage_one_step(
 
 
 def last_layer_gradients(vqgan: nn.Module, x_hat: Tensor, *grads: Tensor) -> list[Tensor]:
-    """For gradients of losses at x_hat (B, C, H, W): those with respect to G_L's weights, of the batch over all
+    """Gradients of losses at x_hat (B, C, H, W) -> those at the weights of G_L, (C, ch, 3, 3), for the batch of all
     processes. DEPARTURE: officially each process has a lambda of its own."""
-    vqgan = getattr(vqgan, "module", vqgan)  # under torchrun the model is wrapped
+    vqgan = getattr(vqgan, "module", vqgan)  # wrapped under torchrun
     last_layer = vqgan.decoder.conv_out.weight  # (C, ch, 3, 3)
     found = [torch.autograd.grad(x_hat, last_layer, g, retain_graph=True)[0] for g in grads]
     if dist.is_initialized():

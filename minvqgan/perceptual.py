@@ -110,8 +110,9 @@ class LPIPS(nn.Module):
 
     def _features(self, x: Tensor) -> list[Tensor]:
         maps = [f.to(torch.promote_types(f.dtype, torch.float32)) for f in self.features(x)]  # bfloat16 is too coarse
-        # Times 1/norm and not divided by it: the backward pass of a division goes over the map twice as often.
-        return [f * f.norm(dim=1, keepdim=True).clamp_min(1e-10).reciprocal() for f in maps]
+        # f / sqrt(|f|^2 + 1e-8). The guard is under the root: a guard on the norm, such as clamp_min(1e-10), leaves a
+        # slope of 1e10 at a position where all channels are almost 0, and one such step ruins the decoder.
+        return [f * (f.norm(dim=1, keepdim=True).square() + 1e-8).rsqrt() for f in maps]
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         if x.shape != y.shape:

@@ -1,11 +1,11 @@
 """Both stages as one model of images: p(x | c) through p(s | r), s = codes of x, r = tokens of c (Sec. 3.2).
 
     x -> s    the frozen first-stage model, q(E(x)), read in an order    c -> r    the condition's tokens
-    loss      -log p(s | r), the mean over s alone: [r | s] is read, r is given and not learned          (Eq. 9, 10)
+    loss      -log p(s | r), the mean over s alone: [r | s] is read, but r is never predicted            (Eq. 9, 10)
     sample    r, then one code after another, then G
 
-Condition tokens are numbered behind the image codes: K + index. In the official checkpoints both share one range and
-the start token is also code 0; `shared_range` reads those.
+Condition tokens are numbered after the image codes: K + index. Official checkpoints have one range for both, and the
+start token is also code 0; `shared_range` reads those.
 
 Letters: B batch, C x H x W image, n x n its latents at the training size, h x w at any size, T = n*n, R tokens of c.
 """
@@ -30,7 +30,7 @@ from .vqgan import VQGAN
 class TwoStageConfig:
     n: int  # side of the latent map that the transformer was trained on
     order: str = option("row", "in which the codes are read", choices=tuple(ORDERS))
-    guided: bool = False  # trained with dropped conditions: one more condition token stands for "no condition"
+    guided: bool = False  # trained with dropped conditions: one more condition token means "no condition"
     shared_range: bool = False  # condition tokens share the image codes' numbers, as in official checkpoints
     classes: tuple[str, ...] = ()  # names, by number
 
@@ -41,12 +41,12 @@ class TwoStageConfig:
 
 
 def condition_length(condition: Condition, n: int) -> int:
-    """R, the number of tokens that stand before those of an n x n image."""
+    """R, the number of tokens that precede those of an n x n image."""
     return n * n if condition.is_map else 1
 
 
 def sequence_length(condition: Condition, n: int) -> int:
-    """Tokens that the transformer reads of an n x n image: the last code is predicted and never read."""
+    """Tokens that the transformer reads for an n x n image: the last code is predicted but never read."""
     return condition_length(condition, n) + n * n - 1
 
 
@@ -103,14 +103,15 @@ class TwoStage(nn.Module):
     def forward(self, s: Tensor, r: Tensor, pkeep: float = 1.0, drop_cond: float = 0.0) -> Tensor:
         """-log p(s | r) in nats, (B, T); its mean is the loss of stage two (Eq. 9, 10). s (B, T); r (B, R) or a map.
 
-        pkeep: fraction of the codes that are read as they are; the others are read as random ones, as the model will
-            read its own mistakes when it samples.
-        drop_cond: fraction of the sequences read without c, so that the same model also learns p(s), which guidance
-            leads away from. DEPARTURE: the paper has no guidance (Ho & Salimans 2022, arXiv:2207.12598).
+        pkeep: fraction of the codes that are read as they are. The others are replaced by random ones, because when
+            sampling the model will read its own mistakes.
+        drop_cond: fraction of the sequences read without c, so that the model also learns p(s), which guidance needs.
+            DEPARTURE: the paper has no guidance (Ho & Salimans 2022, arXiv:2207.12598).
 
-        Raises ValueError to drop c in a model without a token for that.
+        Raises ValueError for drop_cond in a model without a token for it.
         """
-        r, s_in = r.flatten(1), s  # (B, R), (B, T)
+        s, r = s.long(), r.flatten(1).long()  # (B, T), (B, R)
+        s_in = s
         if pkeep < 1:
             wrong = torch.rand(s.shape, device=s.device) >= pkeep
             s_in = torch.where(wrong, torch.randint_like(s, self.vqgan.config.codebook_size), s)
@@ -120,13 +121,13 @@ class TwoStage(nn.Module):
             dropped = torch.rand(len(r), 1, device=r.device) < drop_cond
             r = torch.where(dropped, self.null, r)
         logits = self.gpt(torch.cat([r, s_in[:, :-1]], 1))  # (B, R + T - 1, K); the last code is predicted, never read
-        logits = logits[:, r.shape[1] - 1 :]  # what follows r is s_1: from here on the T predictions of s
-        nats = F.cross_entropy(logits.flatten(0, 1).float(), s.flatten(), reduction="none")  # (B * T,)
-        return nats.view(s.shape)
+        logits = logits[:, r.shape[1] - 1 :].flatten(0, 1)  # (B * T, K): s_1 is predicted at the last token of r
+        dtype = torch.promote_types(logits.dtype, torch.float32)
+        return F.cross_entropy(logits.to(dtype), s.flatten(), reduction="none").view(s.shape)
 
     @torch.no_grad()
     def nll(self, x: Tensor, c: Tensor | None = None) -> Tensor:
-        """-log p(s | c) of images x (B, C, H, W), in nats a token, (B,)."""
+        """-log p(s | c) of images x (B, C, H, W), in nats per token, (B,)."""
         c = self.default_condition(len(x)) if c is None else c
         return self(self.image_tokens(x), self.condition_tokens(c)).mean(1)
 
@@ -158,14 +159,16 @@ class TwoStage(nn.Module):
         h, w = size or (tuple(r.shape[1:]) if r.ndim == 3 else (n, n))
         if r.ndim == 3 and tuple(r.shape[1:]) != (h, w):
             raise ValueError(f"the condition covers {r.shape[1]} x {r.shape[2]} latents, the image has {h} x {w}")
+        if keep and tuple(given.shape) != (len(c), h, w):
+            raise ValueError(f"given codes are {tuple(given.shape)}, not {(len(c), h, w)}")
         u = sampler.uniforms(seed, range(len(c)) if numbers is None else numbers, h * w).to(r.device)  # (B, h * w)
         if (h, w) == (n, n):
-            s = given.flatten(1)[:, self.order[:keep]] if keep else r.new_empty(len(u), 0)
+            s = given.flatten(1).long()[:, self.order[:keep]] if keep else r.new_empty(len(u), 0)
             new = sampler.continue_tokens(self.gpt, r.flatten(1), s, u[:, keep:], sampling, self.null)
             return self.to_map(torch.cat([s, new], 1))
         if self.config.order != "row":
             raise ValueError(f"the order {self.config.order} is bound to {n} x {n} latents; only row order slides")
-        s = given if keep else r.new_zeros(len(u), h, w)
+        s = given.long() if keep else r.new_zeros(len(u), h, w)
         return sampler.slide(self.gpt, r, s, u.view(-1, h, w), n, sampling, keep, self.null)
 
     def sample(self, c: Tensor | None = None, n: int = 1, seed: int = 0, **how) -> Tensor:
@@ -189,7 +192,7 @@ class TwoStage(nn.Module):
         return self.vqgan.decode_indices(self.sample_indices(c, seed, **how))
 
     def default_condition(self, count: int, size: tuple[int, int] | None = None) -> Tensor:
-        """c for `count` images of `size` latents where it needs no choice: nothing, or the coordinates of all of it."""
+        """c for `count` images of `size` latents, if it needs no choice: nothing, or the coordinates of all pixels."""
         device = self.order.device
         if isinstance(self.condition, NoCondition):
             return torch.zeros(count, 1, device=device)

@@ -1,14 +1,15 @@
-"""Stage one as a whole (Sec. 3.1, Fig. 2): x -> z = E(x) -> z_q = q(z) -> x_hat = G(z_q).
+"""Stage one as a whole (Sec. 3.1, Fig. 2): x -> z = E(x) -> z_q = q(z) -> x_hat = G(z_q).                      (Eq. 3)
 
     x       (B, C, H, W)     image in [-1, 1], or a one-hot label map
     z, z_q  (B, D, h, w)     latents and codes, h = H / f, w = W / f, f = 2^m
-    indices (B, h, w) int64  which code stands where: the "words" that stage two models
+    indices (B, h, w) int64  the number of each code: what stage two models
     x_hat   (B, C, H, W)
 
-Two 1x1 convolutions stand around the quantizer: from E's z_channels to the D dims of a code, and back for G. With
-D below z_channels the nearest code is searched in fewer dimensions, and more codes are used (arXiv:2110.04627).
+A 1x1 convolution on either side of the quantizer maps E's z_channels to the D dimensions of a code, and back for G.
+With D below z_channels the nearest code is searched in fewer dimensions, and more codes are used (arXiv:2110.04627).
 """
 
+import warnings
 from dataclasses import dataclass
 
 import torch
@@ -19,7 +20,7 @@ from .encoder import Encoder
 from .options import check, option
 from .quantizer import GumbelQuantizer, Quantized, VectorQuantizer
 
-INPUT_KINDS = ("rgb", "gray", "edges", "lowres", "labels", "depth")  # what they mean: harness/data.py
+INPUT_KINDS = ("rgb", "gray", "edges", "lowres", "labels", "depth")  # explained in harness/data.py
 
 
 @dataclass
@@ -32,15 +33,15 @@ class VQGANConfig:
     image_size: int = option(32, "side of the training images in pixels; others that f divides work too", least=1)
     ch: int = option(16, "channels at full resolution", least=1)
     ch_mult: tuple[int, ...] = option((1, 2, 4), "channel factor of each level; f = 2^(levels - 1)", least=1)
-    num_res_blocks: int = option(1, "residual blocks a level", least=1, most=100)
+    num_res_blocks: int = option(1, "residual blocks per level", least=1, most=100)
     attn_resolutions: tuple[int, ...] = option((), "sides of further maps with attention", least=1)
-    norm_groups: int = option(1, "groups of each GroupNorm; 16 channels a group or more", least=1)
+    norm_groups: int = option(1, "groups of each GroupNorm; keep 16 channels or more in a group", least=1)
     dropout: float = option(0.0, "in the residual blocks", least=0, most=1)
     z_channels: int = option(64, "channels of the latent map", least=1)
     codebook_size: int = option(256, "number of codes K", least=1)
     code_dim: int = option(16, "dimensions of a code", least=1)
     beta: float = option(0.25, "weight of the commitment term", least=0)
-    legacy: bool = option(False, "beta on the codebook term, as in the official code for long")
+    legacy: bool = option(False, "beta on the codebook term, as the official code had it for long")
     l2_norm: bool = option(False, "compare latents and codes by direction")
     rotation: bool = option(False, "rotation trick instead of straight-through")
     gumbel: bool = option(False, "Gumbel-softmax quantizer instead of nearest neighbours")
@@ -65,8 +66,14 @@ class VQGANConfig:
         return 2 ** (len(self.ch_mult) - 1)
 
 
+def warn_of_range(x: Tensor) -> None:
+    """A common mistake: images in [0, 1] have other codes, and no error says so."""
+    if x.numel() and 0 <= x.min() < 0.1 and 0.5 < x.max() <= 1:
+        warnings.warn("these images are in [0, 1], but the model takes [-1, 1]: 2 * x - 1", stacklevel=4)
+
+
 class VQGAN(nn.Module):
-    """G(q(E(x))).  forward: x (B, C, H, W) -> (x_hat (B, C, H, W), Quantized)."""
+    """G(q(E(x))).  forward: x (B, C, H, W) -> (x_hat (B, C, H, W), Quantized). Images are in [-1, 1]."""
 
     def __init__(self, config: VQGANConfig):
         super().__init__()
@@ -86,7 +93,7 @@ class VQGAN(nn.Module):
         if x.ndim != 4 or x.shape[1] != c.in_channels:
             raise ValueError(f"expected images (B, {c.in_channels}, H, W), got {tuple(x.shape)}")
         H, W = x.shape[2:]
-        if H % f or W % f or not H or not W:
+        if not torch.compiler.is_compiling() and (H % f or W % f or not H or not W):
             nearest = [tuple(max(1, side // f + up) * f for side in (H, W)) for up in (0, 1)]
             raise ValueError(
                 f"{H} x {W} is not divisible by f = {f}; nearest sizes that work: {nearest[0]}, {nearest[1]}"
@@ -94,7 +101,7 @@ class VQGAN(nn.Module):
         return self.to_code(self.encoder(x))
 
     def encode(self, x: Tensor) -> Quantized:
-        """x (B, C, H, W) -> Quantized(z_q (B, D, h, w), indices (B, h, w), loss, z)."""
+        """x (B, C, H, W) in [-1, 1] -> Quantized(z_q (B, D, h, w), indices (B, h, w), loss, z)."""
         return self.quantizer(self.latents(x))
 
     def decode(self, z_q: Tensor) -> Tensor:
@@ -107,13 +114,20 @@ class VQGAN(nn.Module):
 
     @torch.no_grad()
     def encode_indices(self, x: Tensor) -> Tensor:
-        """x (B, C, H, W) -> indices (B, h, w) int64 in [0, K)."""
+        """x (B, C, H, W) in [-1, 1] -> indices (B, h, w) int64 in [0, K)."""
+        # On the CPU only: a GPU would have to be waited for.
+        if not torch.compiler.is_compiling() and x.device.type == "cpu" and self.config.input_kind != "labels":
+            warn_of_range(x)
         return self.encode(x).indices
 
     @torch.no_grad()
     def decode_indices(self, indices: Tensor) -> Tensor:
-        """indices (B, h, w) int64 -> x_hat (B, C, H, W). Raises ValueError for an index outside [0, K)."""
-        K = self.config.codebook_size
-        if indices.numel() and (indices.min() < 0 or indices.max() >= K):
+        """indices (B, h, w), of any integer type -> x_hat (B, C, H, W). Raises ValueError for another shape or type, or
+        an index outside [0, K)."""
+        K, dtype = self.config.codebook_size, indices.dtype
+        if indices.ndim != 3 or dtype.is_floating_point or dtype.is_complex or dtype == torch.bool:
+            raise ValueError(f"expected integer indices (B, h, w), got {tuple(indices.shape)} of {dtype}")
+        indices = indices.long()  # before comparing: 256 is 0 in uint8
+        if not torch.compiler.is_compiling() and indices.numel() and (indices.min() < 0 or indices.max() >= K):
             raise ValueError(f"indices must lie in [0, {K}), got {indices.min().item()} to {indices.max().item()}")
         return self.decode(self.quantizer.embed(indices))

@@ -1,12 +1,15 @@
-"""Encoder, decoder and VQGAN: shapes, sizes, the codes of a picture and back, and what is refused."""
+"""Encoder, decoder and VQGAN: shapes, sizes, number types, the codes of an image and back, and what is refused."""
 
+import copy
 import re
+import warnings
 
 import pytest
 import torch
 
 from minvqgan import VQGAN, VQGANConfig
-from minvqgan.layers import Downsample, SelfAttention2d, Upsample
+from minvqgan.layers import Downsample, SelfAttention2d, Upsample, seeded
+from minvqgan.quantizer import VectorQuantizer
 
 SMALL = VQGANConfig(image_size=16, ch=8, ch_mult=(1, 2, 2), z_channels=8, code_dim=4, codebook_size=32)
 
@@ -26,7 +29,7 @@ def test_any_size_divisible_by_f(vqgan, size):
     assert quantized.z_q.shape == (2, 4, size[0] // 4, size[1] // 4)
 
 
-def test_picture_to_indices_to_picture(vqgan):
+def test_image_to_indices_to_image(vqgan):
     x = torch.randn(2, 3, 16, 16)
     indices = vqgan.encode_indices(x)
     assert torch.allclose(vqgan.decode_indices(indices), vqgan(x)[0], atol=1e-5)
@@ -39,6 +42,82 @@ def test_sizes_that_do_not_fit_are_named(vqgan):
         vqgan(torch.randn(1, 1, 16, 16))
     with pytest.raises(ValueError, match=r"must lie in \[0, 32\)"):
         vqgan.decode_indices(torch.full((1, 4, 4), 32))
+
+
+HALF_AND_DOUBLE = (torch.float16, torch.bfloat16, torch.float64)
+
+
+@pytest.mark.parametrize("dtype", HALF_AND_DOUBLE)
+@pytest.mark.parametrize("extra", [{}, {"l2_norm": True}, {"rotation": True}, {"gumbel": True}], ids=str)
+def test_a_model_of_another_precision_is_that_of_float32_rounded(extra, dtype):
+    torch.manual_seed(0)
+    model = VQGAN(VQGANConfig(**vars(SMALL) | extra)).eval()
+    x = torch.rand(4, 3, 16, 16) * 2 - 1
+    model.quantizer.codebook.weight.data = torch.randn(32, 4)
+    truth, x_hat = model.encode_indices(x), model.decode_indices(torch.arange(32).view(2, 4, 4))
+    other = copy.deepcopy(model).to(dtype)
+    indices = other.encode_indices(x.to(dtype))
+    same = (indices == truth).float().mean()
+    assert indices.dtype == torch.int64 and same > (0.999 if dtype == torch.float64 else 0.9)
+    decoded = other.decode_indices(torch.arange(32).view(2, 4, 4))
+    assert decoded.dtype == dtype and (decoded - x_hat).norm() < 0.03 * x_hat.norm()
+    x_hat, quantized = other.train()(x.to(dtype))
+    assert x_hat.dtype == quantized.z_q.dtype == dtype
+    assert quantized.loss.dtype == torch.promote_types(dtype, torch.float32)
+
+
+def test_codes_are_searched_in_float32_in_a_model_of_half_precision():
+    """Two codes that bfloat16 cannot tell apart by their distances: 256 and 257 times the same direction."""
+    quantizer = VectorQuantizer(2, 1).bfloat16()
+    quantizer.codebook.weight.data = torch.tensor([[256.0], [258.0]], dtype=torch.bfloat16)
+    z = torch.tensor([256.0, 258.0], dtype=torch.bfloat16).view(2, 1, 1, 1)
+    assert quantizer(z).indices.flatten().tolist() == [0, 1]
+
+
+INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.uint16, torch.int32, torch.uint32, torch.int64)
+
+
+@pytest.mark.parametrize("dtype", INTEGERS)
+def test_indices_of_any_integer_type(dtype):
+    """256 codes in uint8: the number of codes, 256, is 0 in that type."""
+    torch.manual_seed(0)
+    model = VQGAN(VQGANConfig(**vars(SMALL) | {"codebook_size": 256})).eval()
+    largest = 127 if dtype == torch.int8 else 255
+    indices = torch.arange(2 * 4 * 4).view(2, 4, 4) * largest // 31
+    assert torch.equal(model.decode_indices(indices.to(dtype)), model.decode_indices(indices))
+
+
+def test_indices_of_other_types_and_shapes_are_refused(vqgan):
+    for wrong in (torch.zeros(1, 16), torch.zeros(1, 4, 4), torch.zeros(1, 4, 4, dtype=torch.bool)):
+        with pytest.raises(ValueError, match=r"expected integer indices \(B, h, w\), got \(1, "):
+            vqgan.decode_indices(wrong)
+    for wrong in (torch.full((1, 4, 4), -1, dtype=torch.int8), torch.full((1, 4, 4), 200, dtype=torch.uint8)):
+        with pytest.raises(ValueError, match=r"indices must lie in \[0, 32\), got (-1 to -1|200 to 200)"):
+            vqgan.decode_indices(wrong)
+
+
+def test_images_in_0_to_1_are_warned_about(vqgan):
+    x = torch.rand(2, 3, 16, 16)
+    with pytest.warns(UserWarning, match=r"these images are in \[0, 1\]"):
+        vqgan.encode_indices(x)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        vqgan.encode_indices(2 * x - 1)
+
+
+def test_initial_weights_depend_on_the_seed_alone():
+    state = torch.get_rng_state()
+    with seeded(0, "vqgan"):
+        first = VQGAN(SMALL).state_dict()
+    assert torch.equal(state, torch.get_rng_state())
+    torch.manual_seed(7)
+    torch.rand(5)
+    with seeded(0, "vqgan"):
+        again = VQGAN(SMALL).state_dict()
+    with seeded(1, "vqgan"):
+        other = VQGAN(SMALL).state_dict()
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert not torch.equal(first["to_code.weight"], other["to_code.weight"])
 
 
 @pytest.mark.parametrize(
@@ -79,7 +158,7 @@ def test_every_parameter_learns():
                 assert p.grad is not None and p.grad.abs().max() > 0, name
 
 
-def test_one_batch_can_be_learned_by_heart():
+def test_one_batch_can_be_overfitted():
     torch.manual_seed(0)
     vqgan = VQGAN(SMALL)
     x = torch.rand(2, 3, 16, 16) * 0.5 + torch.tensor([-1.0, 0.4])[:, None, None, None]

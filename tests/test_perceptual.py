@@ -46,7 +46,20 @@ def test_gradient_equal_to_the_lpips_package(both):
     assert (grads[0] - grads[1]).abs().max() < 1e-5 * grads[1].abs().max()
 
 
-def test_one_channel_is_judged_as_a_gray_picture(both):
+@pytest.mark.parametrize("size", [0.0, 1e-12, 1e-9, 1e-6])
+def test_gradient_where_all_channels_are_almost_0(size):
+    """As ReLUs leave them. The slope of f / |f| grows like 1 / |f|: without a guard one step ruins the decoder."""
+
+    class Itself(nn.Module):
+        def forward(self, x):
+            return [x]
+
+    x = torch.full((1, 3, 1, 1), size, requires_grad=True)
+    LPIPS(Itself())(x, torch.ones(1, 3, 1, 1)).sum().backward()
+    assert x.grad.isfinite().all() and x.grad.abs().max() < 1e5
+
+
+def test_one_channel_is_judged_as_a_gray_image(both):
     ours, theirs = both
     x, y = torch.rand(2, 1, 32, 32) * 2 - 1, torch.rand(2, 1, 32, 32) * 2 - 1
     with torch.no_grad():

@@ -95,6 +95,19 @@ def test_autocast_does_not_reach_the_quantizer():
     assert quantized.loss.dtype == quantized.z_q.dtype == torch.float32
 
 
+@pytest.mark.parametrize("make", [lambda: random_quantizer(), lambda: GumbelQuantizer(20, 5, in_channels=5)])
+def test_counts_are_of_training_passes_and_move_with_the_model(make):
+    quantizer = make()
+    z = torch.randn(2, 5, 4, 4)
+    quantizer.eval()(z)
+    assert quantizer.counts.sum() == 0, "passes that do not train, such as the first one for the codebook, do not count"
+    counts = quantizer.counts
+    truth = sum(torch.bincount(quantizer.train()(z).indices.flatten(), minlength=20) for _ in range(3))
+    assert quantizer.counts is counts and torch.equal(counts, truth.int()), "in place, for CUDA graphs"
+    assert "counts" not in quantizer.state_dict()
+    assert quantizer.to("meta").counts.device.type == "meta"
+
+
 def test_usage_and_perplexity_by_hand():
     assert codebook_stats(torch.tensor([5, 5, 0, 0])) == (0.5, pytest.approx(2.0))
     assert codebook_stats(torch.tensor([1, 0, 0, 0])) == (0.25, pytest.approx(1.0))

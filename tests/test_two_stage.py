@@ -222,6 +222,37 @@ def test_coordinates_of_a_crop_are_a_crop_of_the_coordinates():
     assert torch.equal(tokens[:, 1:, 1:4], condition(c[None, :, 2:, 2:8]))
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("kind", ["none", "class", "coords", "spatial"])
+def test_likelihood_and_samples_in_another_precision(kind, dtype):
+    model = make_model(kind)
+    x, c = torch.randn(2, 3, 8, 8), condition_for(kind, 2)
+    s, r = model.image_tokens(x), model.condition_tokens(c)
+    truth = model(s, r).detach()
+    model.to(dtype)
+    found = model(s, r).detach()  # the same codes: rounding may give an image others
+    assert found.dtype == torch.promote_types(dtype, torch.float32)
+    assert torch.allclose(found.float(), truth, atol=0.5) and (found - truth).abs().mean() < 0.05
+    c = c.to(dtype) if kind == "spatial" else c
+    assert model.nll(x.to(dtype), c).isfinite().all()
+    assert model.sample(c).dtype == dtype
+
+
+def test_codes_and_classes_of_any_integer_type():
+    model = make_model("class")
+    s, classes = torch.randint(0, 16, (3, 16)), torch.arange(3)
+    truth = model(s, model.condition_tokens(classes))
+    given = model.sample_indices(classes, given=s.view(3, 4, 4), keep=8)
+    for dtype in (torch.uint8, torch.int8, torch.int16, torch.int32):
+        assert torch.equal(model(s.to(dtype), model.condition_tokens(classes.to(dtype)).to(dtype)), truth)
+        again = model.sample_indices(classes.to(dtype), given=s.view(3, 4, 4).to(dtype), keep=8)
+        assert torch.equal(again, given)
+    with pytest.raises(ValueError, match=r"expected integer classes \(B,\), got \(3, 1\) of torch.int64"):
+        model.sample(classes[:, None])
+    with pytest.raises(ValueError, match=r"given codes are \(3, 16\), not \(3, 4, 4\)"):
+        model.sample_indices(classes, given=s, keep=8)
+
+
 def test_parts_that_were_not_made_for_each_other():
     model = make_model("class")
     coarser = VQGAN(VQGANConfig(image_size=8, ch=8, ch_mult=(1, 1, 1), z_channels=8, code_dim=4, codebook_size=16))
