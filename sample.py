@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from minvqgan import sampler
-from minvqgan.harness import data, flags, official, pictures, runtime
+from minvqgan.harness import data, flags, imagefiles, official, pictures, runtime
 from minvqgan.harness.judges import load_classifier, match_classes
 from minvqgan.harness.runtime import UserError
 from minvqgan.two_stage import TwoStage
@@ -116,7 +116,7 @@ def open_picture(path: str, kind: str, num_labels: int) -> torch.Tensor:
         raise UserError(f"no image at {path}")
     source = data.SOURCE_OF[kind]
     try:
-        image = data.to_tensor(data.READERS[source](Path(path)), source)
+        image = imagefiles.to_tensor(imagefiles.read(path, source))
     except UserError:
         raise
     except Exception as error:  # Pillow raises a dozen kinds for broken files, and one for bombs
@@ -196,7 +196,7 @@ def prepare(args, model: TwoStage) -> Start:
     outputs = [Path(path) for path in (args.out, args.steps_gif) if path]
     read = {name: getattr(args, name) for name in ("gpt", "official_config", "classifier", "complete", "cond_image")}
     runtime.check_outputs([*outputs, *(outputs[0].iterdir() if outputs[0].is_dir() else [])], **read)
-    if Path(args.out).suffix.lower() in data.EXTENSIONS - {".png"}:
+    if Path(args.out).suffix.lower() in imagefiles.EXTENSIONS - {".png"}:
         raise UserError(f"--out {args.out}: name a .png for one grid, or a folder for single files")
     if args.steps_gif and Path(args.steps_gif).suffix.lower() != ".gif":
         raise UserError(f"--steps-gif {args.steps_gif}: the name must end in .gif")

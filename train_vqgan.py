@@ -174,7 +174,8 @@ def main() -> int:
     if not saved and args.revive_every and not args.gumbel:
         # Codes begin where latents are. All are "dead" before the first step, so this places every one of them.
         with torch.no_grad():
-            vqgan.quantizer.revive_dead_codes(vqgan.eval().encode(to_x(run, next(run.batches(train_set)))).z)
+            first = next(data.train_loader(train_set, run.micro_batch, args.seed, 0, 0, run.rank, run.world))
+            vqgan.quantizer.revive_dead_codes(vqgan.eval().encode(to_x(run, first)).z)
 
     # Where D comes in, in steps, fixed for good: a resumed run with more --steps must not take D away again.
     fractions = (args.disc_start, args.disc_warmup, args.disc_ramp)

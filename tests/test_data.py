@@ -1,7 +1,10 @@
 """Folders, torchvision sets and shapes: every odd file ends as the right numbers, every mistake as one line."""
 
 import gzip
+import hashlib
+import io
 import os
+import pickle
 import struct
 import subprocess
 from types import SimpleNamespace
@@ -9,18 +12,20 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+import torchvision
 from helpers import NoFloat64, make_photos
-from PIL import Image
+from PIL import Image, ImageOps, features
 
-from minvqgan.harness import data, shapes
-from minvqgan.harness.data import open_data, read_depth, read_labels, read_rgb, to_input
+from minvqgan.harness import data, folders, imagefiles, shapes
+from minvqgan.harness.data import open_data, to_input
+from minvqgan.harness.imagefiles import read
 from minvqgan.harness.runtime import UserError
 
 RED, HALF = (255, 0, 0), 128
 
 
 def pixel(path, at=(2, 2)):
-    return read_rgb(path).getpixel(at)
+    return tuple(read(path, "image")[:, at[1], at[0]])
 
 
 def test_every_mode_becomes_rgb(tmp_path):
@@ -29,7 +34,7 @@ def test_every_mode_becomes_rgb(tmp_path):
     Image.new("RGB", size, RED).convert("P", palette=Image.Palette.ADAPTIVE).save(tmp_path / "palette.png")
     Image.new("CMYK", size, (0, 255, 255, 0)).save(tmp_path / "cmyk.tif")
     for name in ("rgb.png", "palette.png", "cmyk.tif"):
-        assert read_rgb(tmp_path / name).mode == "RGB"
+        assert read(tmp_path / name, "image").shape == (3, 6, 8)
         assert pixel(tmp_path / name) == RED, name
     Image.new("L", size, HALF).save(tmp_path / "gray.png")
     Image.new("LA", size, (HALF, 255)).save(tmp_path / "gray_alpha.png")
@@ -52,8 +57,74 @@ def test_exif_orientation_is_applied(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6  # stored lying on its side: turn by 90 degrees clockwise
     image.save(tmp_path / "turned.png", exif=exif)
-    assert read_rgb(tmp_path / "turned.png").size == (4, 8)
+    assert read(tmp_path / "turned.png", "image").shape == (3, 8, 4)
     assert pixel(tmp_path / "turned.png", (3, 0)) == RED
+
+
+def exif(orientation: int | None, broken: bool) -> bytes:
+    """EXIF of one or two entries: an orientation, and an exposure bias that is a signed number where Pillow, which
+    writes what it has read, can only write unsigned ones."""
+    entries = [struct.pack("<HHII", 0x0112, 3, 1, orientation)] if orientation else []
+    entries += [struct.pack("<HHIi", 0x9204, 9, 1, -5)] if broken else []
+    return b"Exif\0\0II*\0" + struct.pack("<IH", 8, len(entries)) + b"".join(entries) + bytes(4)
+
+
+def test_broken_metadata_costs_no_pixels(tmp_path, capfd):
+    """Whole folders were `no readable image`, for a byte in a comment."""
+    image = Image.new("RGB", (8, 4), RED)
+    image.save(tmp_path / "garbage.png", exif=b"Exif\0\0garbage!garbage!")
+    image.save(tmp_path / "garbage.jpg", exif=b"Exif\0\0garbage!garbage!", quality=100, subsampling=0)
+    image.save(tmp_path / "signed.jpg", exif=exif(6, broken=True), quality=100, subsampling=0)
+    image.save(tmp_path / "cut.png", exif=exif(6, broken=True)[:20])
+    for path in tmp_path.iterdir():
+        a = read(path, "image").astype(int)
+        assert (abs(a - np.array(RED)[:, None, None]) < 4).all() and sorted(a.shape) == [3, 4, 8]
+    train, val = open_data(str(tmp_path), 8)
+    assert len(train) + len(val) == 4 and [train[i, None] for i in range(len(train))]
+    assert "skipped" not in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_all_eight_orientations_are_pillows(tmp_path, orientation):
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (4, 6, 3), dtype=np.uint8))
+    image.save(tmp_path / "x.png", exif=exif(orientation, broken=False))
+    truth = np.asarray(ImageOps.exif_transpose(Image.open(tmp_path / "x.png"))).transpose(2, 0, 1)
+    assert np.array_equal(read(tmp_path / "x.png", "image"), truth)
+
+
+@pytest.mark.parametrize("ending, codec", [(".avif", "avif"), (".jp2", "jpg_2000")])
+def test_newer_formats_are_read_where_pillow_can(tmp_path, ending, codec):
+    if codec not in (*features.modules, *features.codecs) or not features.check(codec):
+        pytest.skip(f"this Pillow has no {codec}")
+    for i in range(3):
+        Image.new("RGB", (16, 16), RED).save(tmp_path / f"{i}{ending}")
+    train, val = open_data(str(tmp_path), 16)
+    assert len(train) + len(val) == 3
+    assert (train[0, None]["image"][:, 8, 8] - torch.tensor([1.0, -1, -1])).abs().max() < 0.05
+
+
+def test_a_file_that_is_locked_for_a_moment_is_read(tmp_path, monkeypatch):
+    (path,) = make_photos(tmp_path, n=1)
+    opened, refused = Image.open, []
+
+    def open_(*args, **kwargs):
+        if not refused:
+            refused.append(args)
+            raise PermissionError(13, "Permission denied", str(path))
+        return opened(*args, **kwargs)
+
+    monkeypatch.setattr(Image, "open", open_)
+    assert read(path, "image").shape == (3, 36, 40) and refused
+
+
+def test_twelve_bits_in_sixteen_are_named(tmp_path, capfd):
+    for name, top in (("dark", 4095), ("right", 65535)):
+        (tmp_path / name).mkdir()
+        for i in range(3):
+            pixels = np.linspace(0, top, 64, dtype=np.uint16).reshape(8, 8)
+            Image.fromarray(pixels).save(tmp_path / name / f"{i}.png")
+        open_data(str(tmp_path / name), 8)
+        assert ("nothing above 4095: if they have 12 bits" in capfd.readouterr().err) == (name == "dark")
 
 
 def test_an_animation_shows_its_first_frame(tmp_path):
@@ -69,34 +140,24 @@ def test_the_scale_of_deep_images_is_that_of_their_mode(tmp_path, value):
         Image.fromarray(np.full((6, 8), value, dtype)).save(tmp_path / "deep.tif")
         assert Image.open(tmp_path / "deep.tif").mode == mode
         assert pixel(tmp_path / "deep.tif") == (round(value / 65535 * 255),) * 3
-        assert np.allclose(np.asarray(read_depth(tmp_path / "deep.tif")), value / 65535 * 2 - 1, atol=1e-6)
+        assert np.allclose(read(tmp_path / "deep.tif", "depth"), value / 65535 * 2 - 1, atol=1e-6)
 
 
 def test_float_images_that_have_no_scale_are_skipped_and_named(tmp_path, capfd):
-    make_photos(tmp_path, n=6)
+    make_photos(tmp_path, n=40)
     odd = {"nan": np.nan, "infinite": np.inf, "bright": 200.0, "negative": -1.0}
     for name, value in odd.items():
         pixels = np.full((20, 20), 0.5, np.float32)
         pixels[3, 4] = value
         Image.fromarray(pixels).save(tmp_path / f"{name}.tif")
     train, val = open_data(str(tmp_path), image_size=16)
-    for draw in range(50):
-        for dataset in (train, val):
-            assert dataset[draw % len(dataset), draw]["image"].isfinite().all()
+    for dataset in (train, val):
+        assert all(dataset[i, i]["image"].isfinite().all() for i in range(len(dataset)))
     err = capfd.readouterr().err
     for name in odd:
         assert f"{name}.tif: float images must lie in [0, 1]" in err
     with pytest.raises(UserError, match="one channel of indices, this image is F"):
-        read_labels(tmp_path / "nan.tif")
-
-
-def test_a_strip_is_not_scaled_to_gigabytes(tmp_path, capfd):
-    make_photos(tmp_path, n=3)
-    Image.new("L", (1_000_000, 1)).save(tmp_path / "strip.png")
-    train, val = open_data(str(tmp_path), image_size=256)
-    for dataset in (train, val):
-        assert [dataset[i, None]["image"].shape for i in range(len(dataset))]
-    assert "strip.png: 1000000 x 1 pixels are too long a strip" in capfd.readouterr().err
+        read(tmp_path / "nan.tif", "labels")
 
 
 def test_postscript_is_never_read(tmp_path, capfd, monkeypatch):
@@ -118,7 +179,7 @@ def test_postscript_is_never_read(tmp_path, capfd, monkeypatch):
 def test_depth_keeps_sixteen_bits(tmp_path):
     values = np.array([[0, 1, 32768, 65535]] * 2, np.uint16)
     Image.fromarray(values).save(tmp_path / "depth.png")
-    assert np.allclose(np.asarray(read_depth(tmp_path / "depth.png")), values / 65535 * 2 - 1, atol=1e-6)
+    assert np.allclose(read(tmp_path / "depth.png", "depth"), values / 65535 * 2 - 1, atol=1e-6)
 
 
 def test_label_maps_are_read_by_index(tmp_path):
@@ -129,24 +190,121 @@ def test_label_maps_are_read_by_index(tmp_path):
     image.putpalette([0] * 768)  # all black to the eye
     image.save(tmp_path / "palette.png")
     for name in ("plain.png", "palette.png"):
-        assert np.array_equal(np.asarray(read_labels(tmp_path / name)), indices)
+        assert np.array_equal(read(tmp_path / name, "labels"), indices)
     Image.new("RGB", (4, 3)).save(tmp_path / "colour.png")
     with pytest.raises(UserError, match=r"colour\.png: a label map has one channel"):
-        read_labels(tmp_path / "colour.png")
+        read(tmp_path / "colour.png", "labels")
 
 
-def test_folder_range_size_and_held_out_share(tmp_path):
+def test_range_size_and_crops_of_a_folder(tmp_path):
     make_photos(tmp_path, n=40, size=(50, 30))
-    train, val = open_data(str(tmp_path), image_size=24)
-    assert (len(train), len(val)) == (38, 2)
+    train, _val = open_data(str(tmp_path), image_size=24)
     x = train[0, 7]["image"]
     assert x.shape == (3, 24, 24) and x.dtype == torch.float32 and -1 <= x.min() < x.max() <= 1
     again, _ = open_data(str(tmp_path), image_size=24)
-    assert [f["image"] for f in again.files] == [f["image"] for f in train.files]
-    assert not {f["image"] for f in train.files} & {f["image"] for f in val.files}
     assert torch.equal(again[0, 7]["image"], x)  # a crop depends on (seed, draw) alone
     draws = torch.stack([train[0, draw]["image"] for draw in range(8)])
     assert len(draws.unique(dim=0)) > 4
+
+
+def tree(folder, files: str) -> None:
+    """Square images of 8 pixels; files: "cat/ 3, dog/ 2, notes.txt" is three images in cat/, two in dog/ and a text."""
+    content = io.BytesIO()
+    Image.new("RGB", (8, 8), RED).save(content, "PNG")
+    for words in files.split(", "):
+        name, _, count = words.partition(" ")
+        for path in [folder / name / f"{i}.png" for i in range(int(count))] if count else [folder / name]:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(content.getvalue())
+
+
+def stems_of(dataset) -> set[str]:
+    paths = [os.path.relpath(next(iter(dataset.paths(i).values())), dataset.root) for i in range(len(dataset))]
+    return {os.path.splitext(path)[0].replace(os.sep, "/") for path in paths}
+
+
+def test_held_out_images_are_chosen_by_their_names_alone(tmp_path):
+    """Drawn by the seed, 48 of 50 were others in stage two, and one file more or less redrew all of them."""
+    tree(tmp_path, "a/ 300, b/ 300")
+    train, val = open_data(str(tmp_path), 8)
+    names = [f"{name}/{i}" for name in "ab" for i in range(300)]
+    share = {name: int(hashlib.sha256(name.encode()).hexdigest()[:8], 16) / 16**8 for name in names}
+    assert stems_of(val) == {name for name in names if share[name] < 0.05} and 15 < len(val) < 45
+    assert stems_of(train) == set(names) - stems_of(val)
+    assert stems_of(open_data(str(tmp_path), 8, seed=5)[1]) == stems_of(val)
+    for i in range(0, 300, 2):
+        (tmp_path / "a" / f"{i}.png").unlink()
+    tree(tmp_path, "b/late/ 200, c/ 50")
+    later = open_data(str(tmp_path), 8)
+    for before, after in ((train, later[0]), (val, later[1])):
+        kept = {name for name in stems_of(before) if (tmp_path / f"{name}.png").exists()}
+        assert kept == stems_of(after) & set(names)
+
+
+def test_pairs_are_held_out_together_by_their_common_name(tmp_path):
+    make_pairs(tmp_path, n=30)
+    image, label = (open_data(str(tmp_path), 16, sources=(source,), num_labels=6)[1] for source in ("image", "labels"))
+    pairs = open_data(str(tmp_path), 16, sources=("image", "labels"), num_labels=6)[1]
+    stems = [{stem.rpartition("/")[2] for stem in stems_of(dataset)} for dataset in (image, label, pairs)]
+    assert stems[0] == stems[1] == stems[2]
+
+
+@pytest.mark.parametrize("n", [2, 3, 20])
+def test_a_class_keeps_an_image_for_training_and_one_image_is_held_out(tmp_path, n):
+    tree(tmp_path, ", ".join(f"{i}/ {1 + (i == 0)}" for i in range(n - 1)))
+    train, val = open_data(str(tmp_path), 8)
+    assert len(val) == 1 and set(train.class_of) == set(range(n - 1))
+
+
+@pytest.mark.parametrize(
+    "files, classes, said",
+    [
+        ("bus/ 5, car/ 5, train/ 5", "bus car train 15", "train: not a split, because bus, car holds images too"),
+        ("train/ 5, val/ 5, bus/ 5", "bus train val 15", "train, val: not a split, because bus holds images too"),
+        ("train/a/ 5, train/b/ 5, val/a/ 2, val/b/ 2", "a b 10+4", "4 held out, from val/"),
+        ("training/a/ 5, training/b/ 5, validation/b/ 2", "a b 10+2", "2 held out, from validation/"),
+        ("Train/ 5, Test/ 3", " 5+3", "3 held out, from Test/"),
+        ("train/ 5, valid/ 3, test/ 4", " 5+3", "from valid/; ignored: 4 images in test/"),
+        ("train/ 5, loose.png, notes.txt", " 5", "not read: 1 .txt; ignored: 1 images beside train/"),
+        ("cat/ 5, dog/ 5, stray.png", "cat dog 10", "2 classes (cat 5, dog 5); 1 held out"),
+        ("cat/ 5, dog/ 5, stray.png", "cat dog 10", "ignored: 1 images beside the subfolders"),
+        ("all.png, of.png, these.png, best/ 2", " 5", "no classes, because most images lie outside the subfolders"),
+        ("animals/cat/ 3, animals/dog/ 3", "animals 6", "one subfolder, hence one class; --data "),
+        ("animals/cat/ 3, animals/dog/ 3", "animals 6", "animals has the classes cat, dog"),
+        ("0/ 1, 10/ 2, 9/ 3", "0 9 10 6", "3 classes (0 1, 9 3, 10 2)"),
+        ("cat/ 3, cat/a.heic, cat/b.HEIC, cat/raw", "cat 3", "not read: 2 .heic, 1 without ending"),
+        ("cat/ 3, cat/.hidden.png, .cache/ 4", "cat 3", "one subfolder, hence one class"),
+    ],
+)
+def test_layouts_and_what_is_said_of_them(tmp_path, capfd, files, classes, said):
+    """classes: their names, and the number of images: in all, or training + held out."""
+    tree(tmp_path, files)
+    train, val = open_data(str(tmp_path), 8)
+    *names, numbers = classes.split(" ")
+    assert train.classes == val.classes == (tuple(names) or ("",))
+    found = f"{len(train)}+{len(val)}" if "+" in numbers else str(len(train) + len(val))
+    assert found == numbers
+    for dataset in (train, val):  # the class is that of the folder
+        for i in range(len(dataset)):
+            assert dataset.classes[dataset[i, None]["class"]] in ("", *dataset.paths(i)["image"].split("/"))
+    err = capfd.readouterr().err
+    assert said in err and err.count("\n") == 1
+
+
+def test_the_first_process_alone_says_what_was_found(tmp_path, capfd, monkeypatch):
+    tree(tmp_path, "cat/ 5")
+    monkeypatch.setenv("RANK", "1")
+    open_data(str(tmp_path), 8)
+    assert capfd.readouterr().err == ""
+
+
+def test_a_million_names_take_little_memory(tmp_path):
+    """As Python objects 200,000 pairs of a path and a class took 90 MB, in every process."""
+    rows = [folders.Row(f"{i}", f"class_{i % 10}", (f"class_{i % 10}/image_{i:07d}.png",)) for i in range(20_000)]
+    classes = tuple(f"class_{i}" for i in range(10))
+    dataset = data.FolderImages(str(tmp_path), rows, ("image",), None, classes, 8, 8, 0, True, False, True)
+    assert len(pickle.dumps((dataset.files, dataset.class_of))) < 20_000 * 40
+    assert dataset.paths(7)["image"] == str(tmp_path / "class_7" / "image_0000007.png")
 
 
 def test_small_pictures_are_enlarged_and_large_ones_scaled(tmp_path):
@@ -180,11 +338,12 @@ def test_a_class_is_one_that_can_be_trained_on(tmp_path, capfd):
         make_photos(tmp_path / "one" / name, n=1)
     make_photos(tmp_path / "one" / "h", n=2)
     train, val = open_data(str(tmp_path / "one"), 16)
-    assert {train.classes[i] for i in train.class_of} == set("cdefgh") and val.class_of == [5]
+    assert {train.classes[i] for i in train.class_of} == set("cdefgh") and val.class_of.tolist() == [5]
 
 
 def test_links_are_followed_and_loops_are_not(tmp_path, capfd, monkeypatch):
     make_photos(tmp_path / "far" / "cats", n=2)
+    (tmp_path / "far" / "cats" / "round").symlink_to(tmp_path / "far" / "cats")
     make_photos(tmp_path / "data" / "dogs", n=2)
     data_folder = tmp_path / "data"
     (data_folder / "cats").symlink_to(tmp_path / "far" / "cats")
@@ -195,17 +354,13 @@ def test_links_are_followed_and_loops_are_not(tmp_path, capfd, monkeypatch):
     (data_folder / "dogs" / "itself.png").symlink_to("itself.png")
     (data_folder / "dogs" / "nowhere.png").symlink_to("nothing.png")
     os.mkfifo(data_folder / "dogs" / "pipe.png")
-    listed, listdir = [], os.listdir
-    monkeypatch.setattr(os, "listdir", lambda path: listed.append(os.path.realpath(path)) or listdir(path))
     train, val = open_data(str(data_folder), 16)
-    assert len(listed) == 3 and "/" not in listed
     assert train.classes == ("cats", "dogs") and len(train) + len(val) == 4
-    err = capfd.readouterr().err
-    assert err.count("skipped") == 3 and "data/alias" in err and "dogs/up" in err and "dogs/all" in err
+    assert "skipped folders (closed, or links back)" in capfd.readouterr().err
 
 
 def test_names_of_files_do_not_command_the_terminal(tmp_path, capfd):
-    good = make_photos(tmp_path, n=6)[0].read_bytes()
+    good = make_photos(tmp_path, n=40)[0].read_bytes()
     (tmp_path / "red\x1b[31m\n.png").write_text("not an image")
     (tmp_path / "half\x1b[2J.png").write_bytes(good[: len(good) // 2])
     (tmp_path / os.fsdecode(b"latin\xe4.png")).write_bytes(good[: len(good) // 2])
@@ -252,7 +407,7 @@ def test_folder_mistakes(tmp_path):
     make_photos(tmp_path, n=1)
     with pytest.raises(UserError, match="at least two"):
         open_data(str(tmp_path), 16)
-    for name, answer in (("", "--data is empty"), (" ", "--data is empty"), ("~nobody-at-all/x", "no user of that")):
+    for name, answer in (("", "--data is empty"), (" ", "--data is empty"), ("~nobody/x", "no such folder")):
         with pytest.raises(UserError, match=answer):
             open_data(name, 16)
 
@@ -276,7 +431,7 @@ def test_pairs_are_cut_alike(tmp_path):
         Image.fromarray(labels).save(tmp_path / "labels" / f"{i}.png")
     train, _ = open_data(str(tmp_path), 16, resize=30, sources=("image", "labels"), num_labels=6)
     for draw in range(20):
-        pair = train[draw % 3, draw]
+        pair = train[draw % len(train), draw]
         assert torch.equal(((pair["image"][0] + 1) * 127.5).round() / 40, pair["labels"].float())
 
 
@@ -404,10 +559,10 @@ def test_coordinates_say_where_a_crop_lies(tmp_path):
     make_photos(tmp_path, n=4, size=(30, 20))
     train, _ = open_data(str(tmp_path), 16, resize=20, sources=("image", "coords"))
     for draw in range(12):
-        crop = train[draw % 3, draw]
+        crop = train[draw % len(train), draw]
         first = round(crop["coords"][0, 0, 0].item() * 600)
         top, left = divmod(first, 30)
-        image = to_tensor_of(train.files[draw % 3]["image"])
+        image = to_tensor_of(train.paths(draw % len(train))["image"])
         fits = [
             torch.equal(crop["image"], shown[:, top : top + 16, left : left + 16]) for shown in (image, image.flip(-1))
         ]
@@ -417,7 +572,7 @@ def test_coordinates_say_where_a_crop_lies(tmp_path):
 
 
 def to_tensor_of(path) -> torch.Tensor:
-    return data.to_tensor(read_rgb(path), "image")
+    return imagefiles.to_tensor(read(path, "image"))
 
 
 def test_a_torchvision_set_by_name(tmp_path, monkeypatch):
@@ -446,10 +601,8 @@ def test_a_torchvision_set_by_name(tmp_path, monkeypatch):
 
 def test_a_torchvision_set_that_cannot_be_had(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(
-        data.torchvision.datasets, "CIFAR10", lambda *a, **k: (_ for _ in ()).throw(OSError("no network"))
-    )
-    with pytest.raises(UserError, match=r"cifar10 is not in \./data and could not be downloaded \(no network\)"):
+    monkeypatch.setattr(torchvision.datasets, "CIFAR10", lambda *a, **k: (_ for _ in ()).throw(OSError("no network")))
+    with pytest.raises(UserError, match=r"could not be downloaded \(no network\); put it into /.*/data or"):
         open_data("cifar10", 32)
 
 

@@ -213,7 +213,7 @@ def load_perceptual(name: str, image_size: int) -> LPIPS | None:
         return None
     if name == "vgg16":
         if image_size < 16:
-            raise UserError(f"VGG16 needs images of 16 pixels, not {image_size}; use --perceptual small")
+            raise UserError(f"VGG16 needs sides of 16; {image_size} pixels are too few, use --perceptual small")
         return vgg16_lpips()
     classifier = _ours(SMALL if name == "small" else name, "--perceptual", "small, vgg16")
     if classifier.network == "small":

@@ -34,6 +34,11 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else "?" for c in text)
 
 
+def say(text: str) -> None:
+    """A line on stderr, which the names of files in it cannot command."""
+    print(printable(text), file=sys.stderr)
+
+
 def first_line(error: Exception) -> str:
     """What an error says, without the trace of C++ that torch's own can go on with."""
     return (str(error).splitlines() or [type(error).__name__])[0]
