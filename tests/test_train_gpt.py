@@ -119,7 +119,7 @@ def test_coordinates_follow_crop_and_flip(tmp_path):
     "flags",
     [
         "--vqgan rgb/last.pt",
-        "--vqgan rgb/last.pt --data pairs --resize 20 --cond coords --coord-levels 63 --dropout 0.1 --pkeep 0.9",
+        "--vqgan rgb/last.pt --data pairs --resize 20 --cond coords --coord-levels 63 --dropout 0.1 --accumulate 2",
     ],
 )
 def test_resumed_equals_uninterrupted_bit_for_bit(house, tmp_path, flags):

@@ -293,27 +293,42 @@ def test_gumbel_temperature_falls_in_a_line_to_a_sixteenth(folder, tmp_path):
 
 
 @pytest.mark.parametrize("flip", [True, False])
-def test_flip_shows_half_of_the_images_mirrored(folder, tmp_path, flip):
+def test_every_image_is_seen_once_an_epoch_and_flip_mirrors_half(folder, tmp_path, flip):
     """Pixels in stage one, codes in stage two: each is that of a training image, or of its mirror image."""
     train_set, _ = data.open_data(str(folder / "data"), 16)
     x = torch.stack([train_set[i, None]["image"] for i in range(8)])
     model = minvqgan.load(folder / "first" / "last.pt")
-    kinds = {VQGAN: [x, x.flip(-1)], TwoStage: [model.encode_indices(y).flatten(1) for y in (x, x.flip(-1))]}
-    counts = {VQGAN: [0, 0], TwoStage: [0, 0]}
+    known = {VQGAN: [*x, *x.flip(-1)], TwoStage: [*model.encode_indices(torch.cat([x, x.flip(-1)])).flatten(1)]}
+    seen: dict[type, list[int]] = {VQGAN: [], TwoStage: []}
 
     def note(module, inputs, output):
-        if type(module) in kinds and torch.is_grad_enabled():
+        if type(module) in known and torch.is_grad_enabled():
             for one in inputs[0]:
-                there = [any(torch.equal(one, known) for known in images) for images in kinds[type(module)]]
-                assert any(there)
-                counts[type(module)][0 if there[0] else 1] += 1
+                seen[type(module)] += [i for i, other in enumerate(known[type(module)]) if torch.equal(one, other)]
 
-    words = f"--data data --batch-size 8 --steps 8 {'--flip' if flip else '--no-flip'}"
+    words = f"--data data --steps 16 {'--flip' if flip else '--no-flip'}"
     with watched(on_forward=note):
         train(STAGE_ONE, words, folder, str(tmp_path / "one"))
         train(STAGE_TWO, f"{words} --vqgan first/last.pt --cond none", folder, str(tmp_path / "two"))
-    for straight, mirrored in counts.values():
-        assert straight + mirrored == 64 and (16 < mirrored < 48 if flip else mirrored == 0)
+    for numbers in seen.values():
+        mirrored = sum(i >= 8 for i in numbers)
+        assert len(numbers) == 64 and (16 < mirrored < 48 if flip else mirrored == 0)
+        epochs = [[i % 8 for i in numbers[start : start + 8]] for start in range(0, 64, 8)]
+        assert all(sorted(epoch) == list(range(8)) for epoch in epochs) and epochs[0] != epochs[1]
+
+
+@pytest.mark.parametrize("script", [STAGE_ONE, STAGE_TWO])
+def test_last_is_saved_every_few_steps_and_at_the_end(folder, tmp_path, monkeypatch, script):
+    plain, saved = checkpoint.save, []
+
+    def save(path, *args, **content):
+        saved.append((path.name, content.get("step")))
+        plain(path, *args, **content)
+
+    monkeypatch.setattr(checkpoint, "save", save)
+    more = "--vqgan first/last.pt" if script is STAGE_TWO else "--data data"
+    train(script, f"--steps 7 --save-every 3 {more}", folder, str(tmp_path / "run"))
+    assert [step for name, step in saved if name == "last.pt"] == [3, 6, 7]
 
 
 @pytest.mark.parametrize("stage", [1, 2])
@@ -371,3 +386,9 @@ def test_two_processes_have_the_gradients_of_one_with_the_whole_batch(folder):
             assert len(found) == len(truth) == (1 if script is STAGE_TWO else 2)
             for ours, whole in zip(found, truth, strict=True):
                 assert all(relative_error(a, b) < 1e-4 for a, b in zip(ours, whole, strict=True)), name
+        one, two = (metrics_rows(folder / f"{name} {world}")[-1] for world in (1, 2))
+        for column in ("loss", "rec_loss", "codebook_loss", "lambda", "gen_loss", "disc_loss", "usage", "perplexity"):
+            if one.get(column):
+                assert float(two[column]) == pytest.approx(float(one[column]), rel=1e-3), column
+    one, two = (checkpoint.read(folder / f"transformer {world}" / "codes.pt") for world in (1, 2))
+    assert torch.equal(one["s"], two["s"]) and torch.equal(one["r"], two["r"])
