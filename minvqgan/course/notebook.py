@@ -160,8 +160,8 @@ def diagram(*parts: str) -> None:
     ax.text(4.4, 0.5, "[c | s]\nR + T tokens, T = h·w", ha="center", va="center", fontsize=8)
     arrow((2.4, 0.5), (3.3, 0.5))
     arrow((5.5, 0.5), (6.1, 0.5))
-    arrow((6.9, 0.85), (6.9, 1.65))
-    ax.text(7, 1.25, "drawn s", ha="left", va="center", fontsize=8)
+    arrow((6.3, 0.85), (5.05, 1.7))  # drawn codes are looked up in the codebook, like those of an image
+    ax.text(5.95, 1.25, "drawn s", ha="left", va="center", fontsize=8)
     arrow((7.7, 0.5), (8.3, 0.5))
     ax.text(8.4, 0.5, "p(s_i | s_<i, c): T × K", ha="left", va="center", fontsize=8)
     names = ", ".join(BOXES[part][3].replace("\n", " with the ") for part in parts)
