@@ -149,12 +149,6 @@ def fit(module: nn.Module, state: dict[str, Tensor], assign: bool = False) -> No
     module.load_state_dict(state, assign=assign)
 
 
-def fill(module: nn.Module, state: dict[str, Tensor], path: File) -> None:
-    """`fit` for what a file holds. Raises UserError."""
-    with door(path):
-        fit(module, state)
-
-
 def _fit_optimizer(optimizer: torch.optim.Optimizer, saved: dict) -> None:
     """Adam's saved state. Rates and betas stay as the script has set them.
 

@@ -137,7 +137,7 @@ def load_classifier(name: str | Path) -> nn.Module:
     if content["network"] not in NETWORKS:
         raise UserError(f"{name} holds an unknown network: {content['network'][:40]!r}")
     model = Classifier(tuple(content["classes"]), content["network"])
-    checkpoint.fill(model, content["model"], name)
+    checkpoint.restore(content, {"model": model}, name)
     return model.eval()
 
 

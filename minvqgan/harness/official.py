@@ -19,7 +19,6 @@ from torch import Tensor, nn
 
 from ..conditioning import ClassCondition, Condition, CoordinateCondition, NoCondition, SpatialCondition
 from ..gpt import GPT, GPTConfig
-from ..quantizer import GumbelQuantizer
 from ..two_stage import TwoStage, TwoStageConfig
 from ..vqgan import VQGAN, VQGANConfig
 from . import checkpoint, flags, runtime
@@ -139,63 +138,46 @@ def _decoder_names(c: VQGANConfig) -> list[str]:
     return names + ["norm_out"]
 
 
-def vqgan_names(model: VQGAN) -> dict[str, str]:
-    """Our key -> the official one, of all that both save."""
-    c = model.config
-    names = {f"encoder.layers.{i}": f"encoder.{name}" for i, name in enumerate(_encoder_names(c))}
-    names |= {f"decoder.layers.{i}": f"decoder.{name}" for i, name in enumerate(_decoder_names(c))}
-    names |= {"decoder.conv_out": "decoder.conv_out", "to_code": "quant_conv", "from_code": "post_quant_conv"}
-    names |= {"quantizer.proj": "quantize.proj"}
-    names |= {"quantizer.codebook": "quantize.embed" if c.gumbel else "quantize.embedding"}
+def names(module: nn.Module) -> dict[str, str]:
+    """Our key -> the official one, of what both save of a VQGAN, a GPT (see `joined`) or a discriminator."""
+    if isinstance(module, GPT):
+        words = {"position_embedding": "pos_emb", "token_embedding": "tok_emb", "attention": "attn"}
+        words |= {"norm1": "ln1", "norm2": "ln2", "norm": "ln_f"}
+        return {key: ".".join(words.get(word, word) for word in key.split(".")) for key in module.state_dict()}
+    if not isinstance(module, VQGAN):
+        return {key: key.replace("layers.", "main.", 1) for key in module.state_dict()}
+    layers = {f"encoder.layers.{i}": f"encoder.{name}" for i, name in enumerate(_encoder_names(module.config))}
+    layers |= {f"decoder.layers.{i}": f"decoder.{name}" for i, name in enumerate(_decoder_names(module.config))}
+    layers |= {"decoder.conv_out": "decoder.conv_out", "to_code": "quant_conv", "from_code": "post_quant_conv"}
+    layers |= {"quantizer.codebook": "quantize.embed" if module.config.gumbel else "quantize.embedding"}
+    layers |= {"quantizer.proj": "quantize.proj"}
     keys = {}
-    for key in model.state_dict():
-        for ours, theirs in names.items():
-            if key.startswith(ours + "."):
-                rest = key[len(ours) :].replace(".skip.", ".nin_shortcut.").replace(".proj.", ".proj_out.")
-                keys[key] = theirs + rest
+    for key in module.state_dict():
+        layer = next((layer for layer in layers if key.startswith(layer + ".")), None)
+        if layer:
+            inner = key[len(layer) :].replace(".skip.", ".nin_shortcut.").replace(".proj.", ".proj_out.")
+            keys[key] = layers[layer] + inner
     return keys
 
 
-def gpt_names(gpt: GPT) -> dict[str, str]:
-    """Our key -> the official one, once query, key and value are one: see `joined`."""
-    words = {"position_embedding": "pos_emb", "token_embedding": "tok_emb", "attention": "attn"}
-    words |= {"norm1": "ln1", "norm2": "ln2", "norm": "ln_f"}
-    return {key: ".".join(words.get(word, word) for word in key.split(".")) for key in gpt.state_dict()}
-
-
-def names(module: nn.Module) -> dict[str, str]:
-    """Our key -> the official one, for a VQGAN, a GPT or a discriminator."""
-    if isinstance(module, VQGAN):
-        return vqgan_names(module)
-    if isinstance(module, GPT):
-        return gpt_names(module)
-    return {key: key.replace("layers.", "main.", 1) for key in module.state_dict()}
+def first_stage(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """An official first stage's `state_dict` without what ours does not need, and with what only ours has: how often
+    each code was chosen lately. All count as in use, or training would revive them."""
+    state = {key: t for key, t in state.items() if not key.startswith(UNNEEDED)}
+    K = len(state.get("quantize.embedding.weight", ()))
+    return state | ({"quantizer.recent_use": torch.full((K,), 1 / K)} if K else {})
 
 
 def joined(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """The official GPT's `state_dict` with one layer for query, key and value, positions (T, C) instead of (1, T, C),
     and without the causal masks (attn.mask)."""
     state = {key: t for key, t in state.items() if not key.endswith("attn.mask")}
-    for key in [key for key in state if ".attn.query." in key]:
-        names = [key.replace("query", name) for name in ("query", "key", "value")]
-        state[key.replace("query", "qkv")] = torch.cat([state.pop(name) for name in names])
+    for query in [key for key in state if ".attn.query." in key]:
+        parts = [query.replace("query", name) for name in ("query", "key", "value")]
+        state[query.replace("query", "qkv")] = torch.cat([state.pop(part) for part in parts])
     if "pos_emb" in state:
         state["pos_emb"] = state["pos_emb"].flatten(0, -2)
     return state
-
-
-def _fill(module: nn.Module, state: dict[str, Tensor], theirs: dict[str, str]) -> None:
-    """The official tensors become the module's own, without a copy where they are float32 already. Raises ValueError
-    that names the first key without a counterpart on the other side, or of another shape."""
-    known, own = set(theirs.values()), module.state_dict()
-    for key in [*state, *known]:
-        if key not in known:
-            raise ValueError(f"official key without a place here: {key}")
-        if key not in state:
-            raise ValueError(f"the official file lacks {key}")
-    new = {key: state[name].to(own[key].dtype) for key, name in theirs.items()}
-    use = {key: torch.zeros(own[key].shape) for key in own.keys() - theirs.keys()}  # how often a code was chosen
-    checkpoint.fit(module, new | use, assign=True)
 
 
 def weights(path: str | Path) -> dict[str, dict[str, Tensor]]:
@@ -208,15 +190,21 @@ def weights(path: str | Path) -> dict[str, dict[str, Tensor]]:
         def part(prefix: str) -> dict[str, Tensor]:
             return {key.removeprefix(prefix): t for key, t in state.items() if key.startswith(prefix)}
 
-        first = part("first_stage_model.") or state
-        if "quantize.embedding.weight" in first:  # all of its codes count as in use
-            first["quantizer.recent_use"] = torch.ones(len(first["quantize.embedding.weight"]))
-        return {"vqgan": first, "gpt": joined(part("transformer.")), "discriminator": part("loss.discriminator.")}
+        found = {"vqgan": first_stage(part("first_stage_model.") or state), "gpt": joined(part("transformer."))}
+        return found | {"discriminator": part("loss.discriminator.")}
     model = checkpoint.load(path)
     modules = {"vqgan": model.vqgan, "gpt": model.gpt} if isinstance(model, TwoStage) else {"vqgan": model}
-    parts = {name: {names(m).get(key, key): t for key, t in m.state_dict().items()} for name, m in modules.items()}
+    found = {name: {names(m).get(key, key): t for key, t in m.state_dict().items()} for name, m in modules.items()}
     disc = content.get("discriminator", {})
-    return parts | {"discriminator": {key.replace("layers.", "main.", 1): t for key, t in disc.items()}}
+    return found | {"discriminator": {key.replace("layers.", "main.", 1): t for key, t in disc.items()}}
+
+
+def _fill(module: nn.Module, state: dict[str, Tensor]) -> None:
+    """The official tensors become the module's own, without a copy where they are float32 already. Raises ValueError
+    that names the first key without a counterpart on the other side, or of another shape."""
+    ours, own = {theirs: key for key, theirs in names(module).items()}, module.state_dict()
+    new = {ours.get(key, key): tensor for key, tensor in state.items()}
+    checkpoint.fit(module, {k: t.to(own[k].dtype) if k in own else t for k, t in new.items()}, assign=True)
 
 
 def load_vqgan(state: dict[str, Tensor], config: VQGANConfig) -> VQGAN:
@@ -224,44 +212,31 @@ def load_vqgan(state: dict[str, Tensor], config: VQGANConfig) -> VQGAN:
     the first key that does not fit."""
     with torch.device("meta"):  # shapes without memory or initialisation: the file's own tensors take their places
         model = VQGAN(config)
-    _fill(model, {k: t for k, t in state.items() if not k.startswith(UNNEEDED)}, names(model))
+    _fill(model, first_stage(state))
     return model.eval()
-
-
-def load_gumbel(state: dict[str, Tensor]) -> GumbelQuantizer:
-    """A quantizer from the official GumbelQuantize's `state_dict` (keys proj.*, embed.weight)."""
-    K, in_channels = state["proj.weight"].shape[:2]
-    quantizer = GumbelQuantizer(K, state["embed.weight"].shape[1], in_channels)
-    _fill(quantizer, state, {key: key.replace("codebook", "embed") for key in quantizer.state_dict()})
-    return quantizer.eval()
 
 
 def load_discriminator(module: nn.Module, state: dict[str, Tensor]) -> nn.Module:
     """Fill a `PatchDiscriminator` with the official NLayerDiscriminator's `state_dict` (keys main.*)."""
-    _fill(module, state, names(module))
+    _fill(module, state)
     return module
 
 
-def gpt_config(config: dict) -> GPTConfig:
-    """From a yaml's params of the transformer. Raises ValueError or TypeError for what no GPT can be."""
-    if config.get("n_unmasked"):
-        raise ValueError("n_unmasked > 0: a transformer whose condition is read without a causal mask is not supported")
-    sizes = {name: config[name] for name in ("block_size", "n_layer", "n_head", "n_embd")}
-    return GPTConfig(num_codes=config["vocab_size"], num_cond=0, dropout=0.0, **sizes)
-
-
 def load_gpt(state: dict[str, Tensor], config: dict) -> GPT:
-    """A GPT from the official GPT's `state_dict`. config: vocab_size, block_size, n_layer, n_head, n_embd.
+    """A GPT from the official GPT's `state_dict` and its yaml's params. Raises ValueError naming what does not fit.
 
     Codes and condition share one range there, so every token is a code here and none is the condition's alone.
     """
+    if config.get("n_unmasked"):
+        raise ValueError("n_unmasked > 0: a transformer whose condition is read without a causal mask is not supported")
+    sizes = {name: config[name] for name in ("block_size", "n_layer", "n_head", "n_embd")}
     with torch.device("meta"):
-        gpt = GPT(gpt_config(config))
-    _fill(gpt, joined(state), names(gpt))
+        gpt = GPT(GPTConfig(num_codes=config["vocab_size"], num_cond=0, dropout=0.0, **sizes))
+    _fill(gpt, joined(state))
     return gpt.eval()
 
 
-def _condition(params: dict, first_stage: VQGANConfig, state: dict[str, Tensor]) -> Condition:
+def _condition(params: dict, config: VQGANConfig, state: dict[str, Tensor]) -> Condition:
     """The condition of an official Net2NetTransformer; state: that of its cond_stage_model."""
     node = params.get("cond_stage_config")
     if params.get("unconditional") or node == "__is_unconditional__":
@@ -271,7 +246,7 @@ def _condition(params: dict, first_stage: VQGANConfig, state: dict[str, Tensor])
     if params.get("downsample_cond_size", -1) != -1:
         raise ValueError("downsample_cond_size: conditions of another size than the image are not supported")
     if node == "__is_first_stage__":
-        return SpatialCondition(load_vqgan(state, first_stage))
+        return SpatialCondition(load_vqgan(state, config))
     if class_name(node) == "Labelator":
         return ClassCondition(node["params"]["n_classes"])
     if class_name(node) == "CoordStage":
@@ -288,33 +263,26 @@ def load_two_stage(state: dict[str, Tensor], params: dict) -> TwoStage:
         if part not in parts:
             raise ValueError(f"official key without a place here: {key}")
         parts[part][rest] = tensor
-    first_stage = first_stage_config(params["first_stage_config"], params.get("first_stage_key", "image"))
-    transformer = params["transformer_config"]["params"]
-    block_size = gpt_config(transformer).block_size
-    condition = _condition(params, first_stage, parts["cond_stage_model"])
+    config = first_stage_config(params["first_stage_config"], params.get("first_stage_key", "image"))
+    vqgan = load_vqgan(parts["first_stage_model"], config)
+    gpt = load_gpt(parts["transformer"], params["transformer_config"]["params"])
+    condition = _condition(params, config, parts["cond_stage_model"])
     if parts["cond_stage_model"] and condition.kind != "spatial":
         raise ValueError(f"official key without a place here: cond_stage_model.{next(iter(parts['cond_stage_model']))}")
-    vqgan = load_vqgan(parts["first_stage_model"], first_stage)
     # The grid is square: block_size holds T codes and as many condition tokens, or T codes and at most one.
-    n = isqrt(block_size // 2 if condition.is_map else block_size)
+    n = isqrt(gpt.config.block_size // 2 if condition.is_map else gpt.config.block_size)
     permuter = class_name(params.get("permuter_config") or {"target": "Identity"})
     if permuter not in ORDER_NAMES:
         raise ValueError(f"the permuter {permuter} is not one of {', '.join(ORDER_NAMES)}")
     classes = tuple(map(str, range(condition.num_tokens))) if condition.kind == "class" else ()
     config = TwoStageConfig(n=n, order=ORDER_NAMES[permuter], shared_range=True, classes=classes)
-    model = TwoStage(vqgan, condition, load_gpt(parts["transformer"], transformer), config).eval()
-    _check_order(model.order, parts["permuter"])
-    return model
-
-
-def _check_order(order: Tensor, saved: dict[str, Tensor]) -> None:
-    """An official permuter saves its permutation and the way back; both must be the one that its name stands for."""
-    known = {"forward_shuffle_idx": order, "backward_shuffle_idx": order.argsort()}
-    for key, tensor in saved.items():
-        if key not in known:
-            raise ValueError(f"official key without a place here: permuter.{key}")
-        if not torch.equal(tensor.long(), known[key]):
+    model = TwoStage(vqgan, condition, gpt, config).eval()
+    # A permuter saves its permutation and the way back; both must be those that its name stands for.
+    orders = {"forward_shuffle_idx": model.order, "backward_shuffle_idx": model.order.argsort()}
+    for key, tensor in parts["permuter"].items():
+        if key not in orders or not torch.equal(tensor.long(), orders[key]):
             raise ValueError(f"permuter.{key} is another order than the configuration's")
+    return model
 
 
 def read_config(path: str | Path) -> dict:
@@ -343,11 +311,14 @@ def load(path: str | Path, config: str | Path) -> VQGAN | TwoStage:
 
 
 def export_vqgan(model: VQGAN) -> tuple[dict[str, Tensor], dict]:
-    """(`state_dict` with the official keys, {target, params} for the yaml). Raises ValueError for what the official
-    code cannot build: other than 32 norm groups, or normalised codes."""
+    """(`state_dict` with the official keys, {target, params} for the yaml). Raises UserError for what has no place
+    there: other than 32 norm groups, normalised codes, or a transformer, for there codes and condition share one range
+    of numbers."""
+    if not isinstance(model, VQGAN):
+        raise UserError("only first-stage models can be exported: the official code numbers condition tokens otherwise")
     c, state = model.config, model.state_dict()
     if c.norm_groups != 32 or c.l2_norm:
-        raise ValueError("the official code has 32 norm groups and no l2-normalised codes")
+        raise UserError("cannot be exported: the official code has 32 norm groups and no l2-normalised codes")
     dd = {name: getattr(c, name) for name in ("z_channels", "in_channels", "ch", "num_res_blocks", "dropout")}
     dd |= {"double_z": False, "resolution": c.image_size, "out_ch": c.in_channels}
     dd |= {"ch_mult": list(c.ch_mult), "attn_resolutions": list(c.attn_resolutions)}
@@ -365,16 +336,10 @@ def export_vqgan(model: VQGAN) -> tuple[dict[str, Tensor], dict]:
 
 
 def export(model: VQGAN | TwoStage, path: str | Path, config: str | Path) -> None:
-    """Write a first-stage model as the official code would: {"state_dict"} and its yaml. Raises UserError for what has
-    no place there, as a transformer: its condition tokens are numbered behind the codes, there both use one range."""
+    """Write a first-stage model as the official code would: {"state_dict"} and its yaml. Raises UserError."""
     import yaml
 
-    if not isinstance(model, VQGAN):
-        raise UserError("only first-stage models can be exported: the official code numbers condition tokens otherwise")
-    try:
-        state, described = export_vqgan(model)
-    except ValueError as error:
-        raise UserError(f"this model cannot be exported: {error}") from None
+    state, described = export_vqgan(model)
     torch.save({"state_dict": state}, path)
     Path(config).write_text(yaml.safe_dump({"model": described}, sort_keys=False))
 
@@ -384,21 +349,21 @@ def open_model(path: str | Path, config: str | Path | None) -> VQGAN | TwoStage:
     return load(path, config) if config else checkpoint.load(path)
 
 
-def main() -> int:
+def main(argv: list[str] | None = None) -> int:
     p = flags.Parser(prog="python -m minvqgan.harness.official", description="Convert official checkpoints.")
     p.add_argument("--export", action="store_true", help="the other way: OURS.pt OUT.ckpt OUT.yaml")
     p.add_argument("files", nargs=3, metavar="FILE", help="IN.ckpt IN.yaml OUT.pt")
-    args = p.parse_args()
+    args = p.parse_args(argv)
     first, second, third = args.files
-    out = second if args.export else third
-    for target_file in (second, third) if args.export else (third,):
-        if Path(target_file).exists():
-            raise UserError(f"{target_file} exists already")
+    outputs = (second, third) if args.export else (third,)
+    for path in outputs:
+        if Path(path).exists():
+            raise UserError(f"{path} exists already")
     if args.export:
         export(checkpoint.load(first), second, third)
     else:
         checkpoint.save_model(third, load(first, second))
-    print(f"{first} -> {out}")
+    print(f"{first} -> {outputs[0]}")
     return 0
 
 
