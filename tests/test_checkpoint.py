@@ -110,6 +110,7 @@ def test_files_that_do_not_fit(saved, tmp_path):
     refused("surprise is unknown", model=state | {"surprise": torch.zeros(1)})
     refused(r"to_code.bias is \(99,\) in the file, \(4,\)", model=state | {"to_code.bias": torch.zeros(99)})
     refused("does not fit", model=state | {"to_code.bias": 3.0})
+    refused("to_code.bias overlaps itself", model=state | {"to_code.bias": torch.zeros(1).expand(4)})
     refused("does not fit", model=[1, 2])
     gigantic = {"ch": 2**20, "codebook_size": 2**40}  # refused before it gets memory
     refused("does not fit", config=vars(CONFIG) | gigantic)
@@ -150,10 +151,10 @@ def test_weights_that_are_not_finite_replace_nothing(saved):
     path, vqgan = saved
     before = path.read_bytes()
     state = vqgan.state_dict() | {"decoder.conv_out.bias": torch.tensor([0.0, float("nan"), 0.0])}
-    with pytest.raises(UserError, match=r"opt_g\.state\.0 is not finite"):
+    with pytest.raises(UserError, match=r"opt_g\.state\.0 is no longer finite"):
         checkpoint.save(path, "vqgan", model=vqgan.state_dict(), opt_g={"state": [torch.tensor(float("inf"))]})
     for target, kept in ((path, True), (path.with_name("first.pt"), False)):
-        with pytest.raises(UserError, match=r"model\.decoder\.conv_out\.bias is not finite") as error:
+        with pytest.raises(UserError, match=r"model\.decoder\.conv_out\.bias is no longer finite") as error:
             checkpoint.save(target, "vqgan", model=state)
         assert ("keeps the last good state" in str(error.value)) == kept  # where there is one
     assert path.read_bytes() == before and not path.with_name("first.pt").exists()

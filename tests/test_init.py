@@ -92,7 +92,7 @@ def test_what_does_not_fit_is_named_and_stays(old):
 
 
 def test_files_that_have_nothing_to_give(old, tmp_path):
-    with pytest.raises(UserError, match=r"old\.pt does not fit: nothing in it has the names and shapes"):
+    with pytest.raises(UserError, match=r"old\.pt does not fit: none of its weights has a place"):
         checkpoint.init_from(old[0], two_stage(16, 0))
     (tmp_path / "text.pt").write_text("hello")
     for name, match in (("text.pt", "truncated"), ("absent.pt", "no checkpoint")):

@@ -197,7 +197,7 @@ def test_back_in_the_official_layout(tmp_path):
     official.export(model.vqgan, tmp_path / "back.ckpt", tmp_path / "back.yaml")
     again = official.load(tmp_path / "back.ckpt", tmp_path / "back.yaml")
     assert again.config == model.vqgan.config and same(again.state_dict(), model.vqgan.state_dict())
-    with pytest.raises(UserError, match="only first-stage models"):
+    with pytest.raises(UserError, match="only first stages"):
         official.export(model, tmp_path / "a.ckpt", tmp_path / "a.yaml")
 
 
@@ -219,7 +219,7 @@ def test_orders_of_the_permuters(tmp_path):
             if fits:
                 assert torch.equal(official.load(path, config).order, model.order)
             else:
-                with pytest.raises(UserError, match="another order"):
+                with pytest.raises(UserError, match="is not the order of"):
                     official.load(path, config)
 
 
@@ -242,7 +242,7 @@ def test_convert_on_the_command_line(tmp_path):
     assert run("--export", "first.pt", "back.ckpt", "back.yaml").returncode == 0
     back = official.load(tmp_path / "back.ckpt", tmp_path / "back.yaml")
     assert same(back.state_dict(), model.vqgan.state_dict())
-    assert_one_line_error(run("--export", "ours.pt", "x.ckpt", "x.yaml"), "only first-stage models")
+    assert_one_line_error(run("--export", "ours.pt", "x.ckpt", "x.yaml"), "only first stages")
     assert_one_line_error(run("last.ckpt", "project.yaml", "ours.pt"), "ours.pt exists")
     small = minvqgan.VQGAN(minvqgan.VQGANConfig())
     checkpoint.save_model(tmp_path / "small.pt", small)

@@ -1,11 +1,11 @@
 """Checkpoints: plain tensors in plain containers, written whole or not at all, read without executing anything.
 
-    minvqgan.load("runs/vqgan/last.pt")          the model of a file, in eval mode
-    checkpoint.save_model("mine.pt", model)      a model alone, without what only training needs
-    checkpoint.init_from("old.pt", model)        what fits of a file's weights into a new model
+    minvqgan.load("runs/vqgan/last.pt")         the model of a file, in eval mode
+    checkpoint.save_model("mine.pt", model)     a model alone, without what only training needs
+    checkpoint.init_from("old.pt", model)       copies into a new model what fits of a file's weights
 
-A file can be broken, incomplete or of another version. Everything that it can raise passes `door`, which makes one line
-of it; elsewhere an error is an error of the program and stays a traceback.
+A file can be broken, incomplete or of another version. Whatever it raises becomes one line in `door`. Any other error
+is an error of the program and stays a traceback.
 """
 
 import contextlib
@@ -40,9 +40,9 @@ FILE_ERRORS += (pickle.UnpicklingError, struct.error)
 
 @contextlib.contextmanager
 def door(file: File, says: str = "") -> Iterator[None]:
-    """Whatever a file's content raises within becomes a UserError of one line: the file and the first thing wrong.
+    """Turns what a file's content raises into a UserError of one line: the file and the first thing wrong.
 
-    says: words in place of the error's own, where those would help nobody.
+    says: replaces the error's own words.
     """
     try:
         yield
@@ -54,22 +54,22 @@ def door(file: File, says: str = "") -> Iterator[None]:
 
 
 def name_of(file: File) -> str:
-    """For messages: of a path, or of an open file if it has a name."""
+    """The name of a path or an open file, for messages."""
     return str(file if isinstance(file, (str, os.PathLike)) else getattr(file, "name", "the file"))
 
 
 def save(path: str | Path, kind: str, **content) -> None:
     """Write a checkpoint of a kind ("vqgan", "classifier", ...). `content`: tensors in plain containers.
 
-    It is written to a temporary name beside `path` and renamed once it is complete and on the disk, so `path` is always
-    either the old file or the new one. Raises OSError (disk full), or UserError for weights that are no longer finite,
-    with the old file intact.
+    The file is written under a temporary name beside `path`, synced to disk and then renamed, so `path` always holds
+    either the old checkpoint or the new one. Raises OSError (disk full), or UserError for weights that are NaN or
+    infinite; the old file stays intact.
     """
     path = Path(path)
     broken = _not_finite(content)
     if broken:
         kept = f"; {path} keeps the last good state" if path.exists() else ""
-        raise UserError(f"{broken} is not finite any more{kept}. Try a lower --lr")
+        raise UserError(f"{broken} is no longer finite{kept}. Try a lower --lr")
     try:
         with runtime.written_whole(path) as file:
             torch.save({"format": FORMAT, "kind": kind, **content}, file)
@@ -96,15 +96,15 @@ def unpickled(file: File, mmap: bool = False):
 
 
 def read(file: File, kind: str | None = None, needs: Iterable[str] = ()) -> dict:
-    """The content of a checkpoint of ours, on the CPU. kind: what it must hold. needs: names it must have to resume.
+    """The content of one of our checkpoints, on the CPU. kind: what it must hold. needs: what resuming needs of it.
 
-    Raises UserError for a file that is missing, broken, of another kind or incomplete, or that holds code.
+    Raises UserError for a file that is missing, broken, incomplete, of another kind, or that holds code.
     """
     content, name = unpickled(file), name_of(file)
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
+    if not isinstance(content, dict) or content.get("format") != FORMAT or "kind" not in content:
         raise UserError(f"{name} is not a minvqgan checkpoint. {OFFICIAL}")
-    if kind and content.get("kind") != kind:
-        raise UserError(f"{name} holds a {str(content.get('kind'))[:40]}, not a {kind}")
+    if kind and content["kind"] != kind:
+        raise UserError(f"{name} holds a {content['kind']}, not a {kind}")
     missing = next((need for need in needs if need not in content), None)
     if missing:
         raise UserError(f"{name} has no {missing}; training cannot resume from it")
@@ -112,48 +112,47 @@ def read(file: File, kind: str | None = None, needs: Iterable[str] = ()) -> dict
 
 
 def trained_with(path: str | Path) -> dict:
-    """The flags of the training that made a checkpoint, as far as other scripts ask for them: data, image_size,
-    resize, flip and seed, or fewer. Raises UserError."""
-    with door(path):
-        flags = dict(read(path).get("flags", {}))
-    names = ("data", "image_size", "resize", "flip", "seed")
+    """Those of --data, --image-size, --resize, --flip and --seed that a model was trained with. Raises UserError."""
+    flags, names = read(path).get("flags", {}), ("data", "image_size", "resize", "flip", "seed")
     return {name: flags[name] for name in names if flags.get(name) is not None}
 
 
 def config_from(cls, values: dict):
-    """A config dataclass from a checkpoint's plain dict. A field that the file lacks takes its default: a file from
-    before the field existed still loads. Raises ValueError for a field that this version does not know."""
+    """A config dataclass from a checkpoint's plain dict. A field that the file lacks takes its default, so files from
+    before the field existed still load. Raises ValueError for a field that this version does not know."""
     unknown = sorted(map(str, values.keys() - {field.name for field in fields(cls)}))
     if unknown:
-        raise ValueError(f"{cls.__name__} has no field {', '.join(unknown)}; is the file of a newer version?")
+        raise ValueError(f"{cls.__name__} has no field {', '.join(unknown)}; was it written by a newer version?")
     return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
 
 
 def fit(module: nn.Module, state: dict[str, Tensor], assign: bool = False) -> None:
-    """`load_state_dict`, strictly. Raises ValueError that names the first key that does not fit.
+    """A strict `load_state_dict` whose ValueError names the first key that does not fit.
 
-    A module on the meta device gets memory only here, after everything was compared: a configuration that asks for a
-    gigantic model costs nothing. assign: the file's tensors become the module's own, without a copy.
+    A module on the meta device gets its memory here, after all shapes were compared with the file's, so a config that
+    asks for a gigantic model is refused first. assign: the module takes over the file's tensors instead of copying.
     """
     own = module.state_dict()
     for key in sorted(own.keys() | state.keys()):
         if key not in state or key not in own:
-            raise ValueError(f"{key} is {'missing' if key in own else 'unknown'}; the file is of another configuration")
+            raise ValueError(f"{key} is {'missing' if key in own else 'unknown'}; its config describes another model")
         if own[key].shape != state[key].shape:
             raise ValueError(f"{key} is {tuple(state[key].shape)} in the file, {tuple(own[key].shape)} by its config")
+        if state[key].untyped_storage().nbytes() < state[key].nbytes:  # a gigantic one of a few bytes
+            raise ValueError(f"{key} overlaps itself")
     if any(t.is_meta for t in own.values()):
         module.to_empty(device="cpu")
         for name, buffer in module.named_buffers():
             if name not in own:
-                buffer.zero_()  # counters, which are not saved
+                buffer.zero_()  # a counter; counters are not saved
     module.load_state_dict(state, assign=assign)
 
 
 def _fit_optimizer(optimizer: torch.optim.Optimizer, saved: dict) -> None:
-    """Adam's saved state. Rates and betas stay as the script has set them.
+    """Load Adam's saved state; learning rates and betas stay as the script has set them. Raises ValueError.
 
-    The fused Adam writes through bare pointers, so a state of another shape or layout than its parameter's would crash
-    the process: each tensor is compared and copied into the layout of its parameter. Raises ValueError.
+    Fused Adam writes through raw pointers, so a state of another shape or memory layout than its parameter would crash
+    the process. Shapes are compared, and each tensor is copied into its parameter's layout.
     """
     parameters, states = [p for group in optimizer.param_groups for p in group["params"]], {}
     for i, state in saved["state"].items():
@@ -166,7 +165,7 @@ def _fit_optimizer(optimizer: torch.optim.Optimizer, saved: dict) -> None:
 
 
 def restore(saved: dict, parts: dict, path: str | Path) -> None:
-    """Fill each part (a module or an optimizer) from saved[name]. Raises UserError naming what does not fit."""
+    """Fill each part (a module or an optimizer) from saved[name]. Raises UserError that names what does not fit."""
     for name, part in parts.items():
         with door(path):
             (fit if isinstance(part, nn.Module) else _fit_optimizer)(part, saved[name])
@@ -178,13 +177,6 @@ def _build_vqgan(content: dict) -> VQGAN:
         model = VQGAN(config_from(VQGANConfig, content["config"]))
     fit(model, content["model"])
     return model.eval()
-
-
-def load_vqgan(path: str | Path) -> VQGAN:
-    """The VQGAN of a checkpoint (`last.pt`, `best.pt`), in eval mode, on the CPU. Raises UserError."""
-    content = read(path, "vqgan")
-    with door(path):
-        return _build_vqgan(content)
 
 
 def pack_two_stage(model: TwoStage) -> dict:
@@ -216,7 +208,7 @@ def _build_condition(stored: dict) -> Condition:
 
 
 def unpack_two_stage(content: dict, path: File) -> TwoStage:
-    """The model of a checkpoint's content, in eval mode. Raises UserError for parts that do not fit each other."""
+    """The model of a checkpoint's content, in eval mode. Raises UserError for parts that were not made together."""
     with door(path):
         vqgan, condition = _build_vqgan(content["vqgan"]), _build_condition(content["condition"])
         with torch.device("meta"):
@@ -226,34 +218,39 @@ def unpack_two_stage(content: dict, path: File) -> TwoStage:
 
 
 def save_model(path: str | Path, model: VQGAN | TwoStage) -> None:
-    """Write a model alone, without what only training needs: a file for `load`."""
+    """Write a model alone, without what only training needs. `load` reads it back."""
     if isinstance(model, VQGAN):
         save(path, "vqgan", config=asdict(model.config), model=model.state_dict())
     else:
         save(path, "two_stage", **pack_two_stage(model))
 
 
-def load(file: File) -> VQGAN | TwoStage:
-    """The model that a checkpoint holds, in eval mode, on the CPU. file: a path, or an open binary file that can seek.
-    Raises UserError."""
-    content = read(file)
-    if content.get("kind") == "two_stage":
+def load(file: File, kind: str | None = None) -> VQGAN | TwoStage:
+    """The model of a checkpoint, in eval mode, on the CPU. file: a path, or an open binary file that can seek. kind:
+    "vqgan" or "two_stage", where only one will do. Raises UserError."""
+    content = read(file, kind)
+    if content["kind"] == "two_stage":
         return unpack_two_stage(content, file)
-    if content.get("kind") != "vqgan":
-        raise UserError(f"{name_of(file)} holds a {str(content.get('kind'))[:40]}, not a vqgan or two_stage model")
+    if content["kind"] != "vqgan":
+        raise UserError(f"{name_of(file)} holds a {content['kind']}, not a vqgan or two_stage model")
     with door(file):
         return _build_vqgan(content)
 
 
-def init_from(path: str | Path, model: VQGAN | TwoStage, **others: nn.Module) -> str:
-    """Fill a new model with what fits of a checkpoint's weights, ours or official; returns a line that says what does.
+def load_vqgan(path: File) -> VQGAN:
+    """`load` for a file that must hold a VQGAN."""
+    return load(path, "vqgan")
 
-    A VQGAN takes those of a first-stage model, a TwoStage those of a transformer (its first stage is given). others:
-    `discriminator=D`, filled where the file has one. A tensor fits if it has the same place in the network, by its
-    official name, and the same shape. From another codebook the first codes are taken; the rest stays as it is and
-    counts as dead, so call this before the first `revive_dead_codes`. Raises UserError where nothing fits.
+
+def init_from(path: str | Path, model: VQGAN | TwoStage, **others: nn.Module) -> str:
+    """Copy what fits of a checkpoint's weights, ours or official, into a new model. Returns a line that says what fits.
+
+    A VQGAN takes the first stage's weights, a TwoStage the transformer's (it has a first stage already). others:
+    `discriminator=D`, filled if the file has one. A tensor fits if it has the same place in the network (its official
+    name says which) and the same shape. If the codebooks differ in size, the first codes are copied; the rest keep
+    their values and count as dead, so call this before the first `revive_dead_codes`. Raises UserError if nothing fits.
     """
-    from . import official  # which reads files by means of this module
+    from . import official  # here, because it imports this module
 
     part, module = ("gpt", model.gpt) if isinstance(model, TwoStage) else ("vqgan", model)
     found, said = official.weights(path), []
@@ -264,16 +261,16 @@ def init_from(path: str | Path, model: VQGAN | TwoStage, **others: nn.Module) ->
     return f"weights from {path}; " + "; ".join(said)
 
 
-# Their rows are codes: of another codebook size the first ones are taken.
+# One row per code: if the codebooks differ in size, the first rows are copied.
 CODE_ROWS = ("quantizer.codebook.weight", "quantizer.recent_use", "head.weight", "codes")
 
 
 @torch.no_grad()
 def _take(module: nn.Module, found: dict[str, Tensor], names: dict[str, str]) -> str:
-    """Copy what fits; returns what did and what did not. names: our key -> that in `found`."""
+    """Copy what fits and say what did and what did not. names: our key -> the one in `found`."""
     own = module.state_dict()
     new = {key: found[names.get(key, key)] for key in own if names.get(key, key) in found}
-    if "token_embedding.weight" in new:  # condition tokens are numbered behind the codes
+    if "token_embedding.weight" in new:  # condition tokens come after the codes
         for state in (own, new):
             K, tokens = len(state["head.weight"]), state.pop("token_embedding.weight")
             state |= {"codes": tokens[:K], "condition tokens": tokens[K:]}
@@ -287,7 +284,7 @@ def _take(module: nn.Module, found: dict[str, Tensor], names: dict[str, str]) ->
         else:
             left.append(key)
     if len(left) == len(own):
-        raise ValueError("nothing in it has the names and shapes of this model")
+        raise ValueError("none of its weights has a place in this model")
     line = ", ".join([f"{len(own) - len(left)} of {len(own)} tensors", *partly])
     more = f" and {len(left) - 8} more" if left[8:] else ""
     return line + (f"; not in it or of another shape: {', '.join(left[:8])}{more}" if left else "")

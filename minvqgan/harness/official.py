@@ -1,12 +1,11 @@
-"""The published models of the paper's authors (CompVis/taming-transformers) in ours, and our first-stage models in
-their layout.
+"""Converts between the official models (CompVis/taming-transformers) and ours.
 
-    python -m minvqgan.harness.official last.ckpt project.yaml OUT.pt             theirs -> ours, once
-    python -m minvqgan.harness.official --export OURS.pt last.ckpt project.yaml   ours -> theirs
+    python -m minvqgan.harness.official last.ckpt project.yaml OUT.pt             official -> ours
+    python -m minvqgan.harness.official --export OURS.pt last.ckpt project.yaml   ours -> official, first stages only
 
-Both sides hold the same tensors, so the mapping is a table from our names to the official ones, made by walking a
+Both sides hold the same tensors under different names, so the mapping is a table of names. It is made by walking a
 configuration as the official constructors do. Every key of a file is used, known to be unneeded, or reported: a
-checkpoint that is loaded only in part gives images that are almost right, and costs days to find.
+checkpoint loaded only in part gives images that are almost right, and the reason takes days to find.
 """
 
 import contextlib
@@ -24,10 +23,10 @@ from ..vqgan import VQGAN, VQGANConfig
 from . import checkpoint, flags, runtime
 from .runtime import UserError, first_line
 
-# What an official file holds beside the model: the discriminator and LPIPS, and random colours to paint label maps in.
+# In a first stage's file beside the model: the discriminator, LPIPS, and random colours for showing label maps.
 UNNEEDED = ("loss.", "colorize")
 
-# The last part of the official class names is enough to tell them apart.
+# Official class names, without their modules.
 FIRST_STAGES = ("VQModel", "VQNoDiscModel", "VQSegmentationModel", "GumbelVQ")
 ORDER_NAMES = {
     "Identity": "row",
@@ -40,19 +39,18 @@ ORDER_NAMES = {
 
 
 class Inert:
-    """Stands in for every class that a file mentions. Calling it gives a plain dict, the one type whose attributes and
-    items torch's safe unpickler sets."""
+    """Stands in for every class that a file mentions. Its instances are plain dicts, the only objects that torch's safe
+    unpickler lets a file set attributes and items of."""
 
     def __new__(cls, *args, **kwargs):
         return OrderedDict()
 
 
 def _content(path: str | Path):
-    """What somebody else's checkpoint holds. It is mapped from the file, so a large one takes memory only where it is
-    used.
+    """What a file holds, mapped into memory: of a large file only what is used is read. Raises UserError.
 
-    Files of old Lightning versions hold pickled callbacks and hyper-parameters beside the weights. They are read as
-    `Inert`: nothing of theirs is imported or executed. Raises UserError.
+    Lightning saves pickled callbacks and hyperparameters beside the weights. They become `Inert`: nothing in the file
+    is imported or executed.
     """
     classes = []
     with contextlib.suppress(*checkpoint.FILE_ERRORS):  # `unpickled` says what is wrong
@@ -80,22 +78,22 @@ def vqgan_config(
 ) -> VQGANConfig:
     """Our configuration from the official `ddconfig`, `n_embed` and `embed_dim`.
 
-    legacy: the published models were trained with beta on the codebook term. Further fields of VQGANConfig
-    (`input_kind`, `gumbel`) pass through. Raises ValueError for what no published VQGAN uses (double_z, other channels
-    out than in), and ValueError or TypeError for what no VQGAN can be.
+    legacy: the published models were trained with beta on the codebook term. ours: further fields of VQGANConfig
+    (`input_kind`, `gumbel`). Raises ValueError for unknown fields, bad values, and what no published VQGAN uses
+    (double_z, out_ch unlike in_channels).
     """
     dd = dict(ddconfig)
     if dd.pop("double_z", False):
         raise ValueError("double_z = True is a KL autoencoder, not a VQGAN")
     if dd.pop("out_ch", dd["in_channels"]) != dd["in_channels"]:
-        raise ValueError("out_ch differs from in_channels; a VQGAN reconstructs what it reads")
+        raise ValueError("out_ch differs from in_channels; a VQGAN reconstructs its input")
     dd |= {"image_size": dd.pop("resolution"), "norm_groups": 32, "codebook_size": n_embed, "code_dim": embed_dim}
     return checkpoint.config_from(VQGANConfig, dd | {"beta": beta, "legacy": legacy} | ours)
 
 
 def first_stage_config(node: dict, key: str = "image") -> VQGANConfig:
-    """From a yaml's {target, params} of a first stage. key: what it is fed with (`image`, `depth`, `segmentation`);
-    where params name an image_key, that counts. Raises ValueError for a model that is none of FIRST_STAGES."""
+    """From a yaml's {target, params} of a first stage. key: what the model reads (`image`, `depth`, `segmentation`),
+    unless params have an image_key. Raises ValueError for a model that is none of FIRST_STAGES."""
     name, params = class_name(node), node["params"]
     if name not in FIRST_STAGES:
         raise ValueError(f"{name} is not one of {', '.join(FIRST_STAGES)}")
@@ -139,7 +137,7 @@ def _decoder_names(c: VQGANConfig) -> list[str]:
 
 
 def names(module: nn.Module) -> dict[str, str]:
-    """Our key -> the official one, of what both save of a VQGAN, a GPT (see `joined`) or a discriminator."""
+    """Our key -> the official key, for each tensor of a VQGAN, GPT (see `joined`) or discriminator that both have."""
     if isinstance(module, GPT):
         words = {"position_embedding": "pos_emb", "token_embedding": "tok_emb", "attention": "attn"}
         words |= {"norm1": "ln1", "norm2": "ln2", "norm": "ln_f"}
@@ -161,16 +159,16 @@ def names(module: nn.Module) -> dict[str, str]:
 
 
 def first_stage(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """An official first stage's `state_dict` without what ours does not need, and with what only ours has: how often
-    each code was chosen lately. All count as in use, or training would revive them."""
+    """An official first stage's `state_dict` without UNNEEDED, plus the one tensor that only ours has, the recent use
+    of each code. All codes count as used; otherwise further training would revive, that is replace, them."""
     state = {key: t for key, t in state.items() if not key.startswith(UNNEEDED)}
     K = len(state.get("quantize.embedding.weight", ()))
     return state | ({"quantizer.recent_use": torch.full((K,), 1 / K)} if K else {})
 
 
 def joined(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The official GPT's `state_dict` with one layer for query, key and value, positions (T, C) instead of (1, T, C),
-    and without the causal masks (attn.mask)."""
+    """The official GPT's `state_dict` in our shapes: query, key and value in one layer, positions (T, C) instead of
+    (1, T, C), no causal masks (attn.mask)."""
     state = {key: t for key, t in state.items() if not key.endswith("attn.mask")}
     for query in [key for key in state if ".attn.query." in key]:
         parts = [query.replace("query", name) for name in ("query", "key", "value")]
@@ -181,8 +179,8 @@ def joined(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def weights(path: str | Path) -> dict[str, dict[str, Tensor]]:
-    """The tensors of any checkpoint, ours or official, under their official names: of its "vqgan", "gpt" and
-    "discriminator", as far as it has them. Raises UserError."""
+    """The tensors of a checkpoint, ours or official, under official names, for each of "vqgan", "gpt" and
+    "discriminator" that it has. Raises UserError."""
     content = _content(path)
     if not isinstance(content, dict) or content.get("format") != checkpoint.FORMAT:
         state = read(path)
@@ -200,17 +198,16 @@ def weights(path: str | Path) -> dict[str, dict[str, Tensor]]:
 
 
 def _fill(module: nn.Module, state: dict[str, Tensor]) -> None:
-    """The official tensors become the module's own, without a copy where they are float32 already. Raises ValueError
-    that names the first key without a counterpart on the other side, or of another shape."""
+    """The module takes over the official tensors, without a copy if they are float32 already. Raises ValueError that
+    names the first key without a counterpart, or of another shape."""
     ours, own = {theirs: key for key, theirs in names(module).items()}, module.state_dict()
     new = {ours.get(key, key): tensor for key, tensor in state.items()}
     checkpoint.fit(module, {k: t.to(own[k].dtype) if k in own else t for k, t in new.items()}, assign=True)
 
 
 def load_vqgan(state: dict[str, Tensor], config: VQGANConfig) -> VQGAN:
-    """A VQGAN from an official VQModel's, VQSegmentationModel's or GumbelVQ's `state_dict`. Raises ValueError naming
-    the first key that does not fit."""
-    with torch.device("meta"):  # shapes without memory or initialisation: the file's own tensors take their places
+    """A VQGAN from an official first stage's `state_dict`. Raises ValueError for the first key that does not fit."""
+    with torch.device("meta"):  # no memory and no initialisation: the file's tensors are used as they are
         model = VQGAN(config)
     _fill(model, first_stage(state))
     return model.eval()
@@ -223,12 +220,12 @@ def load_discriminator(module: nn.Module, state: dict[str, Tensor]) -> nn.Module
 
 
 def load_gpt(state: dict[str, Tensor], config: dict) -> GPT:
-    """A GPT from the official GPT's `state_dict` and its yaml's params. Raises ValueError naming what does not fit.
+    """A GPT from the official GPT's `state_dict` and its yaml's params. Raises ValueError for what does not fit.
 
-    Codes and condition share one range there, so every token is a code here and none is the condition's alone.
+    There, codes and condition tokens share one range of numbers. Here, all of them count as codes.
     """
     if config.get("n_unmasked"):
-        raise ValueError("n_unmasked > 0: a transformer whose condition is read without a causal mask is not supported")
+        raise ValueError("n_unmasked > 0 (no causal mask on the condition) is not supported")
     sizes = {name: config[name] for name in ("block_size", "n_layer", "n_head", "n_embd")}
     with torch.device("meta"):
         gpt = GPT(GPTConfig(num_codes=config["vocab_size"], num_cond=0, dropout=0.0, **sizes))
@@ -237,14 +234,14 @@ def load_gpt(state: dict[str, Tensor], config: dict) -> GPT:
 
 
 def _condition(params: dict, config: VQGANConfig, state: dict[str, Tensor]) -> Condition:
-    """The condition of an official Net2NetTransformer; state: that of its cond_stage_model."""
+    """The condition of an official Net2NetTransformer. state: the `state_dict` of its cond_stage_model."""
     node = params.get("cond_stage_config")
     if params.get("unconditional") or node == "__is_unconditional__":
         if params.get("sos_token", 0) != 0:
-            raise ValueError(f"sos_token is {params['sos_token']}; 0 is supported, which all published models have")
+            raise ValueError(f"sos_token is {params['sos_token']}; only 0 is supported, as in all published models")
         return NoCondition()
     if params.get("downsample_cond_size", -1) != -1:
-        raise ValueError("downsample_cond_size: conditions of another size than the image are not supported")
+        raise ValueError("downsample_cond_size (a condition smaller than the image) is not supported")
     if node == "__is_first_stage__":
         return SpatialCondition(load_vqgan(state, config))
     if class_name(node) == "Labelator":
@@ -255,8 +252,8 @@ def _condition(params: dict, config: VQGANConfig, state: dict[str, Tensor]) -> C
 
 
 def load_two_stage(state: dict[str, Tensor], params: dict) -> TwoStage:
-    """A whole model from the official Net2NetTransformer's `state_dict` and its yaml's `params`. Raises ValueError
-    naming the first key that does not fit."""
+    """Both stages from an official Net2NetTransformer's `state_dict` and its yaml's params. Raises ValueError for the
+    first key that does not fit."""
     parts = {name: {} for name in ("first_stage_model", "cond_stage_model", "transformer", "permuter")}
     for key, tensor in state.items():
         part, _, rest = key.partition(".")
@@ -269,7 +266,7 @@ def load_two_stage(state: dict[str, Tensor], params: dict) -> TwoStage:
     condition = _condition(params, config, parts["cond_stage_model"])
     if parts["cond_stage_model"] and condition.kind != "spatial":
         raise ValueError(f"official key without a place here: cond_stage_model.{next(iter(parts['cond_stage_model']))}")
-    # The grid is square: block_size holds T codes and as many condition tokens, or T codes and at most one.
+    # The latent map is square: block_size is 2T for a condition of T tokens, T or T + 1 for one of at most one token.
     n = isqrt(gpt.config.block_size // 2 if condition.is_map else gpt.config.block_size)
     permuter = class_name(params.get("permuter_config") or {"target": "Identity"})
     if permuter not in ORDER_NAMES:
@@ -277,11 +274,11 @@ def load_two_stage(state: dict[str, Tensor], params: dict) -> TwoStage:
     classes = tuple(map(str, range(condition.num_tokens))) if condition.kind == "class" else ()
     config = TwoStageConfig(n=n, order=ORDER_NAMES[permuter], shared_range=True, classes=classes)
     model = TwoStage(vqgan, condition, gpt, config).eval()
-    # A permuter saves its permutation and the way back; both must be those that its name stands for.
+    # A permuter saves its order and the inverse; both must be those of its class.
     orders = {"forward_shuffle_idx": model.order, "backward_shuffle_idx": model.order.argsort()}
     for key, tensor in parts["permuter"].items():
         if key not in orders or not torch.equal(tensor.long(), orders[key]):
-            raise ValueError(f"permuter.{key} is another order than the configuration's")
+            raise ValueError(f"permuter.{key} is not the order of {permuter}")
     return model
 
 
@@ -291,8 +288,6 @@ def read_config(path: str | Path) -> dict:
         import yaml
     except ImportError:
         raise UserError("reading an official configuration needs PyYAML: pip install pyyaml") from None
-    if not Path(path).is_file():
-        raise UserError(f"no configuration at {path}")
     try:
         model = yaml.safe_load(Path(path).read_bytes())["model"]
         return {"target": model["target"], "params": model["params"]}
@@ -301,7 +296,7 @@ def read_config(path: str | Path) -> dict:
 
 
 def load(path: str | Path, config: str | Path) -> VQGAN | TwoStage:
-    """The model of an official checkpoint and the yaml beside it, in eval mode, on the CPU. Raises UserError."""
+    """The model of an official checkpoint and its yaml, in eval mode, on the CPU. Raises UserError."""
     model = read_config(config)
     state = read(path)
     with checkpoint.door(f"{path} with {config}"):
@@ -311,11 +306,10 @@ def load(path: str | Path, config: str | Path) -> VQGAN | TwoStage:
 
 
 def export_vqgan(model: VQGAN) -> tuple[dict[str, Tensor], dict]:
-    """(`state_dict` with the official keys, {target, params} for the yaml). Raises UserError for what has no place
-    there: other than 32 norm groups, normalised codes, or a transformer, for there codes and condition share one range
-    of numbers."""
+    """(`state_dict` with official keys, {target, params} for the yaml). Raises UserError for what the official code
+    does not have."""
     if not isinstance(model, VQGAN):
-        raise UserError("only first-stage models can be exported: the official code numbers condition tokens otherwise")
+        raise UserError("only first stages can be exported: the official code numbers condition tokens differently")
     c, state = model.config, model.state_dict()
     if c.norm_groups != 32 or c.l2_norm:
         raise UserError("cannot be exported: the official code has 32 norm groups and no l2-normalised codes")
@@ -336,7 +330,7 @@ def export_vqgan(model: VQGAN) -> tuple[dict[str, Tensor], dict]:
 
 
 def export(model: VQGAN | TwoStage, path: str | Path, config: str | Path) -> None:
-    """Write a first-stage model as the official code would: {"state_dict"} and its yaml. Raises UserError."""
+    """Write a first-stage model as the official code does: {"state_dict"} and a yaml. Raises UserError."""
     import yaml
 
     state, described = export_vqgan(model)
@@ -345,13 +339,15 @@ def export(model: VQGAN | TwoStage, path: str | Path, config: str | Path) -> Non
 
 
 def open_model(path: str | Path, config: str | Path | None) -> VQGAN | TwoStage:
-    """The model of a checkpoint of ours, or of an official one if `config` names its yaml. Raises UserError."""
+    """The model of one of our checkpoints, or of an official one if `config` names its yaml. Raises UserError."""
     return load(path, config) if config else checkpoint.load(path)
 
 
 def main(argv: list[str] | None = None) -> int:
-    p = flags.Parser(prog="python -m minvqgan.harness.official", description="Convert official checkpoints.")
-    p.add_argument("--export", action="store_true", help="the other way: OURS.pt OUT.ckpt OUT.yaml")
+    p = flags.Parser(
+        prog="python -m minvqgan.harness.official", description="Convert an official checkpoint to ours, or back."
+    )
+    p.add_argument("--export", action="store_true", help="ours to official: IN.pt OUT.ckpt OUT.yaml")
     p.add_argument("files", nargs=3, metavar="FILE", help="IN.ckpt IN.yaml OUT.pt")
     args = p.parse_args(argv)
     first, second, third = args.files
