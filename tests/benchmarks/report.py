@@ -57,8 +57,13 @@ def flags_of(script: dict, preset: str, **changes):
     words = ["--preset", preset]
     for name, value in changes.items():
         words += ["--" + name.replace("_", "-"), str(value)]
-    with mock.patch("sys.argv", ["", *words]):
-        return script["parse_flags"]()[0]
+    return script["parse_flags"](words)[0]
+
+
+def random_lpips(name: str, image_size: int) -> LPIPS:
+    """On VGG16 of random weights, which takes the same time and no download."""
+    weights = [torch.rand(c) for c in (64, 128, 256, 512, 512)]
+    return LPIPS(VGG16Features(torchvision.models.vgg16(weights=None).features), weights)
 
 
 class StageOne:
@@ -68,15 +73,9 @@ class StageOne:
         args = flags_of(TRAIN_VQGAN, preset, **changes)
         args.compile = compiled
         TRAIN_VQGAN["check"](args)
-        lpips = None
-        if args.perceptual == "vgg16":
-            weights = [torch.rand(c) for c in (64, 128, 256, 512, 512)]  # of the right shape: the time is the same
-            lpips = LPIPS(VGG16Features(torchvision.models.vgg16(weights=None).features), weights)
-        elif args.perceptual != "none":
-            lpips = judges.load_perceptual(args.perceptual, args.image_size)
-        torch.manual_seed(0)
-        built = TRAIN_VQGAN["build"](args, 3, lpips, device)
-        self.vqgan, self.disc, self.lpips, self.opt_g, self.opt_d = built
+        load = random_lpips if args.perceptual == "vgg16" else judges.load_perceptual
+        with mock.patch.object(judges, "load_perceptual", load):
+            self.vqgan, self.disc, self.lpips, self.opt_g, self.opt_d = TRAIN_VQGAN["build"](args, device)
         self.amp, self.objective = amp, flags.config(ObjectiveConfig, args)
         x = torch.rand(args.batch_size, 3, args.image_size, args.image_size, device=device) * 2 - 1
         self.x = x.contiguous(memory_format=torch.channels_last)

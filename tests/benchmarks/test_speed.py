@@ -211,8 +211,9 @@ def test_256_codes(B, cached, float32, bfloat16, how):
     """Alone, in float32, both wait for the same weights to be read."""
     plain, gpts = both(257, *((8, 512) if cached else (6, 256)))
     start, u = torch.full((B, 1), K), torch.rand(B, 256)
+    what = f"256 codes, batch {B}, {'top-k and top-p' if how.top_k else 'no filter'}"
     compare(
-        f"256 codes, batch {B}, {'top-k and top-p' if how.top_k else 'no filter'}, theirs {'with' if cached else 'without'} a cache",
+        f"{what}, theirs {'with' if cached else 'without'} a cache",
         lambda: plain.sample(start, 256, how, cached),
         {name: lambda gpt=gpt: sampler.continue_tokens(gpt, start, start[:, :0], u, how) for name, gpt in gpts.items()},
         {"float32": float32, "bfloat16": bfloat16},
