@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from minvqgan import sampler
-from minvqgan.harness import data, flags, imagefiles, official, pictures, runtime
+from minvqgan.harness import data, flags, imagefiles, official, pictures, processes, runtime
 from minvqgan.harness.judges import load_classifier, match_classes
 from minvqgan.harness.runtime import UserError
 from minvqgan.two_stage import TwoStage
@@ -246,7 +246,7 @@ def conditions(model: TwoStage, start: Start, number: int | None, count: int, de
 def main() -> int:
     args = parse_flags()
     device = runtime.pick_device(args.device)
-    rank, world = runtime.init_processes(device)
+    rank, world = processes.start(device)
     model = official.open_model(args.gpt, args.official_config)
     if not isinstance(model, TwoStage):
         raise UserError(f"{args.gpt} holds a VQGAN, not a transformer; train one: train_gpt.py --vqgan {args.gpt}")
@@ -289,8 +289,8 @@ def main() -> int:
                     classifier(pictures.to_rgb(part, kind).to(device)).softmax(1)[:, number_of[number]]
                     for part in images.split(64)
                 ]
-            scores = runtime.gathered(torch.cat(scores), rank, world)
-        images = runtime.gathered(images, rank, world)  # (per_row, C, H, W)
+            scores = processes.gathered(torch.cat(scores), rank, world)
+        images = processes.gathered(images, rank, world)  # (per_row, C, H, W)
         if rank > 0:
             continue
         if classifier is not None:

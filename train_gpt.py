@@ -4,11 +4,12 @@
     python train_gpt.py --vqgan V.pt --data photos --cond none
     python train_gpt.py --vqgan V.pt --cond spatial --cond-vqgan LABELS.pt --data streets
 
-The loop in `main` sees tokens alone: the first-stage model is frozen, and where images are not cropped at random, their
+The loop in `main` sees tokens alone: the first-stage model is frozen, and where images are not cropped at random their
 codes are computed once. The loss is `TwoStage.forward`, in `minvqgan/two_stage.py`.
 """
 
 import math
+import shlex
 from argparse import BooleanOptionalAction
 from dataclasses import asdict
 
@@ -16,13 +17,15 @@ import torch
 
 from minvqgan.conditioning import ClassCondition, CoordinateCondition, NoCondition, SpatialCondition
 from minvqgan.gpt import GPT, GPTConfig, parameter_groups
-from minvqgan.harness import checkpoint, data, flags, official, pictures, runtime, tokens
+from minvqgan.harness import checkpoint, data, flags, official, pictures, processes, runtime, tokens
 from minvqgan.harness.run import Run
 from minvqgan.harness.runtime import UserError
+from minvqgan.layers import seeded
 from minvqgan.two_stage import TwoStage, TwoStageConfig, condition_length, sequence_length
 from minvqgan.vqgan import VQGAN
 
-# A preset is a line of flags, complete in itself; those of the command line come after it. How they were found: results/LOG.md.
+# A preset is a line of flags, complete in itself; flags on the command line win over it. How they were found:
+# results/LOG.md.
 PRESETS = {
     # 0.9 M parameters: for the built-in shapes, CIFAR-10 and a laptop.
     "tiny": """
@@ -32,7 +35,7 @@ PRESETS = {
     "small": """
         --n-layer 8 --n-head 8 --n-embd 512 --dropout 0.1 --batch-size 64 --steps 20000 --lr 5e-4 --warmup 0.02
         --weight-decay 0.01 --drop-cond 0.1 --pkeep 1 --log-every 100 --val-every 1000 --save-every 1000""",
-    # The paper's of 307 M parameters (Tab. 8); 306 M with 1024 codes and as many classes.
+    # The paper's, 307 M parameters (Tab. 8); 306 M with 1024 codes and 1024 classes.
     # DEPARTURE: the official configurations keep lr constant, do not clip gradients and never drop the condition.
     "gpt2-medium": """
         --n-layer 24 --n-head 16 --n-embd 1024 --dropout 0 --batch-size 32 --steps 500000 --lr 1.5e-4 --warmup 0.02
@@ -40,27 +43,24 @@ PRESETS = {
 }
 
 COLUMNS = "step seconds lr loss val_nats val_bits_per_pixel".split()
-PANELS = [["loss", "val_nats"], ["val_bits_per_pixel"]]
+PANELS = [["loss", "val_nats"], ["val_bits_per_pixel"]]  # of loss.png
 
 
-def parse_flags():
+def parse_flags(argv: list[str] | None = None):
+    """(flags, checkpoint to resume from or None). Raises UserError."""
     p = flags.Parser(description=__doc__)
     t = flags.add_run_flags(p, PRESETS, out="runs/gpt")
     t.add_argument("--lr", type=flags.rate, help="highest learning rate of AdamW (betas 0.9, 0.95)")
     t.add_argument("--weight-decay", type=flags.weight, help="on matrices only")
     t.add_argument("--pkeep", type=flags.fraction, help="fraction of input codes kept; the rest become random")
 
-    g = p.add_argument_group("data and condition")
+    g, inherited = p.add_argument_group("data and condition"), "(the first-stage model's)"
     g.add_argument("--vqgan", default="runs/vqgan/last.pt", help="checkpoint of train_vqgan.py: the first-stage model")
     g.add_argument("--official-config", metavar="YAML", help="--vqgan is a checkpoint of the paper's authors; its yaml")
-    g.add_argument("--data", help="as in train_vqgan.py (what the first-stage model was trained on)")
-    g.add_argument("--image-size", type=flags.size, help="side of the images or crops (the first-stage model's)")
-    g.add_argument(
-        "--resize", type=flags.size, help="scale the shorter side to this, then crop (the first-stage model's)"
-    )
-    g.add_argument(
-        "--flip", action=BooleanOptionalAction, help="train on mirrored images too (the first-stage model's)"
-    )
+    g.add_argument("--data", help=f"as in train_vqgan.py {inherited}")
+    g.add_argument("--image-size", type=flags.size, help=f"side of the images or crops {inherited}")
+    g.add_argument("--resize", type=flags.size, help=f"scale the shorter side to this, then crop {inherited}")
+    g.add_argument("--flip", action=BooleanOptionalAction, help=f"train on mirrored images too {inherited}")
     g.add_argument("--cond", default="class", choices=["none", "class", "coords", "spatial"], help="what c is")
     g.add_argument("--cond-vqgan", help="checkpoint of the first-stage model of c, for --cond spatial")
     g.add_argument("--coord-levels", type=flags.size, default=1024, help="steps that coordinates are rounded to")
@@ -69,7 +69,7 @@ def parse_flags():
     g = p.add_argument_group("transformer")
     flags.add_fields(g, GPTConfig)
     flags.add_fields(g, TwoStageConfig)
-    return flags.parse(p, PRESETS, "two_stage")
+    return flags.parse(p, PRESETS, "two_stage", argv)
 
 
 def learning_rate(args, step: int) -> float:
@@ -101,7 +101,7 @@ def open_first_stage(args) -> VQGAN:
 
 
 def make_condition(args, vqgan: VQGAN):
-    """The condition, or None for classes: how many there are only the data knows. Raises UserError."""
+    """The condition, or None for classes, whose number only the data knows. Raises UserError."""
     if args.cond == "none":
         return NoCondition()
     if args.cond == "coords":
@@ -130,7 +130,8 @@ def build(args, vqgan: VQGAN, condition, classes: tuple[str, ...]) -> TwoStage:
         "num_cond": condition.num_tokens + guided,
         "block_size": sequence_length(condition, n),
     }
-    gpt = GPT(flags.config(GPTConfig, args, **sizes))
+    with seeded(args.seed, "gpt"):
+        gpt = GPT(flags.config(GPTConfig, args, **sizes))
     return TwoStage(vqgan, condition, gpt, flags.config(TwoStageConfig, args, n=n, guided=guided, classes=classes))
 
 
@@ -143,9 +144,8 @@ def check_resumed(args, model: TwoStage, classes: tuple[str, ...]) -> None:
         data.check_classes(args.data, classes, model.config.classes, model.condition.num_tokens)
 
 
-def main() -> int:
-    args, saved = parse_flags()
-    run = Run(args, "two_stage", COLUMNS, PANELS, ["loss"], saved)
+def open_all(args, run: Run, saved):
+    """(model, training set, held-out set), new or as in the checkpoint `saved`. Raises UserError."""
     if saved:
         model = checkpoint.unpack_two_stage(saved, run.out / "last.pt")
         vqgan, condition = model.vqgan, model.condition
@@ -153,21 +153,25 @@ def main() -> int:
         vqgan = open_first_stage(args)
         condition = make_condition(args, vqgan)
     sources, num_labels = tokens.sources_of(vqgan, condition)
-    train_set, val_set = data.open_data(
-        args.data, args.image_size, args.resize, sources, num_labels, args.seed, args.flip
-    )
+    sets = data.open_data(args.data, args.image_size, args.resize, sources, num_labels, args.seed, args.flip)
     data.check_outside(args.out, args.data)
-    if not saved:
-        model = build(args, vqgan, condition, tuple(train_set.classes))
+    classes = tuple(sets[0].classes)
+    if saved:
+        check_resumed(args, model, classes)
     else:
-        check_resumed(args, model, tuple(train_set.classes))
-    model.to(run.device, memory_format=torch.channels_last)  # as in train_vqgan.py: E is half as fast again on a CPU
-    gpt = model.gpt
-    fused = run.device.type in ("cpu", "cuda")
+        model = build(args, vqgan, condition, classes)
+    return model.to(run.device, memory_format=torch.channels_last), *sets  # this layout halves E's time on a CPU
+
+
+@runtime.global_state_restored()
+def main(argv: list[str] | None = None) -> int:
+    args, saved = parse_flags(argv)
+    run = Run(args, "two_stage", COLUMNS, PANELS, ["loss"], saved)
+    model, train_set, val_set = open_all(args, run, saved)
+    gpt, fused = model.gpt, run.device.type in ("cpu", "cuda")
     opt = torch.optim.AdamW(parameter_groups(gpt, args.weight_decay), args.lr, betas=(0.9, 0.95), fused=fused)
     if args.compile:
         gpt.compile()
-    parallel = runtime.distributed(model, run.device)
 
     to_c = tokens.condition_input(model)
     val_tokens = tokens.held_out(model, val_set, to_c, args.val_images, run.device)
@@ -179,9 +183,10 @@ def main() -> int:
         describe(model, train_set, val_tokens),
     )
     del saved  # a second copy of the weights
+    parallel = processes.distributed(model, run.device)
     drop_cond = args.drop_cond if model.config.guided else 0.0
 
-    @run.recorded(gpt)
+    @run.cuda_graph(gpt)
     def gradients(s, r):
         with run.autocast():
             loss = parallel(s, r, args.pkeep, drop_cond).mean()  # -log p(s | r), Eq. 9 and 10
@@ -190,23 +195,21 @@ def main() -> int:
 
     model.train()
     for step in run.steps():
+        lr = learning_rate(args, step)
         for group in opt.param_groups:
-            group["lr"] = learning_rate(args, step)
+            group["lr"] = lr
         for s, r in run.micro_batches(batches, parallel):  # (B, T) codes, (B, R) condition tokens
-            run.log({"loss": gradients(s, r)})
+            run.add({"loss": gradients(s, r)})
         torch.nn.utils.clip_grad_norm_(gpt.parameters(), 1.0)
         opt.step()
         opt.zero_grad()
 
-        if run.logs:
-            run.write(lr=learning_rate(args, step))
-        if run.validates:
+        if run.is_log_step:
+            run.note(lr=lr)
+        if run.is_val_step:
             validate(run, model, val_set, val_tokens, to_c)
-    if run.rank == 0 and run.last:
-        print(f"done in {run.seconds / 60:.1f} minutes: {run.best:.4f} held-out nats a code, at step {run.best_step}")
-        print(f"samples: {run.out / 'images'}   curves: {run.out / 'loss.png'}")
-        image = " --cond-image IMAGE" if args.cond == "spatial" else ""
-        print(f"next: python sample.py --gpt {run.out / 'best.pt'}{image}")
+    if run.rank == 0 and run.is_last_step:
+        finish(run)
     return run.exit_code
 
 
@@ -215,45 +218,53 @@ def describe(model: TwoStage, train_set, val_tokens) -> str:
     return (
         f"{len(train_set)} training images, {len(val_tokens[0])} held-out; "
         f"{sum(p.numel() for p in model.gpt.parameters()) / 1e6:.1f} M parameters; sequences of {len(model.order)} "
-        f"codes after {condition_length(model.condition, model.config.n)} of the condition; guessing costs ln K = "
-        f"{math.log(K):.3f} nats a code"
+        f"codes after {condition_length(model.condition, model.config.n)} of the condition; a uniform guess costs "
+        f"ln K = {math.log(K):.3f} nats per code"
     )
+
+
+def finish(run: Run) -> None:
+    """Say where the results are, and the next command."""
+    print(f"done in {run.seconds / 60:.1f} minutes: {run.best:.4f} held-out nats per code, at step {run.best_step}")
+    print(f"samples: {run.out / 'images'}   curves: {run.out / 'loss.png'}")
+    image = " --cond-image IMAGE" if run.args.cond == "spatial" else ""
+    print(f"next: python sample.py --gpt {shlex.quote(str(run.out / 'best.pt'))}{image}")
 
 
 def validate(run: Run, model: TwoStage, val_set, val_tokens, to_c) -> None:
     """Held-out nats, best.pt, and grids of samples."""
     nats = tokens.mean_nats(model, val_tokens, run.micro_batch)
     bits = nats * len(model.order) / math.log(2) / run.args.image_size**2
-    run.validated({"nats": nats, "bits_per_pixel": bits}, score=nats)
-    if nats > run.best + 0.02 and not run.state.get("warned"):
-        run.state["warned"] = True
+    run.save_best({"nats": nats, "bits_per_pixel": bits}, score=nats)
+    if nats > run.best + 0.02:
         run.say(
             f"held-out loss has risen since step {run.best_step}: the model overfits. best.pt is from there; "
-            "more data, --dropout, --pkeep 0.9 or a smaller model help"
+            "more data, --dropout, --pkeep 0.9 or a smaller model help",
+            once=True,
         )
     save_samples(run, model, val_set, to_c)
 
 
 @torch.no_grad()
 def save_samples(run: Run, model: TwoStage, val_set, to_c) -> None:
-    """Samples, completions of the upper halves of held-out images, and c | sample | truth where c is an image."""
+    """Samples; held-out images with their lower halves completed; c | sample | truth where c is an image."""
     model.eval()
     kind, cond = model.vqgan.config.input_kind, model.condition.kind
     batch = {k: v.to(run.device) for k, v in next(data.held_out_batches(val_set, 8, 8)).items()}
     x, c = data.to_input(batch, kind, model.vqgan.config.in_channels), to_c(batch)
-    if cond == "class":  # every class in turn instead of those that happen to be held out
+    if cond == "class":  # every class in turn, not those that happen to be held out
         c = (torch.arange(8 * 3, device=run.device) % len(model.config.classes)).sort().values
     elif cond != "spatial":
         c = torch.cat([c] * 3)
     samples = pictures.to_rgb(model.sample(c), kind).cpu()
     if cond == "spatial":
         shown = pictures.to_rgb(c, model.condition.vqgan.config.input_kind).cpu()
-        run.images([shown, samples, pictures.to_rgb(x, kind).cpu()], "samples")
+        run.save_images([shown, samples, pictures.to_rgb(x, kind).cpu()], "samples")
     else:
-        run.images(list(samples.chunk(3)), "samples")
+        run.save_images(list(samples.chunk(3)), "samples")
     if model.config.order == "row":
         completed = model.complete(x, 0.5, to_c(batch))
-        run.images([pictures.to_rgb(x, kind).cpu(), pictures.to_rgb(completed, kind).cpu()], "completions")
+        run.save_images([pictures.to_rgb(x, kind).cpu(), pictures.to_rgb(completed, kind).cpu()], "completions")
     model.train()
 
 

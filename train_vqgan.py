@@ -4,24 +4,28 @@
     python train_vqgan.py --data photos --preset small      a folder of your own
     torchrun --nproc_per_node=8 train_vqgan.py --preset paper --data imagenet
 
-The loop in `main` calls one step of the paper's objective, `minvqgan/objective.py`, and moves G and D by what it left.
+The loop in `main` calls one step of the paper's objective, `minvqgan/objective.py`, which leaves gradients in E, G, the
+codebook and D, and then moves them.
 """
 
+import shlex
 from argparse import BooleanOptionalAction
 from dataclasses import asdict
+from itertools import chain
 
 import torch
-import torch._functorch.config as functorch
 
 from minvqgan.discriminator import PatchDiscriminator
-from minvqgan.harness import data, flags, judges, metrics, pictures, runtime
+from minvqgan.harness import data, flags, judges, metrics, pictures, processes, runtime
 from minvqgan.harness.run import Run
 from minvqgan.harness.runtime import UserError
+from minvqgan.layers import seeded
 from minvqgan.objective import ObjectiveConfig, adversarial_ramp, stage_one_step
 from minvqgan.quantizer import codebook_stats
 from minvqgan.vqgan import VQGAN, VQGANConfig
 
-# A preset is a line of flags, complete in itself; those of the command line come after it. How they were found: results/LOG.md.
+# A preset is a line of flags, complete in itself; flags on the command line win over it. How they were found:
+# results/LOG.md.
 PRESETS = {
     # DEPARTURE: in tiny and small D has a rate of its own, and both rates rise at the start and fall at the end; the
     # official code has one constant rate.
@@ -44,9 +48,9 @@ PRESETS = {
         --disc-start 0.4 --disc-warmup 0.1 --disc-ramp 0.1 --disc-channels 64 --disc-layers 2
         --log-every 50 --val-every 1000 --save-every 1000""",
     # 256 px, f = 16: the official ImageNet model with 1024 codes, by the official recipe: 4.5e-6 for each image of the
-    # batch, D from step 250,001 on at full weight, no revival, beta on the codebook term, a cap that never
-    # bites. (--disc-start is a fraction: with other --steps scale it.)
-    # DEPARTURE: ours even here are bfloat16 where it is faster (--no-amp), D's step beside G's, and an end.
+    # batch, D at full weight from step 250,001 on, no revival, beta on the codebook term, a cap on lambda that is never
+    # reached. (--disc-start is a fraction: with other --steps, scale it.)
+    # DEPARTURE: even here bfloat16 where it is faster (--no-amp), D's step beside G's, and an end.
     "paper": """
         --image-size 256 --ch 128 --ch-mult 1 1 2 2 4 --num-res-blocks 2 --attn-resolutions 16 --norm-groups 32
         --dropout 0 --z-channels 256 --codebook-size 1024 --code-dim 256 --beta 0.25 --legacy --revive-every 0
@@ -73,20 +77,22 @@ PANELS = [
 ]
 
 
-def parse_flags():
+def parse_flags(argv: list[str] | None = None):
+    """(flags, checkpoint to resume from or None). Raises UserError."""
     p = flags.Parser(description=__doc__)
     t = flags.add_run_flags(p, PRESETS, out="runs/vqgan")
     g = p.add_argument_group("data")
     g.add_argument("--data", default="shapes", help=f"folder, `shapes`, or one of {', '.join(data.TORCHVISION)}")
     g.add_argument("--input", default="rgb", choices=data.KINDS, help="what the images are read as")
     g.add_argument("--num-labels", type=flags.size, help="number of labels, for --input labels")
-    g.add_argument("--resize", type=flags.size, help="scale the shorter side to this, then crop (the image size)")
+    resize = "scale the shorter side to this (--image-size), then crop at random, which covers the longer side too"
+    g.add_argument("--resize", type=flags.size, help=resize)
     g.add_argument("--flip", action=BooleanOptionalAction, help="mirror half of the images (not digits)")
 
-    t.add_argument("--checkpoint-grad", action="store_true", help="less memory, more time: G's maps are computed twice")
+    t.add_argument("--checkpoint-grad", action="store_true", help="less memory, more time: recompute G's activations")
     t.add_argument("--lr", type=flags.rate, help="learning rate of Adam (betas 0.5, 0.9) for E, G and the codebook")
     t.add_argument("--disc-lr", type=flags.rate, help="learning rate of D's Adam")
-    t.add_argument("--base-lr", type=flags.rate, help="both, for each image of the batch, where they are not given")
+    t.add_argument("--base-lr", type=flags.rate, help="in place of both: their rate for each image of the batch")
     t.add_argument("--lr-decay", type=flags.fraction, help="last fraction of the steps, over which lr falls to 5 %%")
     t.add_argument("--revive-every", type=flags.natural, help="steps between revivals of dead codes; 0: never")
     t.add_argument("--disc-start", type=flags.fraction, help="fraction of the steps after which D begins to learn")
@@ -99,11 +105,11 @@ def parse_flags():
     g.add_argument("--disc-channels", type=flags.size, help="channels of D's first layer")
     g.add_argument("--disc-layers", type=flags.positive, help="2: patches of 34 pixels, 3: of 70")
     flags.add_fields(p.add_argument_group("model (names of the official configuration)"), VQGANConfig)
-    return flags.parse(p, PRESETS, "vqgan")
+    return flags.parse(p, PRESETS, "vqgan", argv)
 
 
 def check(args) -> None:
-    """What argparse cannot know, before anything is built."""
+    """Fill in what follows from other flags. Raises UserError for flags that contradict each other."""
     if args.input == "labels":
         if args.loss == "vqvae":
             raise UserError("--loss vqvae is for images; --input labels has the cross-entropy")
@@ -112,9 +118,7 @@ def check(args) -> None:
         raise UserError(f"--loss labels needs --input labels, not {args.input}")
     flags.config(VQGANConfig, args)  # before D's smallest image is computed, so that the plainer error comes first
     if args.checkpoint_grad and args.compile:
-        raise UserError(
-            "--checkpoint-grad and --compile exclude each other: compiled layers cannot be recomputed one by one"
-        )
+        raise UserError("--checkpoint-grad recomputes layers one by one, which --compile has fused: choose one of them")
     smallest = 2 ** (args.disc_layers + 2)
     if uses_disc(args) and args.image_size < smallest:
         raise UserError(f"--disc-layers {args.disc_layers} needs images of {smallest} pixels or more")
@@ -136,105 +140,99 @@ def lr_fraction(args, step: int) -> float:
     return warm * (max(0.05, min(1.0, left)) if args.lr_decay else 1.0)
 
 
-def build(args, in_channels: int, perceptual, device: torch.device):
-    """VQGAN, D, the perceptual network on the device, and the optimizers of the first two."""
-    # channels_last: on a CPU convolutions of few channels run up to six times as fast, on a GPU bfloat16 gains too.
-    placed = {"device": device, "memory_format": torch.channels_last}
-    vqgan = VQGAN(flags.config(VQGANConfig, args, in_channels=in_channels, input_kind=args.input)).to(**placed)
-    # Also where the loss has no D: then it is not called, and all checkpoints hold the same.
-    disc = PatchDiscriminator(in_channels, args.disc_channels, args.disc_layers).to(**placed)
-    perceptual = perceptual and perceptual.to(**placed)
+def open_data(args):
+    """(training set, held-out set). Raises UserError."""
+    sources = (data.SOURCE_OF[args.input],)
+    sets = data.open_data(args.data, args.image_size, args.resize, sources, args.num_labels, args.seed, args.flip)
+    data.check_outside(args.out, args.data)
+    return sets
+
+
+def build(args, device: torch.device):
+    """VQGAN, D, the perceptual network (or None), and the optimizers of the first two. Raises UserError."""
+    in_channels = data.input_channels(args.input, args.num_labels)
+    config = flags.config(VQGANConfig, args, in_channels=in_channels, input_kind=args.input)
+    perceptual = judges.load_perceptual(args.perceptual, args.image_size) if uses_disc(args) else None
+    with seeded(args.seed, "vqgan"):
+        vqgan = VQGAN(config)
+    with seeded(args.seed, "discriminator"):
+        disc = PatchDiscriminator(in_channels, args.disc_channels, args.disc_layers)
+
+    # channels_last: convolutions of few channels are up to six times as fast on a CPU, those in bfloat16 on a GPU too.
+    networks = [n.to(device, memory_format=torch.channels_last) for n in (vqgan, disc, perceptual) if n]
     adam = {"betas": (0.5, 0.9), "fused": device.type in ("cpu", "cuda")}
     opt_g = torch.optim.Adam(vqgan.parameters(), args.lr, **adam)
     opt_d = torch.optim.Adam(disc.parameters(), args.disc_lr, **adam)
-
     vqgan.decoder.checkpoint_grad = args.checkpoint_grad
     if args.compile:
-        functorch.donated_buffer = False  # D's graph is used twice (retain_graph), its buffers must stay
         # Not conv_out: lambda needs the gradient of this one layer, and a compiled backward pass is all or nothing.
-        for module in filter(None, (vqgan.encoder, vqgan.decoder.layers, disc, perceptual)):
-            module.compile()
+        runtime.compile_modules(vqgan.encoder, vqgan.decoder.layers, *networks[1:])
     return vqgan, disc, perceptual, opt_g, opt_d
 
 
-def main() -> int:
-    args, saved = parse_flags()
+@runtime.global_state_restored()
+def main(argv: list[str] | None = None) -> int:
+    args, saved = parse_flags(argv)
     check(args)
     run = Run(args, "vqgan", COLUMNS, PANELS, ["rec_loss", "disc_loss", "usage"], saved)
-    # Data and the perceptual network can be missing, so they come before anything is built or written.
-    in_channels = data.input_channels(args.input, args.num_labels)
-    sources = (data.SOURCE_OF[args.input],)
-    train_set, val_set = data.open_data(
-        args.data, args.image_size, args.resize, sources, args.num_labels, args.seed, args.flip
-    )
-    data.check_outside(args.out, args.data)
-    perceptual = judges.load_perceptual(args.perceptual, args.image_size) if uses_disc(args) else None
-    vqgan, disc, perceptual, opt_g, opt_d = build(args, in_channels, perceptual, run.device)
-    objective = flags.config(ObjectiveConfig, args)
-    if not saved and args.revive_every and not args.gumbel:
-        # Codes begin where latents are. All are "dead" before the first step, so this places every one of them.
-        with torch.no_grad():
-            first = next(data.train_loader(train_set, run.micro_batch, args.seed, 0, 0, run.rank, run.world))
-            vqgan.quantizer.revive_dead_codes(vqgan.eval().encode(to_x(run, first)).z)
-
-    # Where D comes in, in steps, fixed for good: a resumed run with more --steps must not take D away again.
-    fractions = (args.disc_start, args.disc_warmup, args.disc_ramp)
-    run.state = run.state or {"disc_steps": [round(f * args.steps) for f in fractions], "revived": 0}
-    run.state.setdefault("gumbel_steps", max(1, round(0.8 * args.steps)))
-    disc_steps = run.state["disc_steps"]
+    train_set, val_set = open_data(args)
+    vqgan, disc, perceptual, opt_g, opt_d = build(args, run.device)
+    objective, counts = flags.config(ObjectiveConfig, args), vqgan.quantizer.counts
+    # Fractions of the steps that the run began with: resuming with more --steps must not take D away again.
+    disc_steps = [round(f * run.planned_steps) for f in (args.disc_start, args.disc_warmup, args.disc_ramp)]
     run.mark = disc_steps[0] if uses_disc(args) else None
-    counts = run.state.get("counts", torch.zeros(args.codebook_size))
-    vqgan.quantizer.counts = counts.to(run.device, torch.float32).clone()  # to be added to in place
-    if vqgan.quantizer.counts.shape != (args.codebook_size,):
-        raise UserError(f"{run.out / 'last.pt'}: state.counts is not of {args.codebook_size} codes")
     run.start(
-        {"model": vqgan, "discriminator": disc, "opt_g": opt_g, "opt_d": opt_d},
+        {"model": vqgan, "discriminator": disc, "opt_g": opt_g, "opt_d": opt_d, "counts": counts},
         lambda: {"config": asdict(vqgan.config), "model": vqgan.state_dict()},
         {"model": asdict(vqgan.config)},
         describe(args, vqgan, train_set, val_set),
     )
-    del saved  # a second copy of the weights
-    parallel = [runtime.distributed(network, run.device) for network in (vqgan, disc)]
     batches = run.batches(train_set)
+    revives = args.revive_every > 0 and not args.gumbel
+    if not saved and revives:
+        # Codes begin where latents are. Before the first step all count as dead, so this places every one of them.
+        first = next(batches)
+        with torch.no_grad():
+            vqgan.quantizer.revive_dead_codes(vqgan.eval().encode(to_x(run, first)).z)
+        batches = chain([first], batches)
+    del saved  # a second copy of the weights
+    parallel = [processes.distributed(network, run.device) for network in (vqgan, disc)]
 
-    @run.recorded(vqgan, disc)
-    def gradients(x, adv_fraction=None):
+    @run.cuda_graph(vqgan, disc)
+    def gradients(x, adv_fraction):
         return stage_one_step(*parallel, perceptual, x, objective, adv_fraction, run.amp, scale=1 / args.accumulate)
 
     vqgan.train()
     for step in run.steps():
-        for group, lr in ((opt_g.param_groups[0], args.lr), (opt_d.param_groups[0], args.disc_lr)):
-            group["lr"] = lr * lr_fraction(args, step)
+        lr = lr_fraction(args, step)
+        opt_g.param_groups[0]["lr"], opt_d.param_groups[0]["lr"] = lr * args.lr, lr * args.disc_lr
         if args.gumbel:  # from soft choices to almost hard ones
             # DEPARTURE: a straight line; the official f8 model falls along a cosine, and almost to 0.
-            vqgan.quantizer.temperature = max(1 / 16, 1 - step / run.state["gumbel_steps"])
+            vqgan.quantizer.temperature = max(1 / 16, 1 - step / (0.8 * run.planned_steps))
         disc_on = uses_disc(args) and step > disc_steps[0]
         adv_fraction = adversarial_ramp(step, *disc_steps) if disc_on else None
 
         for batch in run.micro_batches(batches, *parallel):
             x = to_x(run, batch)  # (B, C, H, W)
-            terms, quantized = gradients(x, adv_fraction) if disc_on else gradients(x)
-            run.log(terms)
+            terms, quantized = gradients(x, adv_fraction)
+            run.add(terms)
         opt_g.step()
         opt_g.zero_grad()
         if disc_on:
             opt_d.step()
             opt_d.zero_grad()
-        if args.revive_every and step % args.revive_every == 0 and not args.gumbel:
-            run.state["revived"] += vqgan.quantizer.revive_dead_codes(quantized.z)
+        if revives and step % args.revive_every == 0:
+            run.add({"revived": vqgan.quantizer.revive_dead_codes(quantized.z)})
 
         if disc_on and step == disc_steps[0] + 1:
             run.say(DISC_BEGINS.format(step + disc_steps[1]))
-        if run.logs:
-            usage, perplexity = codebook_stats(vqgan.quantizer.counts)
-            run.write(lr=args.lr * lr_fraction(args, step), adv_fraction=adv_fraction or 0.0, usage=usage)
-            run.write(perplexity=perplexity, revived=run.state["revived"])
-            vqgan.quantizer.counts.zero_()
-            run.state["revived"] = 0
-        run.state["counts"] = vqgan.quantizer.counts
-        if run.validates:
-            validate(run, vqgan, val_set, perceptual)
-    if run.rank == 0 and run.last:
+        if run.is_log_step:
+            usage, perplexity = codebook_stats(counts)
+            run.note(lr=lr * args.lr, adv_fraction=adv_fraction or 0.0, usage=usage, perplexity=perplexity)
+            counts.zero_()
+        if run.is_val_step:
+            validate(run, vqgan, val_set, perceptual, d_full=sum(disc_steps) if uses_disc(args) else 0)
+    if run.rank == 0 and run.is_last_step:
         finish(run, train_set)
     return run.exit_code
 
@@ -245,19 +243,19 @@ DISC_BEGINS = (
 )
 
 
-def validate(run: Run, vqgan: VQGAN, val_set, perceptual) -> None:
-    """Held-out numbers, best.pt, and a grid of always the same images: originals, reconstructions, codes."""
+def validate(run: Run, vqgan: VQGAN, val_set, perceptual, d_full: int) -> None:
+    """Held-out numbers, best.pt, and a grid of always the same images: originals, reconstructions, codes.
+
+    d_full: the last step before D's gradient has its full weight; 0 without D.
+    """
     args, kind = run.args, vqgan.config.input_kind
     batches = data.held_out_batches(val_set, run.micro_batch, args.val_images)
     values = metrics.evaluate_vqgan(vqgan, batches, run.device, perceptual)
-    # Best is the lowest held-out error, begun afresh once D has its full weight: D trades some of it for sharpness, and
-    # the best of the time before would be a blurry model for good.
-    full = sum(run.state["disc_steps"])  # without a ramp this is still the last step before D is heard
-    if uses_disc(args) and run.best_step <= full < run.step:
-        run.best = float("inf")
-    run.validated(values, sum(values.get(k, 0.0) for k in ("cross_entropy", "l1", "lpips", "perceptual")))
+    # best.pt starts anew once D is at full weight: earlier models have lower errors, but they are blurry.
+    score = sum(values.get(name, 0.0) for name in ("cross_entropy", "l1", "lpips", "perceptual"))
+    run.save_best(values, score, since=d_full)
     positions = min(len(val_set), args.val_images) * (args.image_size // vqgan.config.f) ** 2
-    if values["usage"] < 0.5 and positions >= 4 * args.codebook_size:  # fewer could not show all codes
+    if values["usage"] < 0.5 and positions >= 4 * args.codebook_size:  # fewer positions could not show all codes
         run.say("less than half of the codes in use: fewer codes, --revive-every 20 or --l2-norm help")
 
     x = to_x(run, next(data.held_out_batches(val_set, 8, 8)))
@@ -266,7 +264,7 @@ def validate(run: Run, vqgan: VQGAN, val_set, perceptual) -> None:
         x_hat, quantized = vqgan(x)
     vqgan.train()
     codes = pictures.code_map(vqgan, quantized.indices, vqgan.config.f)
-    run.images([pictures.to_rgb(x, kind).cpu(), pictures.to_rgb(x_hat, kind).cpu(), codes])
+    run.save_images([pictures.to_rgb(x, kind).cpu(), pictures.to_rgb(x_hat, kind).cpu(), codes])
 
 
 def to_x(run: Run, batch: dict) -> torch.Tensor:
@@ -285,12 +283,13 @@ def describe(args, vqgan: VQGAN, train_set, val_set) -> str:
 
 
 def finish(run: Run, train_set) -> None:
+    """Say where the results are, and the next command."""
     print(f"done in {run.seconds / 60:.1f} minutes; originals, reconstructions, codes: {run.out / 'images'}")
-    if run.args.input == "rgb":
-        flag = "" if len(train_set.classes) > 1 else " --cond none"
-        print(f"next: python train_gpt.py --vqgan {run.out / 'last.pt'}{flag}")
-    else:
-        print(f"next: python train_gpt.py --vqgan RGB.pt --cond spatial --cond-vqgan {run.out / 'last.pt'}")
+    model = shlex.quote(str(run.out / "last.pt"))
+    cond = "" if len(train_set.classes) > 1 else " --cond none"
+    print(f"next: python train_gpt.py --vqgan {model}{cond}")
+    if run.args.input != "rgb":
+        print(f"or, as the condition of photos: python train_gpt.py --vqgan RGB.pt --cond spatial --cond-vqgan {model}")
 
 
 if __name__ == "__main__":

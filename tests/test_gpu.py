@@ -1,15 +1,15 @@
-"""What only a CUDA GPU can show, skipped without one, and as much of it as a CPU can."""
+"""What only a CUDA GPU can show, skipped without one; and what Python does around a CUDA graph, with a fake one."""
 
 import contextlib
-import csv
 
 import pytest
 import torch
-from helpers import fixture, relative_error, run_script
+from helpers import STAGE_ONE, STAGE_TWO, fixture, metrics_rows, relative_error, run_script
 from torch import nn
 
 from minvqgan.discriminator import PatchDiscriminator
 from minvqgan.harness import official, runtime
+from minvqgan.harness.cuda_graph import CudaGraph
 from minvqgan.objective import ObjectiveConfig, stage_one_step
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")
@@ -42,12 +42,12 @@ def test_official_numbers(networks):
     assert relative_error(vqgan.decoder.conv_out.weight.grad.cpu(), fx["grads"]["decoder.conv_out.weight"]) < 1e-3
 
 
-def gradients_of(step, vqgan, disc, batches):
-    """All gradients that one step of several micro-batches leaves, as one vector a network."""
-    for x, fraction in batches:
-        step(x) if fraction is None else step(x, fraction)
+def gradients_of(step, networks, batches):
+    """The gradients that a step of several micro-batches leaves, as one vector a network."""
+    for batch in batches:
+        step(*batch)
     found = []
-    for network in (vqgan, disc):
+    for network in networks:
         grads = [p.grad.flatten() for p in network.parameters() if p.grad is not None]
         found.append(torch.cat(grads) if grads else torch.zeros(0))
         network.zero_grad()
@@ -56,60 +56,46 @@ def gradients_of(step, vqgan, disc, batches):
 
 @needs_gpu
 @pytest.mark.parametrize("amp", [False, True])
-@pytest.mark.parametrize("fraction", [None, 0.0, 0.5, 1.0])
-def test_recorded_gradients_are_those_of_the_step(networks, fraction, amp):
-    """Twice each: a step of one micro-batch, one of two, and new weights in between."""
-    vqgan, disc, x, _ = networks
+def test_a_graph_has_the_gradients_of_the_step(networks, amp):
+    """D is off, joins, learns alone and comes in; steps of one and two micro-batches; weights move in between."""
+    *both, x, _ = networks
 
-    def step(x, fraction=None):
-        return stage_one_step(vqgan, disc, None, x, ObjectiveConfig(max_lambda=1e4), fraction, amp)
+    def step(x, adv_fraction):
+        return stage_one_step(*both, None, x, ObjectiveConfig(max_lambda=1e4), adv_fraction, amp)
 
-    recorded, generator = runtime.Recorded(step, vqgan, disc), torch.Generator().manual_seed(0)
-    for count in (1, 2, 1):
+    graph, generator = CudaGraph(step, *both), torch.Generator().manual_seed(0)
+    for count, fraction in ((1, None), (2, None), (1, 0.0), (2, 0.5), (1, 1.0)):
         batches = [(torch.rand(x.shape, generator=generator).cuda() * 2 - 1, fraction) for _ in range(count)]
-        ours = gradients_of(recorded, vqgan, disc, batches)
-        truth = gradients_of(step, vqgan, disc, batches)
-        for one, other in zip(ours, truth, strict=True):
-            assert one.shape == other.shape
-            if len(other):
-                assert (one - other).norm() < (0.02 if amp else 1e-3) * other.norm()
+        found, expected = gradients_of(graph, both, batches), gradients_of(step, both, batches)
+        for ours, truth in zip(found, expected, strict=True):
+            assert ours.shape == truth.shape
+            assert (ours - truth).norm() <= (0.02 if amp else 1e-3) * truth.norm()
         with torch.no_grad():
-            for p in [*vqgan.parameters(), *disc.parameters()]:
-                p.mul_(1.01)
+            for network in both:
+                for p in network.parameters():
+                    p.mul_(1.01)
 
 
 @needs_gpu
-def test_recorded_training_follows_the_other(tmp_path):
-    flags = "--preset tiny --steps 40 --log-every 10 --val-every 40 --val-images 16 --revive-every 0 --no-amp"
-    flags += " --disc-start 0.25 --disc-warmup 0.25 --disc-ramp 0.25"
-    rows = {}
-    for name in ("cuda-graph", "no-cuda-graph"):
-        done = run_script("train_vqgan.py", *flags.split(), f"--{name}", "--out", tmp_path / name, cwd=tmp_path)
-        assert done.returncode == 0, done.stderr
-        rows[name] = list(csv.DictReader((tmp_path / name / "metrics.csv").open()))
-    for ours, truth in zip(rows["cuda-graph"], rows["no-cuda-graph"], strict=True):
-        for name in ("rec_loss", "codebook_loss", "disc_loss"):
-            assert bool(ours[name]) == bool(truth[name])
-            if truth[name]:
-                assert float(ours[name]) == pytest.approx(float(truth[name]), rel=0.05), (ours["step"], name)
-
-
-@needs_gpu
-def test_recorded_transformer_follows_the_other(tmp_path):
-    flags = "--steps 4 --val-images 16 --val-every 4"
-    assert run_script("train_vqgan.py", *flags.split(), "--out", tmp_path / "v", cwd=tmp_path).returncode == 0
-    flags = "--steps 40 --log-every 10 --val-every 40 --val-images 64 --no-amp --drop-cond 0"
-    losses = {}
-    for name in ("cuda-graph", "no-cuda-graph"):
-        words = [*flags.split(), f"--{name}", "--vqgan", tmp_path / "v/last.pt", "--out", tmp_path / name]
-        done = run_script("train_gpt.py", *words, cwd=tmp_path)
-        assert done.returncode == 0, done.stderr
-        losses[name] = [float(row["loss"]) for row in csv.DictReader((tmp_path / name / "metrics.csv").open())]
-    assert losses["cuda-graph"] == pytest.approx(losses["no-cuda-graph"], rel=0.01)
+def test_both_scripts_train_as_without_a_graph(tmp_path):
+    """The same losses with and without --cuda-graph, D off, alone and joined."""
+    flags = "--device cuda --steps 20 --log-every 5 --save-every 20 --val-every 20 --seed 1 --out"
+    one = f"--revive-every 0 --disc-start 0.25 --disc-warmup 0.25 --disc-ramp 0.25 {flags}"
+    two = f"--vqgan graph/last.pt --cond class --drop-cond 0 --pkeep 1 {flags}"
+    for script, words, names in ((STAGE_ONE, one, ("rec_loss", "disc_loss")), (STAGE_TWO, two, ("loss",))):
+        runs = {"graph": "--cuda-graph", "plain": "--no-cuda-graph"}
+        runs = {out if script is STAGE_ONE else f"gpt_{out}": flag for out, flag in runs.items()}
+        for out, flag in runs.items():
+            done = run_script(*script, *words.split(), out, flag, cwd=tmp_path)
+            assert done.returncode == 0, done.stderr[-3000:]
+        for ours, truth in zip(*(metrics_rows(tmp_path / out) for out in runs), strict=True):
+            for name in names:
+                assert bool(ours[name]) == bool(truth[name])
+                assert not truth[name] or float(ours[name]) == pytest.approx(float(truth[name]), rel=0.05), name
 
 
 class Replayed:
-    """In place of a CUDA graph: a replay calls the function again, on the recorded inputs, into the recorded output."""
+    """Stands in for a CUDA graph: a replay calls the function again on the recorded inputs."""
 
     def replay(self):
         self.recorded.outputs.copy_(self.recorded.function(*self.recorded.inputs))
@@ -131,16 +117,16 @@ def test_what_python_does_around_a_recording(fake_cuda, monkeypatch):
     """Inputs, gradients over micro-batches and after zero_grad, and nothing left of the calls before the recording."""
     layer, norm = nn.Linear(3, 2), nn.BatchNorm1d(2)
 
-    def function(x, weight=None):
+    def function(x, weight):
         loss = layer(x).square().mean() if weight is None else weight * norm(layer(x)).pow(3).mean()
         loss.backward()
         torch.rand(1)
         return loss.detach()
 
-    recorded = runtime.Recorded(function, layer, norm)
+    recorded = CudaGraph(function, layer, norm)
     monkeypatch.setattr(Replayed, "recorded", recorded, raising=False)
     for weights in ((None,), (None, None), (1.0,), (0.5, 2.0), (3.0,)):
-        batches = [(torch.randn(4, 3), *([weight] if weight else [])) for weight in weights]
+        batches = [(torch.randn(4, 3), weight) for weight in weights]
         ours = [recorded(*batch).item() for batch in batches]
         found = [p.grad.clone() for p in layer.parameters()]
         layer.zero_grad()
@@ -168,7 +154,7 @@ def test_the_calls_before_a_recording_are_undone(fake_cuda, monkeypatch):
         return loss.detach()
 
     monkeypatch.setattr(torch.cuda, "graph", graph)
-    recorded = runtime.Recorded(function, norm)
+    recorded = CudaGraph(function, norm)
     monkeypatch.setattr(Replayed, "recorded", recorded, raising=False)
     before = torch.get_rng_state()
     recorded(torch.randn(4, 2, generator=torch.Generator()))

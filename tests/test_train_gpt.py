@@ -30,7 +30,7 @@ from minvqgan.harness.judges import load_classifier
 def test_a_run_leaves_what_it_promises(house, cond):
     run = house / cond
     codes = {"codes.pt"} if cond in ("class", "none") else set()  # random crops are encoded on the fly
-    promised = {*"last.pt best.pt config.json metrics.csv loss.png images .lock".split()}
+    promised = {*"last.pt best.pt config.json metrics.csv loss.png images".split()}
     assert {p.name for p in run.iterdir()} == promised | codes
     kinds = ("samples", "completions")
     assert {p.name for p in (run / "images").iterdir()} == {f"step_{i:07d}_{k}.png" for i in (3, 6) for k in kinds}

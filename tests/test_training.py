@@ -23,7 +23,7 @@ import minvqgan
 from minvqgan import VQGAN, TwoStage
 from minvqgan.discriminator import PatchDiscriminator
 from minvqgan.gpt import GPT
-from minvqgan.harness import checkpoint, data, runtime
+from minvqgan.harness import checkpoint, data
 from minvqgan.harness.run import Run
 from minvqgan.quantizer import GumbelQuantizer, VectorQuantizer
 
@@ -126,7 +126,7 @@ def test_d_starts_learns_alone_and_comes_in_over_the_ramp(stage_one):
 def test_codes_are_placed_before_the_first_step_and_revived_every_six(stage_one):
     assert [step for step, _ in stage_one.revivals] == [0, 6, 12, 18]
     assert stage_one.revivals[0][1] == 16, "all codes are placed on latents"
-    logged = {int(row["step"]): int(row["revived"]) for row in stage_one.rows}
+    logged = {int(row["step"]): int(row["revived"] or 0) for row in stage_one.rows}
     assert {step: count for step, count in logged.items() if count} == {s: c for s, c in stage_one.revivals[1:] if c}
 
 
@@ -334,18 +334,18 @@ def test_last_is_saved_every_few_steps_and_at_the_end(folder, tmp_path, monkeypa
 @pytest.mark.parametrize("stage", [1, 2])
 def test_best_is_the_model_of_the_lowest_score(folder, tmp_path, monkeypatch, stage):
     """Scores 3, 1, 2 in place of the true ones, which are L1 with the perceptual distance, and nats."""
-    plain, scores, models = Run.validated, iter([3.0, 1.0, 2.0]), []
+    plain, scores, models = Run.save_best, iter([3.0, 1.0, 2.0]), []
 
-    def validated(self, values, score):
+    def save_best(self, values, score, **since):
         names = ("l1", "perceptual") if stage == 1 else ("nats",)
         assert score == pytest.approx(sum(values[name] for name in names))
         models.append({name: tensor.clone() for name, tensor in checkpoint_model(self.content()).items()})
-        plain(self, values, next(scores))
+        plain(self, values, next(scores), **since)
 
     def checkpoint_model(content):
         return content["model"] if stage == 1 else content["gpt"]
 
-    monkeypatch.setattr(Run, "validated", validated)
+    monkeypatch.setattr(Run, "save_best", save_best)
     if stage == 1:
         train(STAGE_ONE, "--data data --val-every 2 --perceptual small --disc-start 1", folder, str(tmp_path / "run"))
     else:
@@ -366,7 +366,6 @@ def _process(rank: int, world: int, ports: list[int], folder: str) -> None:
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1"}
     for port, (name, (script, flags)) in zip(ports, DISTRIBUTED.items(), strict=True):
         os.environ["MASTER_PORT"] = str(port)
-        runtime.cpu_group.cache_clear()
         gradients = still_gradients(script, flags, folder, f"{name} {world}")
         torch.save(gradients, f"{folder}/{name} {rank}.pt")
 

@@ -165,10 +165,13 @@ def _fit_optimizer(optimizer: torch.optim.Optimizer, saved: dict) -> None:
 
 
 def restore(saved: dict, parts: dict, path: str | Path) -> None:
-    """Fill each part (a module or an optimizer) from saved[name]. Raises UserError that names what does not fit."""
+    """Fill each part (module, optimizer or tensor) from saved[name]. Raises UserError that names what does not fit."""
     for name, part in parts.items():
         with door(path):
-            (fit if isinstance(part, nn.Module) else _fit_optimizer)(part, saved[name])
+            if isinstance(part, Tensor):
+                part.copy_(saved[name])
+            else:
+                (fit if isinstance(part, nn.Module) else _fit_optimizer)(part, saved[name])
 
 
 def _build_vqgan(content: dict) -> VQGAN:

@@ -1,4 +1,4 @@
-"""The scripts' flags: presets as defaults, the ones that both training scripts share, and resuming with a run's own."""
+"""The scripts' flags: presets as defaults, those that both training scripts share, and a resumed run's own."""
 
 import argparse
 import dataclasses
@@ -15,7 +15,7 @@ from .runtime import UserError, printable
 
 
 class Help(argparse.ArgumentDefaultsHelpFormatter):
-    """Defaults are shown, but for those that say nothing: off, and not given."""
+    """Shows defaults other than None and False."""
 
     def _get_help_string(self, action):
         return action.help if action.default in (None, False) else super()._get_help_string(action)
@@ -29,14 +29,10 @@ class Parser(argparse.ArgumentParser):
         super().__init__(description=first_line, formatter_class=Help, allow_abbrev=False, **kwargs)
 
     def parse_known_args(self, args=None, namespace=None):
-        for word in sys.argv[1:] if args is None else args:
-            if word.startswith("-") and word.endswith("--") and word != "--":
-                self.error(f"{word[:-2]} has no value")  # argparse would give an empty list, whatever the type
         known, others = super().parse_known_args(args, namespace)
         for action in self._actions:
             value = getattr(known, action.dest, None)
-            # An empty name is the current folder to some functions, and a flag that was not given to others.
-            if isinstance(value, str) and not value.strip() and value != action.default:
+            if isinstance(value, str) and not value.strip():  # --out "$FOLDER" with no such variable
                 self.error(f"argument {action.option_strings[0]}: the name is empty")
         return known, others
 
@@ -50,53 +46,43 @@ class Parser(argparse.ArgumentParser):
 
 
 class Number:
-    """Type of a flag: an int or float within bounds. What is out of range is refused where it is read.
+    """Type of a flag: an int or float within bounds."""
 
-    NaN is neither below nor above anything, so the comparisons ask for what is right and not for what is wrong.
-    """
-
-    def __init__(self, type_: type, least: float | None = None, most: float | None = None, above: float | None = None):
+    def __init__(self, type_: type, least: float = -math.inf, most: float = math.inf, above: float = -math.inf):
         self.type, self.least, self.most, self.above = type_, least, most, above
         self.__name__ = "whole number" if type_ is int else "number"  # argparse's word for text that is none
 
     def __call__(self, text: str):
         value = self.type(text)
-        if self.least is not None and not value >= self.least:
-            raise argparse.ArgumentTypeError(f"{value} is not a {self.__name__} from {self.least} on")
-        if self.most is not None and not value <= self.most:
-            raise argparse.ArgumentTypeError(f"{value} is more than {self.most}")
-        if self.above is not None and not value > self.above:
-            raise argparse.ArgumentTypeError(f"{value} is not a {self.__name__} above {self.above}")
-        if not abs(value) < math.inf:
-            raise argparse.ArgumentTypeError(f"{value} is not finite")
-        return value
+        if self.least <= value <= self.most and self.above < value < math.inf:  # NaN is in no interval
+            return value
+        first = f"from {self.least}" if self.above == -math.inf else f"above {self.above}"
+        last = f" to {self.most}" if self.most < math.inf else ""
+        raise argparse.ArgumentTypeError(f"{value} is not a {self.__name__} {first}{last}")
 
 
-# Counts: beyond, a product of two would not fit into 64 bits.
-MOST = 2**40
-positive, natural, size = Number(int, 1, MOST), Number(int, 0, MOST), Number(int, 1, LARGEST)
+# 2^40: a count times a batch still fits into 64 bits.
+positive, natural, size = Number(int, 1, 2**40), Number(int, 0, 2**40), Number(int, 1, LARGEST)
 fraction, weight, rate = Number(float, 0, 1), Number(float, 0), Number(float, above=0)
 seed = Number(int, 0, 2**63 - 1)
 
 
 def add_fields(group, config_class: type) -> None:
-    """A flag for each field of a config dataclass that was made by `options.option`."""
+    """A flag for each field that `options.option` has made. The dataclass itself checks the bounds."""
     types = typing.get_type_hints(config_class)
     for field in dataclasses.fields(config_class):
         if not field.metadata:
             continue
-        how = {"default": field.default, "help": field.metadata["help"]}
-        item = types[field.name]
-        if typing.get_origin(item) is tuple:
-            item = typing.get_args(item)[0]
+        how, type_ = {"default": field.default, "help": field.metadata["help"]}, types[field.name]
+        if typing.get_origin(type_) is tuple:
+            type_ = typing.get_args(type_)[0]
             how["nargs"] = "+" if field.default else "*"
-        if item is bool:
+        if type_ is bool:
             how["action"] = argparse.BooleanOptionalAction
-        elif item is str:
+        elif type_ is str:
             how["choices"] = field.metadata["choices"]
         else:
-            largest = LARGEST if item is int else None
-            how["type"] = Number(item, field.metadata["least"], field.metadata["most"] or largest)
+            how["type"] = type_
         group.add_argument("--" + field.name.replace("_", "-"), **how)
 
 
@@ -110,37 +96,31 @@ def config(config_class: type, args, **others):
 
 
 def check_image_size(size: int, f: int) -> None:
-    """Raises UserError for images of sides that f does not divide, naming the nearest that it does."""
-    below = size // f * f
-    if size != below:
-        nearest = f"{below} or {below + f}" if below else f"{f}"
+    """Raises UserError for a size that f does not divide, naming the nearest that work."""
+    if size % f:
+        nearest = f"{size // f * f} or {size // f * f + f}" if size > f else f"{f}"
         raise UserError(f"--image-size {size} is not divisible by f = {f}; use {nearest}")
 
 
-# What a resumed run may be given anew: where it runs and for how long, what it writes, and the ways out of a loss that
-# is not a number and of too little memory. Everything else would make another model of it.
-MAY_CHANGE = "steps device amp compile cuda_graph checkpoint_grad workers resume val_every val_images".split()
+# What may be given anew with --resume: where a run is computed and for how long, what it writes, and what helps against
+# a loss of NaN or too little memory. Anything else would make another model.
+MAY_CHANGE = "steps device threads amp compile cuda_graph checkpoint_grad workers resume val_every val_images".split()
 MAY_CHANGE += "save_every log_every tensorboard out lr disc_lr accumulate".split()
 
 
 def add_run_flags(p: Parser, presets: dict, out: str):
-    """The flags that both training scripts have, under one name. Returns their group, for more."""
-    g = p.add_argument_group("run")
+    """The flags that both training scripts have, under one name. Returns their last group, for more."""
+    g, switch = p.add_argument_group("run"), argparse.BooleanOptionalAction
     g.add_argument("--out", default=out, help="run folder")
     g.add_argument("--preset", default="tiny", choices=presets, help="defaults of all flags")
     g.add_argument("--resume", action="store_true", help="continue the run in --out, with its flags")
-    g.add_argument("--seed", type=seed, default=0, help="of weights, data order, crops, and which 5 %% are held out")
+    g.add_argument("--seed", type=seed, default=0, help="of weights, data order, crops, dropout")
     g.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
-    g.add_argument("--amp", action=argparse.BooleanOptionalAction, help="bfloat16 mixed precision (where it is faster)")
-    g.add_argument(
-        "--compile", action="store_true", help="torch.compile, instead of --cuda-graph: a minute and more to start"
-    )
-    g.add_argument(
-        "--cuda-graph",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="a step's kernels are recorded once and replayed: a GPU need not wait for Python (where it can be)",
-    )
+    g.add_argument("--threads", type=size, help="on a CPU (the number that is fastest when the run begins)")
+    g.add_argument("--amp", action=switch, help="bfloat16 mixed precision (where it is faster)")
+    g.add_argument("--compile", action="store_true", help="torch.compile instead of --cuda-graph; starts in minutes")
+    graph = "on a GPU, record a step's kernels once and replay them: Python is the bottleneck of small models"
+    g.add_argument("--cuda-graph", action=switch, default=True, help=graph)
     g.add_argument("--workers", type=Number(int, 0, 1024), help="processes that read images (0 on a CPU, 8 for a GPU)")
     g.add_argument("--log-every", type=positive, help="steps between rows of metrics.csv")
     g.add_argument("--val-every", type=positive, help="steps between held-out metrics and grids")
@@ -150,12 +130,8 @@ def add_run_flags(p: Parser, presets: dict, out: str):
     g = p.add_argument_group("training")
     g.add_argument("--steps", type=positive, help="optimizer steps in all")
     g.add_argument("--batch-size", type=positive, help="images a step, over all processes")
-    g.add_argument(
-        "--accumulate",
-        type=positive,
-        default=1,
-        help="micro-batches a batch, for small memory; lambda, D's BatchNorm and dead codes are those of each",
-    )
+    accumulate = "micro-batches a batch, to save memory; lambda, D's BatchNorm and dead codes are those of each"
+    g.add_argument("--accumulate", type=positive, default=1, help=accumulate)
     g.add_argument("--warmup", type=fraction, help="fraction of the steps over which lr rises")
     return g
 
@@ -171,35 +147,34 @@ def add_sampling_flags(p: Parser) -> None:
 
 
 def sampling(args) -> Sampling:
-    """What `add_sampling_flags` read. Raises UserError for values that make no sense."""
+    """What `add_sampling_flags` has read. Raises UserError for values that make no sense."""
     try:
         return Sampling(args.temperature, args.top_k, args.top_p, args.guidance)
     except ValueError as error:
         raise UserError(str(error)) from None
 
 
-def parse(p: Parser, presets: dict, kind: str):
+def parse(p: Parser, presets: dict, kind: str, argv: list[str] | None):
     """(flags, checkpoint to resume from or None). Defaults come from the preset, on --resume from the run's own flags.
 
     presets: lines of flags by name. A run of an older version resumes: flags that it did not have take their defaults,
     those that are gone are ignored. Raises UserError.
     """
-    first = Parser(add_help=False)  # which defaults hold must be known before the rest is read
+    first = Parser(add_help=False)  # reads what decides about the defaults
     first.add_argument("--preset", default=p.get_default("preset"))
     first.add_argument("--out", default=p.get_default("out"))
     first.add_argument("--resume", action="store_true")
-    early, _ = first.parse_known_args()
+    early, _ = first.parse_known_args(argv)
     saved = checkpoint.read(Path(early.out) / "last.pt", kind, ("flags", "step", "random")) if early.resume else None
     preset = saved["flags"].get("preset") if saved else early.preset
-    if preset in presets:  # else argparse says what there is, further down
+    if preset in presets:  # an unknown one is reported below
         p.set_defaults(**vars(p.parse_args(presets[preset].split())))
     if not saved:
-        return p.parse_args(), None
+        return p.parse_args(argv), None
     known = {action.dest for action in p._actions}
     kept = {name: value for name, value in saved["flags"].items() if name in known}
-    # The folder may have been moved, or be a stranger's: the file must not say where this run writes.
-    p.set_defaults(**kept | {"out": early.out, "resume": False})
-    args = p.parse_args()
+    p.set_defaults(**kept | {"out": early.out, "resume": False})  # the folder may have been moved
+    args = p.parse_args(argv)
     for name, value in kept.items():
         if name not in MAY_CHANGE and getattr(args, name) != value:
             flag = "--" + name.replace("_", "-")

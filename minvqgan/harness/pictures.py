@@ -1,6 +1,5 @@
 """What a person looks at: grids of images, maps of codes, curves of losses."""
 
-import os
 from pathlib import Path
 
 import torch
@@ -75,17 +74,14 @@ def save_grid(path: Path, rows: list[Tensor]) -> None:
 
 def plot_columns(path: Path, rows: list[dict], panels: list[list[str]], mark: int | None = None) -> None:
     """Curves of metrics.csv over the steps, one panel a list of columns; `mark`: a step to draw a line at."""
-    os.environ["MPLBACKEND"] = "agg"  # one of the user's may not exist here, and would end the import
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure  # not pyplot, which has a backend for the whole process
 
     panels = [[c for c in columns if any(row.get(c) for row in rows)] for columns in panels]
     panels = [columns for columns in panels if columns]
     if not panels:
         return
-    figure, axes = plt.subplots(1, len(panels), figsize=(4.2 * len(panels), 3.2), squeeze=False)
+    figure = Figure(figsize=(4.2 * len(panels), 3.2))
+    axes = figure.subplots(1, len(panels), squeeze=False)
     for ax, columns in zip(axes[0], panels, strict=True):
         for column in columns:
             points = [(int(r["step"]), float(r[column])) for r in rows if r.get(column)]
@@ -97,4 +93,3 @@ def plot_columns(path: Path, rows: list[dict], panels: list[list[str]], mark: in
     figure.tight_layout()
     with runtime.written_whole(path) as file:
         figure.savefig(file, format="png", dpi=110)
-    plt.close(figure)

@@ -16,7 +16,7 @@ from tqdm import tqdm
 from ..conditioning import Condition
 from ..two_stage import TwoStage, condition_length
 from ..vqgan import VQGAN
-from . import checkpoint, runtime
+from . import checkpoint, processes
 from .data import SOURCE_OF, Stream, begin_worker, held_out_batches, to_input
 from .run import Run
 from .runtime import UserError
@@ -85,15 +85,15 @@ def kept_table(run: Run, model: TwoStage, dataset, to_c) -> tuple[Tensor, Tensor
     if len(dataset) < run.world:
         raise UserError(f"{len(dataset)} training images are too few for {run.world} processes")
     found = _found(path, identity, model, len(dataset)) if run.rank == 0 else None
-    if not runtime.says_rank_0(found is not None):
-        run.announce(f"computing the codes of {len(dataset)} images, once")
+    if not processes.says_rank_0(found is not None):
+        run.say(f"computing the codes of {len(dataset)} images, once")
         own = table(model, dataset, to_c, run.device, run.workers, run.rank, run.world)
-        s, r = (runtime.gathered(rows, run.rank, run.world) for rows in own)
+        s, r = (processes.gathered(rows, run.rank, run.world) for rows in own)
         if run.rank == 0:
             path.parent.mkdir(parents=True, exist_ok=True)
             found = {"identity": identity, "s": s, "r": r}
             checkpoint.save(path, "codes", **found)
-    runtime.wait()
+    processes.wait()
     found = found or checkpoint.read(path, "codes")
     return found["s"], found["r"]
 
