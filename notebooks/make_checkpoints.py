@@ -1,16 +1,22 @@
-"""Train the models that the notebooks load. The transformer of CIFAR-10 wants a GPU: 8 minutes.
+"""Train the models in notebooks/checkpoints/: three groups, each made if its data is given.
 
-    python notebooks/make_checkpoints.py                        -> notebooks/checkpoints/gpt.pt, spatial.pt
+    python notebooks/make_checkpoints.py                        -> gpt.pt, spatial.pt
     python notebooks/make_checkpoints.py --cifar cifar10_split  -> cifar_vqvae.pt, cifar_vqgan.pt, cifar_gpt.pt too
+    python notebooks/make_checkpoints.py --scenes scenes_64     -> scenes.pt too
 
 gpt.pt      shapes of 32 pixels: a VQGAN (f = 4, 256 codes) and a class-conditional transformer on its codes
-spatial.pt  32-pixel crops of 64-pixel shapes: a VQGAN, a second one for their label maps, and a transformer that turns
-            the codes of the second into those of the first
-cifar_*.pt  CIFAR-10: the default VQGAN, a VQ-VAE of the same size and steps, a class-conditional transformer on the
-            codes of the first. The folder holds train/ and val/ with a subfolder a class.
+spatial.pt  32-pixel crops of 64-pixel shapes: a VQGAN, a second one for their label maps, and a transformer that
+            predicts the codes of the first from those of the second
+cifar_*.pt  CIFAR-10: the default VQGAN, a VQ-VAE of the same size and steps, and a class-conditional transformer on the
+            codes of the VQGAN (8 minutes on a GPU)
+scenes.pt   photographs of landscapes, 64 pixels: a VQGAN and a class-conditional transformer on its codes
+
+--cifar and --scenes are folders with one subfolder per class, also inside train/ and val/. Runs go to runs/notebooks; a
+run that is there is not repeated.
 """
 
 import argparse
+import os
 import subprocess
 import sys
 from dataclasses import asdict
@@ -27,6 +33,7 @@ MADE = ROOT / "notebooks" / "checkpoints"
 SMALL = "--ch 12 --z-channels 32"
 CROPS = "--resize 64"
 
+# Run -> command. A run is exported under its name if that is in EXPORTED.
 SHAPES = {
     "vqgan": f"train_vqgan.py {SMALL}",
     "gpt": "train_gpt.py --vqgan vqgan/last.pt",
@@ -41,6 +48,12 @@ CIFAR = {
     "cifar_gpt": "train_gpt.py --vqgan cifar_vqgan/last.pt --n-layer 6 --n-head 6 --n-embd 192 --dropout 0.1 "
     "--batch-size 128 --steps 25000 --lr 1.5e-3",
 }
+SCENES = {
+    "scenes_vqgan": "train_vqgan.py --preset small --steps 2500",
+    "scenes": "train_gpt.py --vqgan scenes_vqgan/last.pt --n-layer 6 --n-head 6 --n-embd 192 --dropout 0.1 "
+    "--steps 3000",
+}
+EXPORTED = ("gpt", "spatial", "cifar_vqvae", "cifar_vqgan", "cifar_gpt", "scenes")
 
 
 def half(content):
@@ -50,34 +63,35 @@ def half(content):
     return content.half() if isinstance(content, torch.Tensor) and content.is_floating_point() else content
 
 
-def export(run: Path, name: str) -> None:
-    """The best transformer of a run, or the last first-stage model, as notebooks/checkpoints/NAME.pt in 16 bits."""
+def export(run: Path, path: Path) -> None:
+    """Write a run's best transformer, or its last first-stage model, in 16 bits."""
     kind = checkpoint.read(run / "last.pt")["kind"]
     model = checkpoint.load(run / ("best.pt" if kind == "two_stage" else "last.pt"))
     if isinstance(model, VQGAN):
         content = {"config": asdict(model.config), "model": model.state_dict()}
     else:
         content = checkpoint.pack_two_stage(model)
-    # torch begins every tensor at a multiple of 64 bytes: 58 kB in all, and together they must stay below 15 MB.
-    serialization.save.storage_alignment = 2
-    checkpoint.save(MADE / f"{name}.pt", kind, **half(content))
-    print(f"{MADE / name}.pt: {(MADE / f'{name}.pt').stat().st_size / 1e6:.1f} MB")
+    serialization.save.storage_alignment = 2  # torch's default, 64 bytes per tensor, adds 58 kB in all
+    checkpoint.save(path, kind, **half(content))
+    print(f"{path}: {path.stat().st_size / 1e6:.1f} MB")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--cifar", type=Path, help="folder of CIFAR-10; without it only the models of shapes are made")
-    cifar = parser.parse_args().cifar
+    parser.add_argument("--cifar", type=os.path.abspath, help="folder of CIFAR-10's images, for cifar_*.pt")
+    parser.add_argument("--scenes", type=os.path.abspath, help="folder of photographs of scenes, for scenes.pt")
+    args = parser.parse_args()
     runs = ROOT / "runs" / "notebooks"
     runs.mkdir(parents=True, exist_ok=True)
     MADE.mkdir(exist_ok=True)
-    trainings = SHAPES | ({k: f"{v} --data {cifar.resolve()}" for k, v in CIFAR.items()} if cifar else {})
-    for name, words in trainings.items():
-        if not (runs / name / "last.pt").exists():
-            script, *flags = words.split()
-            subprocess.run([sys.executable, ROOT / script, *flags, "--out", name], cwd=runs, check=True)
-    for name in ["gpt", "spatial", *(CIFAR if cifar else ())]:
-        export(runs / name, name)
+    for commands, data in ((SHAPES, "shapes"), (CIFAR, args.cifar), (SCENES, args.scenes)):
+        for name, command in commands.items() if data else ():
+            if not (runs / name / "last.pt").exists():
+                script, *flags = command.split()
+                words = [sys.executable, ROOT / script, *flags, "--data", data, "--out", name]
+                subprocess.run(words, cwd=runs, check=True)
+            if name in EXPORTED:
+                export(runs / name, MADE / f"{name}.pt")
 
 
 if __name__ == "__main__":

@@ -223,30 +223,27 @@ def test_orders_of_the_permuters(tmp_path):
                     official.load(path, config)
 
 
-def test_convert_on_the_command_line(tmp_path):
+def test_convert_on_the_command_line(tmp_path, monkeypatch):
     fx = fixture("net2net_class")
     official_files(fx, tmp_path)
-    convert = ("-m", "minvqgan.harness.official")
-
-    def run(*words):
-        env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-        command = [sys.executable, *convert, *words]
-        return subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
-
-    done = run("last.ckpt", "project.yaml", "ours.pt")
-    assert done.returncode == 0, done.stderr
-    model = minvqgan.load(tmp_path / "ours.pt")
-    s = model.image_tokens(fx["x"])
-    assert torch.equal(s, fx["z_indices"]) and relative_error(model.nll(fx["x"], fx["c"]).mean(), fx["loss"]) < 1e-5
-    checkpoint.save_model(tmp_path / "first.pt", model.vqgan)
-    assert run("--export", "first.pt", "back.ckpt", "back.yaml").returncode == 0
-    back = official.load(tmp_path / "back.ckpt", tmp_path / "back.yaml")
-    assert same(back.state_dict(), model.vqgan.state_dict())
-    assert_one_line_error(run("--export", "ours.pt", "x.ckpt", "x.yaml"), "only first stages")
-    assert_one_line_error(run("last.ckpt", "project.yaml", "ours.pt"), "ours.pt exists")
-    small = minvqgan.VQGAN(minvqgan.VQGANConfig())
-    checkpoint.save_model(tmp_path / "small.pt", small)
-    assert_one_line_error(run("--export", "small.pt", "x.ckpt", "x.yaml"), "32 norm groups")
+    monkeypatch.chdir(tmp_path)
+    assert official.main(["last.ckpt", "project.yaml", "ours.pt"]) == 0
+    model = minvqgan.load("ours.pt")
+    assert torch.equal(model.image_tokens(fx["x"]), fx["z_indices"])
+    assert relative_error(model.nll(fx["x"], fx["c"]).mean(), fx["loss"]) < 1e-5
+    checkpoint.save_model("first.pt", model.vqgan)
+    assert official.main(["--export", "first.pt", "back.ckpt", "back.yaml"]) == 0
+    assert same(official.load("back.ckpt", "back.yaml").state_dict(), model.vqgan.state_dict())
+    checkpoint.save_model("small.pt", minvqgan.VQGAN(minvqgan.VQGANConfig()))
+    for words, answer in (
+        (["last.ckpt", "project.yaml", "ours.pt"], "ours.pt exists"),
+        (["--export", "first.pt", "new.ckpt", "back.yaml"], "back.yaml exists"),
+        (["--export", "ours.pt", "x.ckpt", "x.yaml"], "only first stages"),
+        (["--export", "small.pt", "x.ckpt", "x.yaml"], "32 norm groups"),
+    ):
+        with pytest.raises(UserError, match=answer):
+            official.main(words)
+    assert not list(tmp_path.glob("x.*")) + list(tmp_path.glob("new.*"))
 
 
 # Parameters that are mapped from the file count only once they are touched, so all of them are.
@@ -262,6 +259,7 @@ print((memory("VmHWM") - before) * 1024, sum(p.numel() for p in model.parameters
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 def test_memory_of_the_large_class_conditional_model(tmp_path):
     """The 1.4 B parameter layout (48 layers of width 1536) at 2 layers: loading takes no second copy."""
