@@ -1,9 +1,9 @@
-"""`shapes`: procedural images to learn on, without files or downloads.
+"""`shapes`: procedural images to train on, without files or downloads.
 
-Each image shows a horizon between a sky and a ground, one large object of six kinds and eight colours, sometimes a
-sun. The object is lit from the sun's side and its shadow falls to the other: whether an image is right cannot be told
-from a patch of it, and that is what stage two has to learn. Every image comes with its class (the object's kind), a
-label map and a depth map, is drawn at any size, and depends on (seed, index) alone.
+Each image shows a horizon between a sky and a ground, one large object of six kinds and eight colours, and sometimes a
+sun. The object is lit from the sun's side and its shadow falls to the other side, so no single patch tells whether an
+image is right: that is what stage two has to learn. Each image comes with its class (the object's kind), a label map
+and a depth map, can be drawn at any size, and depends on (seed, index) alone.
 
 Coordinates: x to the right, y downwards, both in [-1, 1] over the image.
 """
@@ -13,24 +13,15 @@ import numpy as np
 KINDS = ("disc", "square", "triangle", "star", "ring", "cross")
 LABELS = ("sky", "ground", "sun", *KINDS)
 
-SKIES = np.array([(171, 212, 237), (244, 214, 190), (206, 196, 232), (190, 226, 214)]) / 255
-GROUNDS = np.array([(118, 146, 96), (176, 148, 106), (110, 118, 140), (214, 202, 178)]) / 255
-COLOURS = (
-    np.array(
-        [
-            (208, 58, 52),
-            (236, 140, 44),
-            (242, 204, 68),
-            (64, 150, 84),
-            (58, 108, 196),
-            (124, 76, 172),
-            (226, 112, 160),
-            (60, 62, 76),
-        ]
-    )
-    / 255
-)
-SUN = np.array((255, 244, 200)) / 255
+
+def _colours(text: str) -> np.ndarray:
+    return np.array([list(bytes.fromhex(colour)) for colour in text.split()]) / 255  # (n, 3)
+
+
+SKIES = _colours("abd4ed f4d6be cec4e8 bee2d6")
+GROUNDS = _colours("769260 b0946a 6e768c d6cab2")
+COLOURS = _colours("d03a34 ec8c2c f2cc44 409654 3a6cc4 7c4cac e270a0 3c3e4c")
+SUN = _colours("fff4c8")[0]
 
 
 def _regular(n: int, inner: float = 1.0) -> np.ndarray:
