@@ -57,10 +57,11 @@ def test_folders_without_images(house, tmp_path, words):
 def test_broken_and_small_files_among_good_ones(house, tmp_path):
     """Broken ones are skipped, counted and named once, small ones enlarged; training goes on."""
     for part in ("train", "val"):
-        good = make_photos(tmp_path / part, n=6, size=(7, 5))[0].read_bytes()
-        (tmp_path / part / f"text_{part}.jpg").write_text("not an image")
-        (tmp_path / part / f"half_{part}.png").write_bytes(good[: len(good) // 2])  # a good header, half of the pixels
-    done = run_inside(*VQGAN, "--data", tmp_path, "--out", tmp_path / "run", cwd=house)
+        folder = tmp_path / "photos" / part
+        good = make_photos(folder, n=6, size=(7, 5))[0].read_bytes()
+        (folder / f"text_{part}.jpg").write_text("not an image")
+        (folder / f"half_{part}.png").write_bytes(good[: len(good) // 2])  # a good header, half of the pixels
+    done = run_inside(*VQGAN, "--data", tmp_path / "photos", "--out", tmp_path / "run", cwd=house)
     assert done.returncode == 0, done.stderr[-2000:]
     for part in ("train", "val"):
         assert done.stderr.count(f"text_{part}.jpg") == 1 and done.stderr.count(f"half_{part}.png") == 1

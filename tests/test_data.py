@@ -16,7 +16,7 @@ import torchvision
 from helpers import NoFloat64, make_photos
 from PIL import Image, ImageOps, features
 
-from minvqgan.harness import data, folders, imagefiles, shapes
+from minvqgan.harness import checkpoint, data, folders, imagefiles, shapes
 from minvqgan.harness.data import open_data, to_input
 from minvqgan.harness.imagefiles import read
 from minvqgan.harness.runtime import UserError
@@ -615,3 +615,17 @@ def test_held_out_pictures_come_from_all_classes(tmp_path):
     assert [len(b["class"]) for b in batches] == [3, 3, 2]
     assert torch.cat([b["class"] for b in batches]).tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
     assert len(list(data.held_out_batches(val, 3, 1000))) == 7
+
+
+def test_the_data_of_a_run_is_found_from_any_folder(tmp_path, monkeypatch):
+    """`--data photos` in a checkpoint was a folder of the current folder, whichever that was."""
+    (tmp_path / "project" / "photos").mkdir(parents=True)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    last = "../project/runs/x/last.pt"
+    run = {"data": "photos", "out": "runs/x"}
+    assert os.path.samefile(checkpoint.data_of(run, last), tmp_path / "project" / "photos")
+    assert checkpoint.data_of(run | {"data": "gone"}, last) == "gone"
+    assert checkpoint.data_of(run | {"data": "cifar10"}, last) == "cifar10"
+    (tmp_path / "elsewhere" / "photos").mkdir()
+    assert checkpoint.data_of(run, last) == "photos"

@@ -111,10 +111,20 @@ def read(file: File, kind: str | None = None, needs: Iterable[str] = ()) -> dict
     return content
 
 
+def data_of(flags: dict, path: str | Path) -> str:
+    """A run's --data, found from any folder: a relative path that does not exist is taken from where the run was
+    started, as its run folder lies to it. So a project may be moved as a whole."""
+    name, out = flags["data"], flags.get("out", "")
+    beside = os.path.normpath(os.path.join(os.path.dirname(os.path.abspath(path)), os.path.relpath(name, out or ".")))
+    relative = name != "shapes" and not os.path.isabs(name) and not os.path.isabs(out)
+    return beside if relative and not os.path.exists(name) and os.path.isdir(beside) else name
+
+
 def trained_with(path: str | Path) -> dict:
     """Those of --data, --image-size, --resize, --flip and --seed that a model was trained with. Raises UserError."""
     flags, names = read(path).get("flags", {}), ("data", "image_size", "resize", "flip", "seed")
-    return {name: flags[name] for name in names if flags.get(name) is not None}
+    found = {name: flags[name] for name in names if flags.get(name) is not None}
+    return found | ({"data": data_of(flags, path)} if "data" in found else {})
 
 
 def config_from(cls, values: dict):

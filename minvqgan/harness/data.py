@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
 from ..conditioning import coordinates
-from . import folders, imagefiles, runtime, shapes
+from . import folders, imagefiles, processes, shapes
 from .runtime import UserError, say
 
 SOURCE_OF = {"rgb": "image", "gray": "image", "edges": "image", "lowres": "image", "labels": "labels", "depth": "depth"}
@@ -225,14 +225,14 @@ def _torchvision(name: str, image_size: int, resize: int, seed: int, flip: bool,
     cls, *arguments = TORCHVISION[name]
     first = os.environ.get("LOCAL_RANK", "0") == "0"
     if not first:
-        runtime.wait()  # until the first process of this machine has downloaded it
+        processes.wait()  # until the first process of this machine has downloaded it
     try:
         both = [getattr(torchvision.datasets, cls)(TORCHVISION_ROOT, download=True, **kwargs) for kwargs in arguments]
     except (OSError, RuntimeError) as error:  # no network, a moved mirror, a broken archive
         place = TORCHVISION_ROOT.resolve()
         raise UserError(f"{name} could not be downloaded ({error}); put it into {place} or name a folder") from None
     if first:
-        runtime.wait()
+        processes.wait()
     classes = tuple(map(str, getattr(both[0], "classes", range(10))))  # SVHN's digits have no names
     how = (classes, image_size, resize, seed, flip and name not in DIGITS, coords)
     return tuple(TorchvisionImages(one, *how, name in SQUARE and resize == image_size) for one in both)

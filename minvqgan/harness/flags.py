@@ -173,6 +173,8 @@ def parse(p: Parser, presets: dict, kind: str, argv: list[str] | None):
         return p.parse_args(argv), None
     known = {action.dest for action in p._actions}
     kept = {name: value for name, value in saved["flags"].items() if name in known}
+    if "data" in kept:
+        kept["data"] = checkpoint.data_of(kept, Path(early.out) / "last.pt")
     p.set_defaults(**kept | {"out": early.out, "resume": False})  # the folder may have been moved
     args = p.parse_args(argv)
     for name, value in kept.items():
