@@ -80,13 +80,14 @@ def test_one_pass_equals_the_textbook_step(parts, perceptual_weight, disc_loss, 
 
 @pytest.mark.parametrize("step", [textbook_step, stage_one_step])
 def test_fixed_lambda_is_a_constant_weight(parts, step):
-    """Plain autograd of L_rec + L_VQ + 0.5 * 0.8 * 0.03 L_GAN, over E, G and Z."""
+    """Plain autograd of L1 + 1.5 LPIPS + L_VQ + 0.5 * 0.8 * 0.03 L_GAN, over E, G and Z."""
     vqgan, disc, perceptual, x = parts
-    step(vqgan, disc, perceptual, x, ObjectiveConfig(disc_weight=0.8, fixed_lambda=0.03), 0.5)
+    config = ObjectiveConfig(perceptual_weight=1.5, disc_weight=0.8, fixed_lambda=0.03)
+    step(vqgan, disc, perceptual, x, config, 0.5)
     (ours,) = gradients(vqgan)
     vqgan.zero_grad()
     x_hat, quantized = vqgan(x)
-    rec_loss = (x - x_hat).abs().mean() + perceptual(x, x_hat).mean()
+    rec_loss = (x - x_hat).abs().mean() + 1.5 * perceptual(x, x_hat).mean()
     (rec_loss + quantized.loss - 0.5 * 0.8 * 0.03 * disc(x_hat).mean()).backward()
     assert_equal_gradients(ours, gradients(vqgan)[0])
 

@@ -142,6 +142,39 @@ def test_revival_moves_dead_codes_and_leaves_the_living():
     assert (torch.bincount(quantizer(z).indices.flatten(), minlength=8) > 0).sum() > (counts > 0).sum()
 
 
+def test_use_is_a_running_mean_and_a_code_is_dead_below_a_twentieth_of_its_part():
+    """Each batch counts 2 %. With 8 codes a fair part is 1/8; the revived code starts from there."""
+    quantizer = random_quantizer(K=8)
+    z = torch.randn(2, 5, 4, 4)
+    chosen = torch.bincount(quantizer(z).indices.flatten(), minlength=8) / 32
+    assert torch.allclose(quantizer.recent_use, 0.02 * chosen)
+    quantizer(z)
+    assert torch.allclose(quantizer.recent_use, (0.02 * 0.98 + 0.02) * chosen)
+    quantizer.recent_use = torch.tensor([0.051, 0.049, 0.5, 1, 1, 1, 1, 3]) / 8
+    before = quantizer.codebook.weight.detach().clone()
+    assert quantizer.revive_dead_codes(z) == 1
+    assert (quantizer.codebook.weight != before).any(1).nonzero().tolist() == [[1]]
+    assert quantizer.recent_use[1] == 1 / 8 and quantizer.recent_use[7] == 3 / 8
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.25])
+def test_gumbel_gradient_is_that_of_the_softmax_at_its_temperature(temperature):
+    """With the same noise, by the definition: softmax((logits + noise) / temperature)."""
+    torch.manual_seed(0)
+    quantizer = GumbelQuantizer(4, 3, in_channels=2)
+    quantizer.temperature = temperature
+    z, weight = torch.randn(1, 2, 3, 3), torch.randn(1, 3, 3, 3)
+    torch.manual_seed(1)
+    (quantizer(z).z_q * weight).sum().backward()
+    ours = quantizer.proj.weight.grad.clone()
+    quantizer.zero_grad()
+    torch.manual_seed(1)
+    noise = -torch.empty(1, 4, 3, 3).exponential_().log()
+    soft = ((quantizer.proj(z) + noise) / temperature).softmax(1)
+    (torch.einsum("bkhw,kd->bdhw", soft, quantizer.codebook.weight) * weight).sum().backward()
+    assert torch.allclose(ours, quantizer.proj.weight.grad, atol=1e-6)
+
+
 def test_gumbel_training_draws_codes_from_its_softmax():
     torch.manual_seed(0)
     quantizer = GumbelQuantizer(4, 3, in_channels=2)
@@ -151,10 +184,10 @@ def test_gumbel_training_draws_codes_from_its_softmax():
 
 
 def test_gumbel_loss_is_the_divergence_from_uniform():
-    quantizer = GumbelQuantizer(4, 3, in_channels=2, kl_weight=1.0)
+    quantizer = GumbelQuantizer(4, 3, in_channels=2, kl_weight=0.5)
     z = torch.randn(2, 2, 3, 3)
     p = quantizer.proj(z).softmax(1)
     truth = torch.distributions.kl_divergence(
         torch.distributions.Categorical(p.permute(0, 2, 3, 1)), torch.distributions.Categorical(torch.ones(4) / 4)
     ).mean()
-    assert torch.allclose(quantizer(z).loss, truth)
+    assert torch.allclose(quantizer(z).loss, 0.5 * truth)

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from helpers import fixture, official_files, relative_error
+from test_sampler import slow_choice
 
 from minvqgan import VQGAN, VQGANConfig, sampler
 from minvqgan.conditioning import ClassCondition, CoordinateCondition, NoCondition, SpatialCondition, coordinates
@@ -104,6 +105,21 @@ def test_orders_go_there_and_back(order):
     assert torch.equal(model.to_map(model.image_tokens(x)), model.vqgan.encode_indices(x))
     with pytest.raises(ValueError, match="only row order slides"):
         model.sample(n=1, size=(6, 6))
+
+
+def test_guidance_temperature_and_filters_in_their_order():
+    """Every code from two forward passes, with c and without, and by the slow definition of a choice."""
+    model = make_model("class", guided=True)
+    c, u = torch.tensor([0, 2]), sampler.uniforms(0, range(2), 16)
+    ours = model.sample_indices(c, sampling=Sampling(temperature=0.7, top_k=9, top_p=0.8, guidance=2.5))
+    for b in range(2):
+        s: list[int] = []
+        for i in range(16):
+            tokens = [torch.tensor([[first, *s]]) for first in (16 + c[b].item(), model.null)]
+            with_c, without_c = (model.gpt(t)[0, -1] for t in tokens)
+            logits = (without_c + 2.5 * (with_c - without_c)).tolist()
+            s.append(slow_choice(logits, u[b, i].item(), 0.7, 9, 0.8))
+        assert ours[b].flatten().tolist() == s
 
 
 @pytest.mark.parametrize("guidance", [1.0, 3.0])
