@@ -46,6 +46,8 @@ def door(file: File, says: str = "") -> Iterator[None]:
     """
     try:
         yield
+    except torch.OutOfMemoryError:  # not the file's fault
+        raise
     except FILE_ERRORS as error:
         words = f"{error.args[0]} is missing" if isinstance(error, KeyError) else first_line(error)
         if isinstance(error, pickle.UnpicklingError) and ("Unsupported" in str(error) or "GLOBAL" in str(error)):
