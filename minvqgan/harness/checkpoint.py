@@ -179,7 +179,7 @@ def restore(saved: dict, parts: dict, path: str | Path) -> None:
     for name, part in parts.items():
         with door(path):
             if isinstance(part, Tensor):
-                part.copy_(saved[name])
+                part.copy_(saved.get(name, part))  # a run of an older version may lack a counter
             else:
                 (fit if isinstance(part, nn.Module) else _fit_optimizer)(part, saved[name])
 
