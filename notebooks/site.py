@@ -17,6 +17,8 @@ import sys
 import tempfile
 from pathlib import Path
 
+import playground
+
 try:
     from docutils import nodes
     from sphinx.application import Sphinx
@@ -41,6 +43,9 @@ article h1 { font-size: 2em; } article h2 { font-size: 1.5em; } article h3 { fon
 article figure { margin: 0.5em 0 1.5em; }
 article figure img { display: block; margin-left: 0; }
 article figcaption { font-style: italic; text-align: left; }
+"""
+PLAYGROUND = """<p><a href="playground.html">A page to play with</a>: change an image's codes and see what they draw,
+encode an image of your own, and watch the transformer draw new ones.</p>
 """
 CONFIG = {
     "extensions": ["myst_nb", "sphinx.ext.mathjax"],
@@ -83,7 +88,8 @@ def write_pages(folder: Path) -> None:
         shutil.copy(path, folder)
     sidebar = contents(["Overview <self>", *(path.stem for path in notebooks)], "Notebooks")
     sidebar += contents(["reading_order"], "Code")
-    (folder / "index.md").write_text((ROOT / "notebooks" / "README.md").read_text() + sidebar)
+    title, text = (ROOT / "notebooks" / "README.md").read_text().split("\n", 1)
+    (folder / "index.md").write_text(title + "\n\n" + PLAYGROUND + text + sidebar)
     (folder / "site.css").write_text(CSS)
 
     text = "# Reading order of the modules\n\n"
@@ -121,6 +127,7 @@ def build(out: Path) -> None:
         if app.statuscode:
             sys.exit(2)  # its warnings are printed
         shutil.copytree(html, out, dirs_exist_ok=True)
+    playground.write(playground.default_checkpoint(), out / "playground.html")
     print(f"open {out / 'index.html'}")
 
 
