@@ -1,12 +1,14 @@
-"""How good is it? A VQGAN's reconstructions, or a transformer's images, beside held-out images (Sec. 4.1, 4.4 of
-arXiv:2012.09841).
+"""How good is it? A VQGAN's reconstructions, or a transformer's images, against held-out images (Sec. 4.1, 4.4 of
+arXiv:2012.09841). Or: your own images as codes, and back.
 
     python evaluate.py --vqgan runs/vqgan/last.pt
     python evaluate.py --gpt runs/gpt/best.pt -n 2000
     python evaluate.py --gpt runs/gpt/best.pt --features runs/classifier.pt      without InceptionV3's weights
+    python evaluate.py --vqgan V.pt --reconstruct photos --out seen              original | reconstruction | codes
+    python evaluate.py --vqgan V.pt --decode seen/photo.npy --out seen           the image of these codes
 
-FID and Inception Score need InceptionV3's weights, which are downloaded once. Where that cannot be, a classifier of
-`python -m minvqgan.harness.judges` takes its place, and the distances then bear its name.
+FID and Inception Score need InceptionV3's weights, which are downloaded once. If they cannot be, a classifier of
+`python -m minvqgan.harness.judges` can take its place; the distances then bear its name.
 """
 
 import json
@@ -15,52 +17,49 @@ import os
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from tqdm import tqdm
 
-from minvqgan.harness import checkpoint, data, flags, judges, metrics, official, pictures, runtime, tokens
-from minvqgan.harness.judges import load_classifier, match_classes
+from minvqgan.harness import checkpoint, data, flags, imagefiles, judges, metrics, official, pictures, runtime, tokens
 from minvqgan.harness.runtime import UserError
 from minvqgan.quantizer import codebook_stats
 from minvqgan.two_stage import TwoStage
 from minvqgan.vqgan import VQGAN
 
 
-def parse_flags():
+def parse_flags(argv: list[str] | None):
     p = flags.Parser(description=__doc__)
     g = p.add_argument_group("what")
     which = g.add_mutually_exclusive_group(required=True)
-    which.add_argument("--vqgan", metavar="FILE", help="a first stage: how well does it reconstruct?")
+    which.add_argument("--vqgan", metavar="FILE", help="a first-stage model: how well does it reconstruct?")
     which.add_argument("--gpt", metavar="FILE", help="both stages: how likely are held-out images, how good new ones?")
-    g.add_argument("--official-config", metavar="YAML", help="the file is of the paper's authors; its yaml")
+    own = g.add_mutually_exclusive_group()
+    own.add_argument("--reconstruct", metavar="PATH", help="an image or a folder: write reconstructions and codes")
+    own.add_argument("--decode", metavar="NPY", help="codes (h, w) as --reconstruct writes them: write their image")
+    g.add_argument("--official-config", metavar="YAML", help="the file is an official checkpoint; this is its yaml")
     g.add_argument("--data", help="as in train_vqgan.py (what the model was trained on)")
     g.add_argument("--image-size", type=flags.size, help="side of the images (the model's)")
     g.add_argument("--resize", type=flags.size, help="scale the shorter side to this, then crop (the model's)")
-    g.add_argument(
-        "--images",
-        type=flags.positive,
-        default=10_000,
-        help="held-out images used, and training images searched for copies, at most",
-    )
+    limit = "held-out images used, and training images searched for copies, at most"
+    g.add_argument("--images", type=flags.positive, default=10_000, help=limit)
     g.add_argument("-n", type=flags.positive, default=1000, help="new images that --gpt makes")
     flags.add_sampling_flags(p)
-
     g = p.add_argument_group("judges")
     g.add_argument("--features", default="inception", help="network of the distances: inception, none, or a classifier")
     g.add_argument("--classifier", metavar="FILE", help="for class accuracy; a torchvision name too (--features' file)")
     g.add_argument("--perceptual", default="vgg16", help="network of LPIPS: vgg16, none, or a classifier")
-
     g = p.add_argument_group("how")
     g.add_argument("--splits", type=flags.positive, default=5, help="parts of the images for the spread")
-    g.add_argument("--neighbours", type=flags.positive, default=10, help="new images shown beside their nearest")
+    g.add_argument("--neighbours", type=flags.positive, default=10, help="new images shown with their nearest")
     g.add_argument("--batch-size", type=flags.positive, default=50, help="images at a time")
     g.add_argument("--seed", type=flags.seed, default=0, help="of the new images")
     g.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     g.add_argument("--out", default="runs/evaluation", help="folder of metrics.json and the images")
-    return p.parse_args()
+    return p.parse_args(argv)
 
 
 def open_sets(args, model: VQGAN | TwoStage, vqgan: VQGAN):
-    """(training set, held-out set): the data and the split that the model was trained with, unless flags say other."""
+    """(training set, held-out set) that the model was trained with, unless flags say otherwise."""
     path = args.vqgan or args.gpt
     trained_with = {} if args.official_config else checkpoint.trained_with(path)
     args.data = args.data or trained_with.get("data")
@@ -75,31 +74,27 @@ def open_sets(args, model: VQGAN | TwoStage, vqgan: VQGAN):
         if args.image_size != side:
             raise UserError(f"--image-size {args.image_size}: this transformer reads images of {side} x {side}")
     sources, num_labels = tokens.sources_of(vqgan, condition)
-    split = trained_with.get("seed", 0)
-    sets = data.open_data(args.data, args.image_size, args.resize, sources, num_labels, split)
+    seed, flip = trained_with.get("seed", 0), trained_with.get("flip", True)
+    sets = data.open_data(args.data, args.image_size, args.resize, sources, num_labels, seed, flip)
     if condition is not None and condition.kind == "class":
         data.check_classes(args.data, sets[0].classes, model.config.classes, condition.num_tokens)
     return sets
 
 
 def prepare_out(folder: Path) -> None:
-    """Make the folder to write to. Raises UserError where files of something else would be written over."""
-    there = [name for name in ("metrics.json", "neighbours.png") if (folder / name).exists()]
-    if there:
-        try:
-            path = folder / "metrics.json"
-            own = path.is_file() and json.loads(path.read_text()).keys() == {"flags", "metrics"}
-        except (OSError, ValueError, AttributeError, RecursionError):
-            own = False
-        if not own:
-            raise UserError(
-                f"--out {folder} holds {' and '.join(there)} of something else, which would be written over"
-            )
+    """Make the folder to write to. Raises UserError if files that are not ours would be overwritten."""
+    path = folder / "metrics.json"
+    try:
+        ours = path.is_file() and json.loads(path.read_text()).keys() == {"flags", "metrics"}
+    except (ValueError, AttributeError):
+        ours = False
+    if not ours and (path.exists() or (folder / "neighbours.png").exists()):
+        raise UserError(f"--out {folder} holds files of something else, which would be overwritten")
     folder.mkdir(parents=True, exist_ok=True)
 
 
 def optional(load, name: str, device: torch.device):
-    """A judge, or None where downloaded weights cannot be had: then one line says which numbers are missing."""
+    """A judge, or None if its weights cannot be downloaded: then one line says which numbers are missing."""
     try:
         judge = load(name)
     except UserError as error:
@@ -112,9 +107,10 @@ def optional(load, name: str, device: torch.device):
 
 def check_numbers(*numbers: int) -> None:
     """Distances between sets need a few images in each. Raises UserError."""
-    fewest = min(numbers)
-    if fewest < 4:
-        raise UserError(f"distances between sets need 4 images, not {fewest}: more -n or --images, or --features none")
+    if min(numbers) < 4:
+        raise UserError(
+            f"distances between sets need 4 images, not {min(numbers)}: more -n or --images, or --features none"
+        )
 
 
 class Table:
@@ -123,19 +119,17 @@ class Table:
     def __init__(self):
         self.rows: dict[str, dict] = {}
 
+    def add(self, name: str, value: float, spread: float | None = None, **more) -> None:
+        self.rows[name] = {"value": value, "spread": spread, **more}
+
     def mean(self, name: str, values: torch.Tensor) -> None:
         """A mean over images, values (N,), with its standard error."""
-        value, error = metrics.spread(values)
-        self.rows[name] = {"value": value, "spread": error}
+        self.add(name, *metrics.spread(values))
 
     def over_splits(self, name: str, measure, parts, whole) -> None:
         """A number of a whole set, with its standard deviation over parts of the set."""
         values = torch.tensor([measure(part) for part in parts])
-        spread = values.std().item() if len(values) > 1 else None
-        self.rows[name] = {"value": measure(whole), "spread": spread, "splits": values.tolist()}
-
-    def plain(self, name: str, value: float) -> None:
-        self.rows[name] = {"value": value, "spread": None}
+        self.add(name, measure(whole), values.std().item() if len(values) > 1 else None, splits=values.tolist())
 
     def lines(self) -> list[str]:
         width = max(map(len, self.rows))
@@ -144,14 +138,13 @@ class Table:
 
 
 def split(images: torch.Tensor, n: int) -> list[torch.Tensor]:
-    """n parts with all classes in each: folders are sorted by class, so every n-th image goes into one part. A part of
-    a single image has no spread and is left out."""
+    """n parts, each of every n-th image: folders are sorted by class. Parts of a single image are left out."""
     return [part for part in (images[i::n] for i in range(n)) if len(part) > 1]
 
 
 def compare_sets(table: Table, args, name: str, real: torch.Tensor, fake: torch.Tensor, score: torch.Tensor | None):
-    """Distances between the features of real and fake images; score: class probabilities of the fake ones, or None
-    for reconstructions, of which each part is compared with the very images it was made from."""
+    """Distances between the features of real and fake images. score: class probabilities of the fake ones, or None for
+    reconstructions, each part of which is compared with the images that it was made from."""
     inception = name == "inception"
     fake_parts = split(fake, args.splits)
     real_parts = split(real, args.splits) if score is None else [real] * len(fake_parts)
@@ -162,132 +155,195 @@ def compare_sets(table: Table, args, name: str, real: torch.Tensor, fake: torch.
         label = "inception_score" if inception else f"class_score({name})"
         table.over_splits(label, metrics.inception_score, split(score, args.splits), score)
         precision, recall = metrics.precision_recall(real, fake)
-        table.plain(f"precision({name})", precision)
-        table.plain(f"recall({name})", recall)
+        table.add(f"precision({name})", precision)
+        table.add(f"recall({name})", recall)
 
 
 @torch.no_grad()
 def evaluate_reconstructions(args, model: VQGAN, val_set, device: torch.device, table: Table) -> None:
-    kind, K = model.config.input_kind, model.config.codebook_size
-    labels = kind == "labels"
+    kind, labels = model.config.input_kind, model.config.input_kind == "labels"
     perceptual = features = None
     if not labels:
         perceptual = optional(lambda name: judges.load_perceptual(name, args.image_size), args.perceptual, device)
         features = optional(judges.load_features, args.features, device)
     values: dict[str, list] = {}
-    seen: dict[str, list] = {"real": [], "fake": []}
-    counts = torch.zeros(K, dtype=torch.long)
+    counts = torch.zeros(model.config.codebook_size, dtype=torch.long)
     number = min(args.images, len(val_set))
     if features is not None:
         check_numbers(number)
     batches = data.held_out_batches(val_set, args.batch_size, number)
-    bar = tqdm(batches, total=math.ceil(number / args.batch_size), desc="reconstructions", leave=False)
-    for x, x_hat, indices, row in metrics.reconstructions(model, bar, device, perceptual):
-        counts += torch.bincount(indices.flatten().cpu(), minlength=K)
+    batches = tqdm(
+        batches, total=math.ceil(number / args.batch_size), desc="reconstructions", leave=False, disable=None
+    )
+    for x, x_hat, indices, row in metrics.reconstructions(model, batches, device, perceptual):
+        counts += torch.bincount(indices.flatten().cpu(), minlength=len(counts))
         if not labels:
             row["ssim"] = metrics.ssim(x, x_hat)
-        for name, value in row.items():
-            if name == "perceptual":
-                name = f"perceptual({Path(args.perceptual).stem})"
-            values.setdefault(name, []).append(value.cpu())
         if features is not None:
-            for name, images in (("real", x), ("fake", x_hat)):
-                seen[name].append(features(pictures.to_rgb(images, kind))[0].cpu())
-    for name, value in values.items():
-        table.mean(name, torch.cat(value))
+            row["real"], row["fake"] = (features(pictures.to_rgb(images, kind))[0] for images in (x, x_hat))
+        for name, value in row.items():
+            values.setdefault(name, []).append(value.cpu())
+    joined = {name: torch.cat(value) for name, value in values.items()}
+    real, fake = joined.pop("real", None), joined.pop("fake", None)
+    for name, value in joined.items():
+        table.mean(f"perceptual({Path(args.perceptual).stem})" if name == "perceptual" else name, value)
     usage, perplexity = codebook_stats(counts)
-    table.plain("codebook_usage", usage)
-    table.plain("codebook_perplexity", perplexity)
+    table.add("codebook_usage", usage)
+    table.add("codebook_perplexity", perplexity)
     if features is not None:
-        compare_sets(table, args, features.name, torch.cat(seen["real"]), torch.cat(seen["fake"]), None)
-    print(f"{number} held-out images of {args.data}, each beside its reconstruction")
+        compare_sets(table, args, features.name, real, fake, None)
+    print(f"{number} held-out images of {args.data} and their reconstructions")
 
 
 @torch.no_grad()
-def new_images(args, model: TwoStage, val_set, to_c, sampling, device: torch.device):
-    """-n images for the conditions of as many held-out images, evenly spread (folders are sorted by class), or of all
-    of them in turn where they are fewer: (images (n, C, H, W), classes (n,))."""
-    images, classes, count = [], [], min(args.images, len(val_set))
-    bar = tqdm(total=args.n, desc="new images", leave=False)
-    while bar.n < args.n:
-        for batch in data.held_out_batches(val_set, args.batch_size, min(count, args.n - bar.n)):
-            c = to_c({k: v.to(device) for k, v in batch.items()})
-            indices = model.sample_indices(c, args.seed, range(bar.n, bar.n + len(c)), sampling=sampling)
-            images.append(model.vqgan.decode_indices(indices).cpu())
-            classes.append(batch["class"])
-            bar.update(len(c))
+def new_codes(args, model: TwoStage, val_set, to_c, sampling, device: torch.device):
+    """Codes (b, h, w) of -n images in batches, and their classes (b,), on the device. Conditions are those of as many
+    held-out images, evenly spread (folders are sorted by class), or of all of them in turn if there are fewer."""
+    bar, count = tqdm(total=args.n, desc="new images", leave=False, disable=None), min(args.images, len(val_set))
+    done = 0
+    while done < args.n:
+        for batch in data.held_out_batches(val_set, args.batch_size, min(count, args.n - done)):
+            batch = {k: v.to(device) for k, v in batch.items()}
+            numbers = range(done, done + len(batch["class"]))
+            yield model.sample_indices(to_c(batch), args.seed, numbers, sampling=sampling), batch["class"]
+            done = numbers.stop
+            bar.update(len(numbers))
     bar.close()
-    return torch.cat(images), torch.cat(classes)
-
-
-def seen_by(network, images, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """(features (N, d), class probabilities) of batches of images in [-1, 1]."""
-    seen = [tuple(t.cpu() for t in network(batch.to(device))) for batch in images]
-    return tuple(torch.cat(parts) for parts in zip(*seen, strict=True))
 
 
 @torch.no_grad()
 def evaluate_gpt(args, model: TwoStage, train_set, val_set, device: torch.device, table: Table) -> None:
-    kind, sampling = model.vqgan.config.input_kind, flags.sampling(args)
-    to_c = tokens.condition_input(model)
-    T, pixels = len(model.order), (model.config.n * model.vqgan.config.f) ** 2
-    held_out = tokens.held_out(model, val_set, to_c, args.images, device)
+    kind, to_c = model.vqgan.config.input_kind, tokens.condition_input(model)
+    # Judges first: a missing one must not be found out after the sampling.
+    features, classifier = optional(judges.load_features, args.features, device), None
+    judge = args.classifier or (args.features if args.features not in ("inception", "none") else None)
+    if judge and model.condition.kind == "class":
+        classifier = judges.load_classifier(judge).to(device)
+        number_of = torch.tensor(judges.match_classes(classifier.classes, model.config.classes), device=device)
+    amp = runtime.pick_amp(args.amp, device, model.gpt.config.n_embd)
+    with torch.autocast(device.type, torch.bfloat16, enabled=amp and device.type == "cuda"):
+        held_out = tokens.held_out(model, val_set, to_c, args.images, device)
     parts = zip(*(t.split(args.batch_size) for t in held_out), strict=True)
     nats = torch.cat([model(s, r).mean(1).cpu() for s, r in parts])  # (N,)
     table.mean("nats_per_token", nats)
-    table.mean("bits_per_pixel", nats * T / math.log(2) / pixels)
-    table.plain("ln_K", math.log(model.vqgan.config.codebook_size))
-
-    features = optional(judges.load_features, args.features, device)
-    judge = args.classifier or (args.features if args.features not in ("inception", "none") else None)
-    if features is None and not (judge and model.condition.kind == "class"):
+    table.mean("bits_per_pixel", nats * len(model.order) / math.log(2) / args.image_size**2)
+    table.add("ln_K", math.log(model.vqgan.config.codebook_size))
+    if features is None and classifier is None:
         print(f"{len(nats)} held-out images of {args.data}")
         return
     if features is not None:
         check_numbers(args.n, len(nats))
-    if runtime.pick_amp(args.amp, device, model.gpt.config.n_embd):
+    if amp:
         print("new images in bfloat16")
         model.gpt.bfloat16()
-    images, classes = new_images(args, model, val_set, to_c, sampling, device)
-    fake = pictures.to_rgb(images, kind)
-    if judge and model.condition.kind == "class":
-        classifier = load_classifier(judge).to(device)
-        number_of = torch.tensor(match_classes(classifier.classes, model.config.classes))
-        guesses = torch.cat([classifier(part.to(device)).argmax(1).cpu() for part in fake.split(args.batch_size)])
-        table.mean("class_accuracy", (guesses == number_of[classes]).double())
+    seen: dict[str, list] = {"codes": [], "features": [], "score": [], "right": []}
+    for indices, classes in new_codes(args, model, val_set, to_c, flags.sampling(args), device):
+        images = pictures.to_rgb(model.vqgan.decode_indices(indices), kind)
+        seen["codes"].append(indices.int().cpu())  # the images again, in a hundredth of the memory
+        if classifier is not None:
+            seen["right"].append((classifier(images).argmax(1) == number_of[classes]).double().cpu())
+        if features is not None:
+            for name, value in zip(("features", "score"), features(images), strict=True):
+                seen[name].append(value.cpu())
+    made = {name: torch.cat(parts) for name, parts in seen.items() if parts}
+    if classifier is not None:
+        table.mean("class_accuracy", made["right"])
     if features is not None:
-        compare_new_images(args, features, fake, train_set, val_set, model.vqgan.config, device, table)
+        compare_new_images(args, features, model.vqgan, made, train_set, val_set, device, table)
     print(f"{len(nats)} held-out images of {args.data}, {args.n} new images for their conditions")
 
 
-def compare_new_images(args, features, fake, train_set, val_set, config, device, table) -> None:
-    """Distances to the held-out images, and the check for memorised images: nearest training images."""
+def compare_new_images(args, features, vqgan: VQGAN, made: dict, train_set, val_set, device, table: Table) -> None:
+    """Distances to the held-out images, and the search for copies of training images, mirrored ones too if the training
+    mirrored images: samples nearer to them than held-out images are would be copies."""
+    kind, channels = vqgan.config.input_kind, vqgan.config.in_channels
 
-    def shown(dataset):
-        for batch in data.held_out_batches(dataset, args.batch_size, args.images):
-            yield pictures.to_rgb(data.to_input(batch, config.input_kind, config.in_channels), config.input_kind)
+    def shown(batches, mirror: bool = False):
+        for batch in batches:
+            images = pictures.to_rgb(data.to_input(batch, kind, channels), kind)
+            yield images.flip(3) if mirror else images
 
-    real, _ = seen_by(features, shown(val_set), device)
-    known, _ = seen_by(features, shown(train_set), device)
-    made, score = seen_by(features, fake.split(args.batch_size), device)
-    compare_sets(table, args, features.name, real, made, score)
-    # Samples nearer to the training images than held-out images are would be copies.
-    distance, index = metrics.nearest(made, known)
+    def features_of(dataset, mirror: bool = False) -> torch.Tensor:
+        batches = data.held_out_batches(dataset, args.batch_size, args.images)
+        return judges.features_of(features, shown(batches, mirror), device)[0]
+
+    real, known = features_of(val_set), features_of(train_set)
+    count = len(known)
+    if train_set.flip:
+        known = torch.cat([known, features_of(train_set, mirror=True)])
+    compare_sets(table, args, features.name, real, made["features"], made["score"])
+    distance, index = metrics.nearest(made["features"], known)
     table.mean(f"nearest_training({features.name})", distance)
     table.mean(f"nearest_training_of_held_out({features.name})", metrics.nearest(real, known)[0])
     closest = distance.argsort()[: args.neighbours]
-    wanted, found = set(index[closest].tolist()), {}
-    for number, image in enumerate(image for batch in shown(train_set) for image in batch):
-        if number in wanted:
-            found[number] = image
-    rows = [fake[closest], torch.stack([found[i] for i in index[closest].tolist()])]
-    pictures.save_grid(Path(args.out) / "neighbours.png", rows)
-    searched = f"{len(known)} of {len(train_set)} training images"
-    print(f"{Path(args.out) / 'neighbours.png'}: the most copied-looking samples over their nearest of {searched}")
+    copies = []
+    for i in index[closest].tolist():
+        item = train_set[i % count * len(train_set) // count, None]  # as `held_out_batches` spreads them
+        batch = {k: torch.as_tensor(v)[None] for k, v in item.items()}
+        copies += shown([batch], mirror=i >= count)
+    samples = vqgan.decode_indices(made["codes"][closest].to(device))
+    pictures.save_grid(Path(args.out) / "neighbours.png", [pictures.to_rgb(samples, kind).cpu(), torch.cat(copies)])
+    searched = f"{count} of {len(train_set)} training images{', also mirrored' if train_set.flip else ''}"
+    print(f"{Path(args.out) / 'neighbours.png'}: the samples most like a training image, above it, of {searched}")
 
 
-def main() -> int:
-    args = parse_flags()
+def reconstruct(args, model: VQGAN, device: torch.device) -> None:
+    """For each image a PNG of original | reconstruction | code map, its codes (h, w), and a line of numbers. Sides are
+    padded to multiples of f by repeating the border, and cut back."""
+    import numpy as np
+
+    source, out, c = Path(args.reconstruct), Path(args.out), model.config
+    root, paths = source.parent, [source]
+    if source.is_dir():
+        root, paths = source, sorted(p for p in source.rglob("*") if p.suffix.lower() in imagefiles.EXTENSIONS)
+        if not paths:
+            raise UserError(f"no images in {source}")
+        if out.resolve().is_relative_to(source.resolve()):
+            raise UserError(f"--out {out} is in the folder of the images; choose another one")
+    for path in paths:
+        try:
+            x = data.open_image(path, c.input_kind, c.in_channels)  # (1, C, H, W)
+        except UserError as error:
+            if len(paths) == 1:
+                raise
+            print(f"skipped: {error}")
+            continue
+        H, W = x.shape[2:]
+        padded = F.pad(x, (0, -W % c.f, 0, -H % c.f), mode="replicate").to(device)
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda" and args.amp is not False):
+            indices = model.encode_indices(padded)  # (1, h, w)
+        x_hat = model.decode_indices(indices)[:, :, :H, :W].cpu()
+        code_map = pictures.code_map(model, indices, c.f)[:, :, :H, :W]
+        shown = torch.cat([pictures.to_rgb(x, c.input_kind), pictures.to_rgb(x_hat, c.input_kind), code_map], 3)
+        name = "_".join(path.relative_to(root).parts)  # with its suffix: a.jpg and a.png are two images
+        out.mkdir(parents=True, exist_ok=True)
+        pictures.save(pictures.to_image(shown[0]), out / f"{name}.png")
+        dtype = np.uint16 if c.codebook_size <= 2**16 else np.int64
+        np.save(out / f"{name}.npy", indices[0].cpu().numpy().astype(dtype))
+        bits, labels = indices.numel() * math.ceil(math.log2(c.codebook_size)), c.input_kind == "labels"
+        numbers = metrics.label_metrics(x, x_hat) if labels else {"psnr": metrics.psnr(x, x_hat)}
+        quality = ", ".join(f"{key} {value.item():.2f}" for key, value in numbers.items())
+        pixel_bits = 8 * H * W * (1 if labels else c.in_channels)
+        print(f"{path}: {H} x {W}, {quality}, {bits:,} bits of codes for {pixel_bits:,} of pixels")
+
+
+def decode(args, model: VQGAN, device: torch.device) -> None:
+    """The image of codes that `reconstruct` wrote."""
+    import numpy as np
+
+    out = Path(args.out) / f"{Path(args.decode).stem}.decoded.png"
+    try:
+        codes = torch.from_numpy(np.load(args.decode, allow_pickle=False).astype(np.int64, casting="safe"))
+        image = model.decode_indices(codes[None].to(device)).cpu()
+    except (OSError, EOFError, TypeError, ValueError) as error:
+        raise UserError(f"--decode {args.decode}: {runtime.first_line(error)}") from None
+    out.parent.mkdir(parents=True, exist_ok=True)
+    pictures.save(pictures.to_image(pictures.to_rgb(image, model.config.input_kind)[0]), out)
+    print(f"{image.shape[2]} x {image.shape[3]}: {out}")
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse_flags(argv)
     if os.environ.get("WORLD_SIZE", "1") != "1":
         raise UserError("evaluate.py runs in one process: start it by python, not by torchrun")
     device = runtime.pick_device(args.device)
@@ -295,11 +351,10 @@ def main() -> int:
     if args.gpt and not isinstance(model, TwoStage):
         raise UserError(f"{args.gpt} holds a VQGAN; evaluate it by --vqgan")
     vqgan = model.vqgan if isinstance(model, TwoStage) else model
+    if args.reconstruct or args.decode:
+        (reconstruct if args.reconstruct else decode)(args, vqgan.to(device), device)
+        return 0
     train_set, val_set = open_sets(args, model if args.gpt else vqgan, vqgan)
-    side, channels = args.image_size, vqgan.config.in_channels
-    number = args.n if args.gpt else 0
-    what = f"{number:,} images of {side} x {side}"
-    runtime.check_memory(2 * number * channels * side**2, what, "a smaller -n")
     prepare_out(Path(args.out))
     table = Table()
     if args.gpt:

@@ -1,18 +1,16 @@
-"""New images from a trained transformer: sampled, completed, conditioned, of any size (Sec. 3.2 and 3.3 of
-arXiv:2012.09841).
+"""New images from a trained transformer: sampled, completed, conditioned, of any size (Sec. 3.2 of arXiv:2012.09841).
 
-    python sample.py                                         16 images of each class
-    python sample.py --classes star,ring -n 4 --guidance 3
-    python sample.py --complete photo.jpg --keep 0.5         the upper half is kept
-    python sample.py --gpt G.pt --cond-image labels.png      a label map turned into an image, at the map's own size
-    python sample.py --gpt G.pt --size 256x512               larger than the model has ever seen
-    torchrun --nproc_per_node=4 sample.py -n 1000 --out many the images that one process makes, sooner
+python sample.py                                         16 images of each class
+python sample.py --classes star,ring -n 4 --guidance 3
+python sample.py --complete photo.jpg --keep 0.5         the upper half is kept
+python sample.py --gpt G.pt --cond-image labels.png      a label map turned into an image, at the map's own size
+python sample.py --gpt G.pt --size 256x512               larger than the images it was trained on
+torchrun --nproc_per_node=4 sample.py -n 1000 --out many the same images, made by four processes
 """
 
 import math
 import os
 import re
-import sys
 import time
 from argparse import ArgumentTypeError
 from collections import Counter
@@ -24,8 +22,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from minvqgan import sampler
-from minvqgan.harness import data, flags, imagefiles, official, pictures, processes, runtime
-from minvqgan.harness.judges import load_classifier, match_classes
+from minvqgan.harness import data, flags, imagefiles, judges, official, pictures, processes, runtime
 from minvqgan.harness.runtime import UserError
 from minvqgan.two_stage import TwoStage
 
@@ -37,105 +34,80 @@ def size(text: str) -> tuple[int, int]:
     return int(height), int(width)
 
 
-def parse_flags():
+def parse_flags(argv: list[str] | None):
     p = flags.Parser(description=__doc__)
     g = p.add_argument_group("what")
     g.add_argument("--gpt", default="runs/gpt/best.pt", help="checkpoint of train_gpt.py")
-    g.add_argument("--official-config", metavar="YAML", help="--gpt is a checkpoint of the paper's authors; its yaml")
-    g.add_argument("-n", type=flags.positive, default=16, help="images, of each class or for each given image")
+    g.add_argument("--official-config", metavar="YAML", help="--gpt is an official checkpoint; this is its yaml")
+    g.add_argument("-n", type=flags.positive, default=16, help="images, for each class or for the given image")
     g.add_argument("--classes", help="names or numbers, separated by commas (all)")
-    g.add_argument("--complete", metavar="IMAGE", help="an image whose first rows are kept and the rest imagined")
+    g.add_argument("--complete", metavar="IMAGE", help="keep the first rows of this image and sample the rest")
     g.add_argument("--keep", type=flags.fraction, default=0.5, help="fraction of the rows that --complete keeps")
-    g.add_argument("--cond-image", metavar="IMAGE", help="what a spatially conditioned model starts from")
-    g.add_argument("--size", type=size, metavar="HxW", help="in pixels; beyond the training size a window slides")
+    g.add_argument("--cond-image", metavar="IMAGE", help="the condition, for a model with --cond spatial")
+    g.add_argument("--size", type=size, metavar="HxW", help="in pixels; above the training size a window slides")
     g.add_argument("--stride", type=flags.positive, default=1, help="columns it moves by; 4: about 3 times as fast")
-
     flags.add_sampling_flags(p)
     g = p.add_argument_group("how")
-    g.add_argument(
-        "--reject",
-        type=flags.Number(float, most=1, above=0),
-        metavar="RATE",
-        help="keep this fraction: the images that a classifier is surest of",
-    )
-    g.add_argument(
-        "--classifier", metavar="FILE", help="for --reject: of minvqgan.harness.judges, or a torchvision name"
-    )
+    rate = flags.Number(float, most=1, above=0)
+    g.add_argument("--reject", type=rate, metavar="RATE", help="keep this fraction, the best by --classifier")
+    g.add_argument("--classifier", metavar="FILE", help="of minvqgan.harness.judges, or the name of one of torchvision")
     g.add_argument("--seed", type=flags.seed, default=0, help="image i of a seed is the same in any batch")
-    g.add_argument("--batch-size", type=flags.positive, default=64, help="images at a time")
+    g.add_argument("--batch-size", type=flags.positive, default=64, help="images sampled together")
     g.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
-
     g = p.add_argument_group("where")
     g.add_argument("--out", default="samples.png", help="a PNG for one grid, or a folder for single files")
     g.add_argument("--steps-gif", metavar="FILE", help="an animation of the images as their codes arrive")
-    return p.parse_args()
+    return p.parse_args(argv)
 
 
 def chosen_classes(text: str | None, names: tuple[str, ...]) -> list[int]:
-    """Numbers of the classes named in `text`. Raises UserError for one that there is not."""
+    """Numbers of the classes named in `text`. Raises UserError for an unknown one."""
     if text is None:
         if len(names) > 100:
-            raise UserError(f"this model knows {len(names)} classes; choose some, such as --classes 1,7,22")
+            raise UserError(f"this model has {len(names)} classes; choose some, such as --classes 1,7,22")
         return list(range(len(names)))
     numbers = []
-    for word in text.split(","):
-        word = word.strip()
-        if word in names:
-            numbers.append(names.index(word))
-        elif re.fullmatch("[0-9]{1,9}", word) and int(word) < len(names):
-            numbers.append(int(word))
-        else:
-            raise UserError(
-                f"--classes: there is no {word[:40]!r}; there are {', '.join(names[:20])} (0 to {len(names) - 1})"
-            )
+    for word in map(str.strip, text.split(",")):
+        if word not in names and not (re.fullmatch("[0-9]{1,9}", word) and int(word) < len(names)):
+            known = f"{', '.join(names[:20])} (0 to {len(names) - 1})"
+            raise UserError(f"--classes: there is no {word[:40]!r}; there are {known}")
+        numbers.append(names.index(word) if word in names else int(word))
     if len(set(numbers)) < len(numbers):
         raise UserError(f"--classes {text[:80]} names a class twice")
     return numbers
 
 
 def pixel_size(wanted: tuple[int, int] | None, default: tuple[int, int], model: TwoStage) -> tuple[int, int]:
-    """(H, W) of the images to make: divisible by f, not below the training size. Raises UserError."""
-    f, smallest = model.vqgan.config.f, model.config.n * model.vqgan.config.f
-    if wanted is None and model.config.order != "row":
-        return smallest, smallest
+    """(H, W) of the images: divisible by f, and not below the training size. Raises UserError."""
+    f, order = model.vqgan.config.f, model.config.order
+    smallest = model.config.n * f
     if wanted is None:
-        return tuple(max(smallest, side // f * f) for side in default)
+        return (smallest, smallest) if order != "row" else tuple(max(smallest, side // f * f) for side in default)
+    name = f"--size {wanted[0]}x{wanted[1]}"
     if any(side % f for side in wanted):
         fits = "x".join(str(max(smallest, round(side / f) * f)) for side in wanted)
-        raise UserError(f"--size {wanted[0]}x{wanted[1]}: both sides must be divisible by f = {f}; {fits} works")
+        raise UserError(f"{name}: both sides must be divisible by f = {f}; {fits} works")
     if min(wanted) < smallest:
-        raise UserError(f"--size {wanted[0]}x{wanted[1]} is below the {smallest}x{smallest} the model was trained on")
-    if wanted != (smallest, smallest) and model.config.order != "row":
-        raise UserError(f"--size: a model that reads in {model.config.order} order samples {smallest}x{smallest} only")
+        raise UserError(f"{name} is below the {smallest}x{smallest} the model was trained on")
+    if wanted != (smallest, smallest) and order != "row":
+        raise UserError(f"{name}: a model that reads in {order} order samples {smallest}x{smallest} only")
+    if wanted[0] > smallest and not model.condition.is_map:
+        print(f"{name}: this model does not know where in an image it is; expect its upper part repeated downwards")
     return wanted
 
 
-def open_picture(path: str, kind: str, num_labels: int) -> torch.Tensor:
-    """An image file as a VQGAN of this kind takes it, but of its own size: (1, C, H, W). Raises UserError."""
-    if not Path(path).is_file():
-        raise UserError(f"no image at {path}")
-    source = data.SOURCE_OF[kind]
-    try:
-        image = imagefiles.to_tensor(imagefiles.read(path, source))
-    except UserError:
-        raise
-    except Exception as error:  # Pillow raises a dozen kinds for broken files, and one for bombs
-        raise UserError(f"{path} cannot be read as an image ({error})") from None
-    if source == "labels" and (image.min() < 0 or image.max() >= num_labels):
-        raise UserError(f"{path}: holds label {image.max()}, the model knows 0 to {num_labels - 1}")
-    return data.to_input({source: image[None]}, kind, num_labels)
-
-
-def cover(x: torch.Tensor, height: int, width: int) -> torch.Tensor:
-    """x (1, C, h, w) scaled until it covers height x width if it is smaller, then cut in the middle."""
-    h, w = x.shape[2:]
-    if h < height or w < width:
-        scale = max(height / h, width / w)
-        # Of a long strip only what will be seen is enlarged: all of it could take gigabytes.
-        h, w = min(h, math.ceil(height / scale) + 2), min(w, math.ceil(width / scale) + 2)
-        top, left = (x.shape[2] - h) // 2, (x.shape[3] - w) // 2
-        x = x[:, :, top : top + h, left : left + w]
-        x = F.interpolate(x, size=(max(height, round(h * scale)), max(width, round(w * scale))), mode="nearest")
+def cover(x: torch.Tensor, height: int, width: int, shrink: bool) -> torch.Tensor:
+    """x (1, C, h, w) scaled until it just covers height x width if it is smaller, or also if it is larger (`shrink`),
+    then centre-cropped."""
+    scale = max(height / x.shape[2], width / x.shape[3])
+    # Crop before enlarging: a long strip could take gigabytes.
+    h, w = min(x.shape[2], math.ceil(height / scale) + 2), min(x.shape[3], math.ceil(width / scale) + 2)
+    if scale > 1:
+        x = x[:, :, (x.shape[2] - h) // 2 :, (x.shape[3] - w) // 2 :][:, :, :h, :w]
+    if scale > 1 or (scale < 1 and shrink):
+        new = max(height, round(x.shape[2] * scale)), max(width, round(x.shape[3] * scale))
+        smooth = {"mode": "bilinear", "antialias": True} if scale < 1 else {"mode": "nearest"}
+        x = F.interpolate(x, size=new, **smooth)
     top, left = (x.shape[2] - height) // 2, (x.shape[3] - width) // 2
     return x[:, :, top : top + height, left : left + width]
 
@@ -147,55 +119,32 @@ class Start:
     height: int
     width: int
     classes: list[int | None]  # one row of the grid each; [None] for a model without classes
-    c: torch.Tensor | None = None  # (1, C, H, W), the condition where it is an image
+    c: torch.Tensor | None = None  # (1, ...), the condition of a model without classes
     x: torch.Tensor | None = None  # (1, C, H, W), the image to complete
     keep: int = 0  # codes of x that stay, in reading order
 
 
 def class_names(model: TwoStage) -> tuple[str, ...]:
-    """Names by number; numbers where a model has no names."""
+    """Names by number; numbers if the model has no names."""
     return model.config.classes or tuple(map(str, range(model.condition.num_tokens)))
 
 
 def file_names(classes: tuple[str, ...]) -> list[str]:
-    """Class names as names of files. They come with the checkpoint, from a stranger: one such as `../../x` must not say
-    where images are written, nor one of many characters or another case put one file over another."""
-    known = sys.getfilesystemencoding()
-    safe = [re.sub(r"[^\w -]", "_", name).encode(known, "replace").decode(known).replace("?", "_") for name in classes]
-    count = Counter(name.casefold() for name in safe)
-
-    def is_good(name: str, given: str) -> bool:
-        return name == given and 0 < len(name) <= 40 and count[name.casefold()] == 1 and not re.match("[0-9]+_", name)
-
-    pairs = zip(safe, classes, strict=True)
-    return [name if is_good(name, given) else f"{i}_{name[:40]}" for i, (name, given) in enumerate(pairs)]
-
-
-def check_request(model: TwoStage, start: Start, per_row: int, world: int) -> None:
-    """Raises UserError for more than memory holds, or a day is enough for, before anything is sampled."""
-    images, advice = len(start.classes) * per_row, "a smaller -n or --size, or a higher --reject"
-    what = f"{images:,} images of {start.height} x {start.width}"
-    C, ch, pixels = model.vqgan.config.in_channels, model.vqgan.config.ch, start.height * start.width
-    runtime.check_memory(pixels * max(2 * images * C, 3 * ch * min(16, images)), what, advice)
-    codes = images * pixels // model.vqgan.config.f**2 // world
-    if codes < 10**6:
-        return
-    read = torch.zeros(64, 1, dtype=torch.long, device=model.order.device)
-    with torch.inference_mode():
-        for turn in range(4):
-            if turn == 1:  # the first pass of a device loads its kernels
-                began = time.time()
-            model.gpt(read).argmax().item()  # `item` waits for the device
-    days = codes / 64 * (time.time() - began) / 3 / 86400
-    if days > 1:
-        raise UserError(f"{what} take {days:,.0f} days at the least; {advice}")
+    """Class names as file names. They come from the checkpoint, so one such as `../../x` must not leave the folder: a
+    name that is not plain, or equals another, is cleaned and gets its number in front."""
+    safe = [re.sub(r"[^\w -]", "_", name)[:40] for name in classes]
+    count = Counter(map(str.casefold, safe))
+    for i, name in enumerate(safe):
+        if name != classes[i] or not name or count[name.casefold()] > 1 or re.match("[0-9]+_", name):
+            safe[i] = f"{i}_{name}"
+    return safe
 
 
 def prepare(args, model: TwoStage) -> Start:
-    """Everything a user can get wrong, before anything is sampled. Raises UserError."""
+    """All that can be wrong with the flags, found before anything is sampled. Raises UserError."""
     outputs = [Path(path) for path in (args.out, args.steps_gif) if path]
-    read = {name: getattr(args, name) for name in ("gpt", "official_config", "classifier", "complete", "cond_image")}
-    runtime.check_outputs([*outputs, *(outputs[0].iterdir() if outputs[0].is_dir() else [])], **read)
+    given = {name: getattr(args, name) for name in ("gpt", "official_config", "classifier", "complete", "cond_image")}
+    runtime.check_outputs([*outputs, *(outputs[0].iterdir() if outputs[0].is_dir() else [])], **given)
     if Path(args.out).suffix.lower() in imagefiles.EXTENSIONS - {".png"}:
         raise UserError(f"--out {args.out}: name a .png for one grid, or a folder for single files")
     if args.steps_gif and Path(args.steps_gif).suffix.lower() != ".gif":
@@ -211,143 +160,120 @@ def prepare(args, model: TwoStage) -> Start:
         raise UserError(f"--cond-image: this model is conditioned on {kind}, not on an image")
     if kind == "spatial" and not args.cond_image:
         raise UserError("this model turns one image into another: give it one by --cond-image")
+    if args.reject is not None and not (kind == "class" and args.classifier):
+        raise UserError("--reject needs a class-conditional model and --classifier")
     if args.complete and model.config.order != "row":
         raise UserError(f"--complete keeps rows, but this model reads in {model.config.order} order")
     classes = chosen_classes(args.classes, class_names(model)) if kind == "class" else [None]
+    config, default = model.vqgan.config, (side, side)
     if kind == "spatial":
-        config = model.condition.vqgan.config
-        c = open_picture(args.cond_image, config.input_kind, config.in_channels)
-        start = Start(*pixel_size(args.size, tuple(c.shape[2:]), model), classes)
-        start.c = cover(c, start.height, start.width)
-    else:
-        start = Start(*pixel_size(args.size, (side, side), model), classes)
+        c_config = model.condition.vqgan.config
+        c = data.open_image(args.cond_image, c_config.input_kind, c_config.in_channels)
+        default = tuple(c.shape[2:])
+    start = Start(*pixel_size(args.size, default, model), classes)
+    if kind == "spatial":
+        start.c = cover(c, start.height, start.width, shrink=False)
+    elif kind != "class":
+        start.c = model.default_condition(1, (start.height // config.f, start.width // config.f))
     if args.complete:
-        x = open_picture(args.complete, model.vqgan.config.input_kind, model.vqgan.config.in_channels)
-        scale = max(start.height / x.shape[2], start.width / x.shape[3])
-        if scale < 1:
-            size = max(start.height, round(x.shape[2] * scale)), max(start.width, round(x.shape[3] * scale))
-            x = F.interpolate(x, size=size, mode="bilinear", antialias=True)
-        start.x = cover(x, start.height, start.width)
-        f = model.vqgan.config.f
-        start.keep = round(args.keep * start.height / f) * (start.width // f)
+        x = data.open_image(args.complete, config.input_kind, config.in_channels)
+        start.x = cover(x, start.height, start.width, shrink=True)
+        start.keep = round(args.keep * start.height / config.f) * (start.width // config.f)
     return start
 
 
-def conditions(model: TwoStage, start: Start, number: int | None, count: int, device: torch.device) -> torch.Tensor:
-    """c for `count` images of a class, or of the image or size they start from."""
-    if number is not None:
-        return torch.full((count,), number, device=device)
-    if start.c is not None:
-        return start.c.to(device).expand(count, -1, -1, -1)
-    f = model.vqgan.config.f
-    return model.default_condition(count, (start.height // f, start.width // f))
-
-
-def main() -> int:
-    args = parse_flags()
+def main(argv: list[str] | None = None) -> int:
+    args = parse_flags(argv)
     device = runtime.pick_device(args.device)
     rank, world = processes.start(device)
     model = official.open_model(args.gpt, args.official_config)
     if not isinstance(model, TwoStage):
         raise UserError(f"{args.gpt} holds a VQGAN, not a transformer; train one: train_gpt.py --vqgan {args.gpt}")
-    sampling = flags.sampling(args)
     start = prepare(args, model.to(device))
     amp = runtime.pick_amp(args.amp, device, model.gpt.config.n_embd)
     if amp:
         model.gpt.bfloat16()
-    if rank == 0:
-        print(f"{args.gpt} on {device} in {'bfloat16' if amp else 'float32'}")
-    kind = model.vqgan.config.input_kind
     classifier, number_of, per_row = None, [], args.n
     if args.reject is not None:
-        if start.classes == [None] or not args.classifier:
-            raise UserError("--reject needs a class-conditional model and --classifier")
-        classifier = load_classifier(args.classifier).to(device)
-        number_of = match_classes(classifier.classes, class_names(model))
+        classifier = judges.load_classifier(args.classifier).to(device)
+        number_of = judges.match_classes(classifier.classes, class_names(model))
         per_row = math.ceil(min(args.n / args.reject, flags.positive.most))
-    check_request(model, start, per_row, world)
+    C, ch, pixels = model.vqgan.config.in_channels, model.vqgan.config.ch, start.height * start.width
+    count = len(start.classes) * per_row
+    what, advice = f"{count:,} images of {start.height} x {start.width}", "a smaller -n or --size, or a higher --reject"
+    runtime.check_memory(pixels * max(2 * count * C, 3 * ch * min(16, count)), what, advice)
     if rank == 0:
-        make_folders(args)
+        print(f"{args.gpt} on {device} in {'bfloat16' if amp else 'float32'}")
+        folder = Path(args.out) if is_folder(args.out) else Path(args.out).parent
+        for path in (folder, Path(args.steps_gif or "x").parent):
+            path.mkdir(parents=True, exist_ok=True)
+            if not os.access(path, os.W_OK):  # found out now and not after the sampling
+                raise UserError(f"cannot write to the folder {path}")
 
     h, w = start.height // model.vqgan.config.f, start.width // model.vqgan.config.f
-    given = None if start.x is None else model.vqgan.encode_indices(start.x.to(device))  # (1, h, w)
-    codes, began, rows = len(start.classes) * per_row * (h * w - start.keep), time.time(), []
-    bar = tqdm(total=codes // world, unit="code", unit_scale=True, dynamic_ncols=True, disable=rank > 0)
-    sampling = replace(sampling, stride=args.stride, on_token=bar.update)
+    with torch.autocast(device.type, torch.bfloat16, enabled=amp and device.type == "cuda"):
+        given = None if start.x is None else model.vqgan.encode_indices(start.x.to(device))  # (1, h, w)
+    codes, began, rows = count * (h * w - start.keep), time.time(), []
+    bar = tqdm(total=codes // world, unit="code", unit_scale=True, dynamic_ncols=True, disable=rank > 0 or None)
+    sampling = replace(flags.sampling(args), stride=args.stride, on_token=bar.update)
     for row, number in enumerate(start.classes):
-        images = [torch.empty(0, model.vqgan.config.in_channels, start.height, start.width)]  # those done, on the CPU
+        images = [torch.empty(0, C, start.height, start.width)]  # those done, on the CPU
         mine = range(row * per_row + rank, (row + 1) * per_row, world)  # dealt out over the processes
         for numbers in (mine[i : i + args.batch_size] for i in range(0, len(mine), args.batch_size)):
-            c = conditions(model, start, number, len(numbers), device)
+            if start.c is None:
+                c = torch.full((len(numbers),), number, device=device)
+            else:
+                c = start.c.to(device).expand(len(numbers), *start.c.shape[1:])
             copies = None if given is None else given.expand(len(numbers), -1, -1)
             indices = model.sample_indices(c, args.seed, numbers, (h, w), sampling, copies, start.keep)
             images += [model.vqgan.decode_indices(part).cpu() for part in indices.split(16)]
         images = torch.cat(images)
         if classifier is not None:
+            shown = pictures.to_rgb(images, model.vqgan.config.input_kind)
             with torch.no_grad():
-                scores = [
-                    classifier(pictures.to_rgb(part, kind).to(device)).softmax(1)[:, number_of[number]]
-                    for part in images.split(64)
-                ]
+                scores = [classifier(x.to(device)).softmax(1)[:, number_of[number]].cpu() for x in shown.split(64)]
             scores = processes.gathered(torch.cat(scores), rank, world)
         images = processes.gathered(images, rank, world)  # (per_row, C, H, W)
-        if rank > 0:
-            continue
-        if classifier is not None:
-            images = images[sampler.reject(scores, args.reject)[: args.n]]
-        rows.append(images)
+        if rank == 0:
+            rows.append(images if classifier is None else images[sampler.reject(scores, args.reject)[: args.n]])
     bar.close()
     if rank > 0:
         return 0
     write(args, model, rows, start)
-    seconds, count = time.time() - began, sum(map(len, rows))
-    pace = f"{seconds:.1f} s, {codes / seconds:.0f} codes/s"
-    print(f"{count} images of {start.height} x {start.width} in {pace}: {args.out}")
+    seconds = time.time() - began
+    size = f"{sum(map(len, rows))} images of {start.height} x {start.width}"
+    print(f"{size} in {seconds:.1f} s, {codes / seconds:.0f} codes/s: {args.out}")
     return 0
 
 
-def is_folder(out: Path) -> bool:
-    return out.suffix.lower() != ".png"
-
-
-def make_folders(args) -> None:
-    """Where the images will be written, before anything is sampled: a wrong name would waste it."""
-    out = Path(args.out)
-    folders = [out if is_folder(out) else out.parent, *(Path(gif).parent for gif in [args.steps_gif] if gif)]
-    for folder in folders:
-        folder.mkdir(parents=True, exist_ok=True)
-        if not os.access(folder, os.W_OK):
-            raise UserError(f"cannot write to the folder {folder}")
+def is_folder(out: str) -> bool:
+    return Path(out).suffix.lower() != ".png"
 
 
 def write(args, model: TwoStage, rows: list[torch.Tensor], start: Start) -> None:
     """The grid or the single files, and the animation."""
     kind = model.vqgan.config.input_kind
-    names = file_names(class_names(model)) if start.classes != [None] else []
-    shown = [pictures.to_rgb(images, kind).cpu() for images in rows]
-    out = Path(args.out)
-    if is_folder(out):
-        for number, images in zip(start.classes, shown, strict=True):
-            for i, image in enumerate(images):
-                name = f"{names[number]}_{i:04d}.png" if number is not None else f"{i:04d}.png"
-                pictures.save(pictures.to_image(image), out / name)
-    else:
-        if len(shown) == 1:  # without classes as square as can be
-            per_line = math.ceil(len(shown[0]) ** 0.5)
-            lines = list(shown[0].split(per_line))
-        else:
-            lines = shown
-        if start.c is not None:
-            lines.insert(0, pictures.to_rgb(start.c, model.condition.vqgan.config.input_kind))
-        if start.x is not None:
-            lines.insert(0, pictures.to_rgb(start.x, kind))
-        pictures.save_grid(out, lines)
+    shown = [pictures.to_rgb(images, kind) for images in rows]
     if args.steps_gif:
         save_steps(Path(args.steps_gif), model, shown)
+    if is_folder(args.out):
+        names = file_names(class_names(model)) if start.classes != [None] else []
+        for number, images in zip(start.classes, shown, strict=True):
+            for i, image in enumerate(images):
+                name = f"{i:04d}.png" if number is None else f"{names[number]}_{i:04d}.png"
+                pictures.save(pictures.to_image(image), Path(args.out) / name)
+        return
+    if len(shown) == 1:  # one class or none: as square as possible
+        shown = list(shown[0].split(math.ceil(len(shown[0]) ** 0.5)))
+    if model.condition.kind == "spatial":
+        shown.insert(0, pictures.to_rgb(start.c, model.condition.vqgan.config.input_kind))
+    if start.x is not None:
+        shown.insert(0, pictures.to_rgb(start.x, kind))
+    pictures.save_grid(Path(args.out), shown)
 
 
 def save_steps(path: Path, model: TwoStage, rows: list[torch.Tensor], frames: int = 32) -> None:
-    """The finished images uncovered code by code, in the order in which they were sampled."""
+    """The finished images uncovered code by code, in the order in which the codes were sampled."""
     f = model.vqgan.config.f
     h, w = rows[0].shape[2] // f, rows[0].shape[3] // f
     rank = torch.arange(h * w).view(h, w)

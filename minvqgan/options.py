@@ -17,33 +17,32 @@ def option(default, help: str, least: float | None = None, most: float | None = 
 
 
 def check(config) -> None:
-    """Called by `__post_init__` of each config. Raises ValueError, one sentence that spells a field as its flag, for a
-    value of another type than the annotation, out of bounds, not finite, or not among the choices."""
-    types = typing.get_type_hints(type(config))
+    """Called by `__post_init__` of each config. Raises ValueError, in one sentence that spells the field as its flag,
+    for a value of another type than the annotation, out of bounds, not finite, or not among the choices."""
     for f in fields(config):
-        name, value, type_ = "--" + f.name.replace("_", "-"), getattr(config, f.name), types[f.name]
+        name, value, type_ = "--" + f.name.replace("_", "-"), getattr(config, f.name), f.type
         if typing.get_origin(type_) is tuple:
             type_ = typing.get_args(type_)[0]
             if not isinstance(value, tuple):
-                raise ValueError(f"{name} is {_shown(value)}, not a tuple")
+                raise ValueError(f"{name} is {value!r:.40}, not a tuple")
         for one in value if isinstance(value, tuple) else (value,):
-            _check_value(name, one, type_, **{k: v for k, v in f.metadata.items() if k != "help"})
+            wanted = _wanted(one, type_, f.metadata)
+            if wanted:
+                raise ValueError(f"{name} is {one!r:.40}, not {wanted}")
 
 
-def _check_value(name: str, value, type_: type, least=None, most=None, choices=()) -> None:
+def _wanted(value, type_: type, bounds) -> str | None:
+    """What the value should be, or None if it is that."""
     wanted = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}[type_]
-    allowed = (int, float) if type_ is float else type_
-    if not isinstance(value, allowed) or (isinstance(value, bool) and type_ is not bool):
-        raise ValueError(f"{name} is {_shown(value)}, not {wanted}")
-    if choices and value not in choices:
-        raise ValueError(f"{name} is {_shown(value)}, not one of {', '.join(choices)}")
-    if isinstance(value, bool) or type_ is str:
-        return
+    fits = isinstance(value, (int, float) if type_ is float else type_)
+    if not fits or isinstance(value, bool) != (type_ is bool):
+        return wanted
+    if bounds.get("choices") and value not in bounds["choices"]:
+        return f"one of {', '.join(bounds['choices'])}"
+    if type_ in (bool, str):
+        return None
+    least, most = bounds.get("least"), bounds.get("most")
     least = -math.inf if least is None else least
     most = (LARGEST if type_ is int else math.inf) if most is None else most
-    if not least <= value <= most or abs(value) == math.inf:  # NaN is in no interval
-        raise ValueError(f"{name} is {_shown(value)}, not {wanted} from {least} to {most}")
-
-
-def _shown(value) -> str:
-    return repr(value)[:40]
+    inside = least <= value <= most and abs(value) < math.inf  # NaN is not
+    return None if inside else f"{wanted} from {least} to {most}"

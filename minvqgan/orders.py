@@ -1,7 +1,7 @@
-"""In which order the n x n codes of an image are read as a sequence (the paper's appendix, Fig. 47).
+"""The order in which the n x n codes of an image are read as a sequence (the paper's appendix, Fig. 47).
 
-An order is a permutation: sequence[:, t] = raster[:, order[t]], where raster is the map row by row. Row-major is the
-paper's choice after comparing all of them, and the only one that completion and the sliding window can use.
+An order is a permutation: sequence[:, t] = raster[:, order[t]], where raster is the map row by row. The paper compared
+all of these and chose row-major, which is also the only one for completion and the sliding window.
 """
 
 import torch
@@ -14,31 +14,30 @@ def row(n: int) -> Tensor:
 
 
 def alternate(n: int) -> Tensor:
-    """Row by row, every other one from right to left: neighbours in the sequence are neighbours in the image."""
+    """Row by row, every other row from right to left: neighbours in the sequence are neighbours in the image."""
     raster = row(n).view(n, n)
     raster[1::2] = raster[1::2].flip(1)
     return raster.flatten()
 
 
-def _bits(n: int) -> tuple[Tensor, Tensor, int]:
-    """Row and column of every raster position, and the number of binary digits that they need."""
-    position = row(n)
-    return position // n, position % n, max(1, (n - 1).bit_length())
+def _interleaved(n: int, coarse_first: bool) -> Tensor:
+    """Positions sorted by the binary digits of their row and column, interleaved; coarse_first: digits reversed."""
+    position, m = row(n), max(1, (n - 1).bit_length())
+    rank = torch.zeros_like(position)
+    for k in range(m):
+        digit = m - 1 - k if coarse_first else k
+        rank += ((position % n >> digit & 1) << 2 * k) + ((position // n >> digit & 1) << 2 * k + 1)
+    return rank.argsort()
 
 
 def z_curve(n: int) -> Tensor:
-    """Square by square, each square's four quarters before the next square (Morton order): the binary digits of row and
-    column, interleaved, are the rank."""
-    rows, cols, m = _bits(n)
-    rank = sum(((cols >> k & 1) << 2 * k) + ((rows >> k & 1) << 2 * k + 1) for k in range(m))
-    return rank.argsort()
+    """Square by square, the four quarters of each square before the next square (Morton order)."""
+    return _interleaved(n, coarse_first=False)
 
 
 def subsample(n: int) -> Tensor:
-    """Coarse to fine: every 2^k-th position before those between. The z-curve's digits, most significant last."""
-    rows, cols, m = _bits(n)
-    rank = sum(((cols >> m - 1 - k & 1) << 2 * k) + ((rows >> m - 1 - k & 1) << 2 * k + 1) for k in range(m))
-    return rank.argsort()
+    """Coarse to fine: every 2^k-th position before those between."""
+    return _interleaved(n, coarse_first=True)
 
 
 def spiral_out(n: int) -> Tensor:

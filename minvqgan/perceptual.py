@@ -2,9 +2,9 @@
 
     d(x, y) = sum over layers l of  mean over positions of  sum over channels c of  w_lc (f_lc(x) - f_lc(y))^2
 
-f_l(x) are the feature maps of a fixed network, at every position scaled to length 1 over the channels, w_l learned
-weights that make d agree with human judgements. In the paper's reconstruction loss it stands where squared error stood
-(Sec. 3.1): squared error rewards a blur, d does not.
+f_l(x) are the feature maps of a fixed network, scaled to length 1 over the channels at each position; w_l are learned
+weights that make d agree with human judgements. In the paper's reconstruction loss it replaces the squared error, which
+rewards blur (Sec. 3.1).
 
 Letters: B batch, C channels, H x W pixels; layer l has C_l channels on H_l x W_l positions.
 """
@@ -16,12 +16,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import fuse_conv_bn_eval
 
-# Mean and standard deviation of ImageNet for images in [0, 1], rewritten for images in [-1, 1] as the authors' code
-# does.
+# Mean and standard deviation of ImageNet, rounded as in the authors' code, for images in [-1, 1].
 IMAGENET_SHIFT = (-0.030, -0.088, -0.188)
 IMAGENET_SCALE = (0.458, 0.448, 0.450)
 
-# relu1_2, relu2_2, relu3_3, relu4_3, relu5_3: the last layer before each pooling, by their place in torchvision's
+# relu1_2, relu2_2, relu3_3, relu4_3, relu5_3, the last layers before each pooling: their indices in torchvision's
 # VGG16.
 VGG16_TAPS = (3, 8, 15, 22, 29)
 
@@ -50,7 +49,7 @@ class VGG16Features(nn.Module):
 class SmallFeatures(nn.Module):
     """x (B, 3, H, W) in [-1, 1] -> three feature maps (B, C_l, H_l, W_l), C_l = 32, 64, 128 at 1, 1/2, 1/4 of H x W.
 
-    VGG's recipe (pairs of 3x3 convolutions, a tap before each pooling) at a fiftieth of its size.
+    Like VGG, pairs of 3x3 convolutions with a tap before each pooling, at a fiftieth of its size.
     """
 
     def __init__(self):
@@ -72,7 +71,7 @@ class SmallFeatures(nn.Module):
         return features
 
     def fold_batch_norm(self) -> "SmallFeatures":
-        """A trained BatchNorm scales and shifts each channel, which the convolution before it can do as well."""
+        """Each trained BatchNorm becomes part of the convolution before it, for speed; the features stay the same."""
         for stage in self.stages:
             for i in (0, 3):
                 stage[i], stage[i + 1] = fuse_conv_bn_eval(stage[i], stage[i + 1]), nn.Identity()
@@ -80,21 +79,19 @@ class SmallFeatures(nn.Module):
 
 
 def blur_pool(x: Tensor) -> Tensor:
-    """x (B, C, H, W) -> half the sides, each value a mean of 3 x 3 weighted 1 2 1 (Zhang 2019, arXiv:1904.11486).
+    """x (B, C, H, W) -> half the sides, each value a mean of 3 x 3 with weights 1 2 1 (Zhang 2019, arXiv:1904.11486).
 
-    Not max pooling: its gradient goes to one position of four and leaves a grid of dots in what is trained with it.
+    Not max pooling: its gradient reaches one position of four, and images trained with it show a grid of dots.
     """
-    # 1 2 1 is 1 1 times 1 1: two means of 2 x 2, the second at every other position.
+    # The weights 1 2 1 are 1 1 convolved with 1 1: two means of 2 x 2, the second at every other position.
     return F.avg_pool2d(F.avg_pool2d(F.pad(x, (1, 0, 1, 0), mode="replicate"), 2, stride=1), 2)
 
 
 class LPIPS(nn.Module):
     """forward: x, y (B, C, H, W) in [-1, 1] -> (B,) distances >= 0.
 
-    features: a network that returns a list of feature maps for (B, 3, H, W)
-    weights: per layer the learned w_l (C_l,), or None where none were learned: then every channel counts 1
-
-    The network is frozen here; gradients still flow through it to x and y.
+    features: a network that returns a list of feature maps for (B, 3, H, W); it is frozen here
+    weights: the learned w_l (C_l,) of each layer, or None: then every channel has weight 1
     """
 
     def __init__(self, features: nn.Module, weights: Sequence[Tensor] | None = None):
@@ -105,7 +102,7 @@ class LPIPS(nn.Module):
             self.register_buffer(f"weight_{i}", w.detach().flatten())
 
     def train(self, mode: bool = True) -> "LPIPS":
-        """Stays in eval mode: a dropout or a batch statistic in here would make the loss itself noisy."""
+        """Stays in eval mode: dropout or batch statistics would make the loss noisy."""
         return super().train(False)
 
     def _features(self, x: Tensor) -> list[Tensor]:
@@ -118,13 +115,13 @@ class LPIPS(nn.Module):
         if x.shape != y.shape:
             raise ValueError(f"cannot compare images of shapes {tuple(x.shape)} and {tuple(y.shape)}")
         B, C, H, W = x.shape
-        if C != 3:  # gray, depth, ...: each channel is compared as a gray image of its own
+        if C != 3:  # gray, depth, ...: each channel is compared as a gray image
             x, y = (t.reshape(B * C, 1, H, W).expand(-1, 3, -1, -1) for t in (x, y))
         distances = []
         for i, (fx, fy) in enumerate(zip(self._features(x), self._features(y), strict=True)):
             d = (fy - fx).square()  # (B, C_l, H_l, W_l)
-            with torch.autocast(x.device.type, enabled=False):  # the network may be in bfloat16, the distance not
-                # As a product with w_l and not `(w * d).sum(1)`: one pass over the largest maps instead of two.
+            with torch.autocast(x.device.type, enabled=False):  # the network may be in bfloat16, but not the distance
+                # A product with w_l instead of `(w * d).sum(1)`: one pass over the largest maps, not two.
                 d = d.sum(1) if self.n_layers is None else d.movedim(1, -1) @ getattr(self, f"weight_{i}")
             # d: (B, H_l, W_l)
             distances.append(d.mean((1, 2)))  # (B,)

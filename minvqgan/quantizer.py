@@ -64,8 +64,8 @@ def rotation_trick(z: Tensor, z_q: Tensor) -> Tensor:
 def codebook_stats(counts: Tensor) -> tuple[float, float]:
     """(usage, perplexity) of how often each code was chosen, counts (K,).
 
-    usage: fraction of the codes chosen at all, in [0, 1]. perplexity: exp(entropy), in [1, K], the number of equally
-    frequent codes that would carry as much information. K codes of which 20 do the work: usage 1, perplexity 20.
+    usage: fraction of the codes chosen at all. perplexity: exp(entropy), the number of equally frequent codes that
+    would carry as much information. If 20 of K codes do all the work but each is chosen once: usage 1, perplexity 20.
     """
     counts = counts.cpu().double()  # on the CPU, because Apple's GPUs have no float64
     p = counts / counts.sum().clamp_min(1)
@@ -86,12 +86,8 @@ def count_codes(indices: Tensor, codebook_size: int) -> Tensor:
 class VectorQuantizer(nn.Module):
     """q and Z.  forward: z (B, D, h, w) -> Quantized.
 
-    codebook_size K, code_dim D
-    beta: weight of the commitment term
-    legacy: put beta on the *other* term, as the official code did for a long time, also for its published models
-        (taming-transformers, `VectorQuantizer2(legacy=True)`); see `codebook_loss`
-    l2_norm: compare directions only, latents and codes both scaled to length 1 (Yu et al. 2021, arXiv:2110.04627)
-    rotation: pass the gradient on by `rotation_trick` instead of `straight_through`
+    beta, legacy: see `codebook_loss`. rotation: `rotation_trick` instead of `straight_through`. l2_norm: latents and
+    codes are both scaled to length 1, so that directions are compared (Yu et al. 2021, arXiv:2110.04627).
     """
 
     def __init__(
@@ -107,8 +103,8 @@ class VectorQuantizer(nn.Module):
         self.codebook_size, self.beta, self.legacy = codebook_size, beta, legacy
         self.l2_norm, self.rotation = l2_norm, rotation
         self.codebook = nn.Embedding(codebook_size, code_dim)
-        # The official initialisation. On its own a few codes near the latents win every comparison and the others never
-        # move, because the loss moves chosen codes only. `revive_dead_codes` is the cure.
+        # The official initialisation. With it alone a few codes win every comparison and the others never move, because
+        # the loss moves chosen codes only. `revive_dead_codes` is the cure.
         nn.init.uniform_(self.codebook.weight, -1 / codebook_size, 1 / codebook_size)
         # Running fraction of the latents that chose each code; 0 before the first batch, so all codes start as dead.
         self.register_buffer("recent_use", torch.zeros(codebook_size))
@@ -127,8 +123,7 @@ class VectorQuantizer(nn.Module):
     def codebook_loss(self, z: Tensor, z_q: Tensor) -> Tensor:
         """L_VQ of Eq. 4, the mean over all numbers of z and z_q (any equal shape) -> scalar.
 
-        Both terms have the same value and differ only in what they move, so a misplaced beta shows in no loss curve.
-        That happened. The story of beta has three parts:
+        Both terms have the same value and differ only in what they move, so a misplaced beta shows in no loss curve:
           1. VQ-VAE, and the first versions of the paper, weight the *commitment* by beta = 0.25.
           2. The official code put beta on the other term (`legacy=True`), so the commitment had weight 1. The published
              weights were trained so.

@@ -1,15 +1,12 @@
-"""Drawing one code after another, and a window that slides over images of any size (Sec. 3.2, Fig. 3).
-
-    s_i ~ p(s_i | s_<i, c)        the distribution can be sharpened (temperature), cut (top-k, top-p), or pulled towards
-                                  c (guidance)
+"""Drawing one code after another, s_i ~ p(s_i | s_<i, c), and a window that slides over images of any size (Sec. 3.2,
+Fig. 3).
 
 All randomness is one uniform number u for each code, drawn in advance: the code is the one at which the cumulative
 distribution passes u. So a seed gives the same image in any batch, with or without the cache, and in whatever order a
 large image is filled.
 
-`gpt.bfloat16()` halves the memory traffic of each code; logits are always filtered in float32. bfloat16 and float32
-give different images for one seed. Within one precision the batch size does not matter, with one exception: in bfloat16
-on a CPU, a batch of one differs where a window slides or only a little is left to complete.
+bfloat16 (`gpt.bfloat16()`) and float32 give different images for one seed. Within one precision the batch size does
+not matter, with one exception: in bfloat16 on a CPU a batch of one differs where a window slides or most is given.
 
 Letters: B batch, K codes, R condition tokens, T image tokens, h x w latents, n x n the window.
 """
@@ -63,7 +60,7 @@ class Sampling:
 
 def uniforms(seed: int, numbers: Sequence[int], count: int) -> Tensor:
     """u for `count` codes of each image, (len(numbers), count). Image number i of a seed has a generator of its own, so
-    neither its batch nor how many images are made changes it, and two seeds share no image."""
+    its batch and the number of images do not matter. Seeds share no images, as far as 32 bits tell them apart."""
     seeds = (zlib.crc32(f"{seed} {i}".encode()) for i in numbers)
     rows = [torch.rand(count, generator=torch.Generator().manual_seed(s)) for s in seeds]
     return torch.stack(rows)

@@ -1,9 +1,9 @@
-"""What the tables of this folder share: judges, their numbers, and a file of them.
+"""What the scripts of this folder share: judges and their numbers, trainings, tables, figures.
 
-A judge is a residual classifier of minvqgan.harness.judges that no training has seen, itself trained on sharp
-images only. The first one knows the classes of the data, where the data has any. The perceptual network was trained on
-the same labels, so the two may share their taste; a judge of rotations never saw a label, and looks at shape and
-orientation more than at texture. Those of the tables (80.6 and 65.5 % right on held-out images) come from
+A judge is a residual classifier that no training has seen, itself trained on sharp images only. The first one knows the
+classes of the data, if the data has any. The perceptual network was trained on the same labels, so the two may agree
+too well. A judge of rotations never saw a label; it looks at shape and orientation more than at texture. The judges of
+the tables (80.6 and 65.5 % of the held-out images right) come from
 
     python -m minvqgan.harness.judges --data cifar10_split --steps 2800 --amp --out classes.pt
     python -m minvqgan.harness.judges --data cifar10_split --steps 1500 --seed 1 --task rotations --amp \
@@ -18,95 +18,145 @@ of other photographs (BSDS500's 300, 64 pixels), belongs to the table of road sc
 
 import csv
 import json
+import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch.utils.data import default_collate
 
-from minvqgan.harness import data, flags, judges
-from minvqgan.harness.judges import match_classes
+from minvqgan.harness import checkpoint, data, flags
+from minvqgan.harness.judges import features_of, load_features, match_classes
 from minvqgan.harness.metrics import frechet_distance, precision_recall
+from minvqgan.harness.pictures import to_pixels
 from minvqgan.harness.runtime import UserError
+
+ROOT = Path(__file__).parent.parent
+
+
+def add_flags(p: flags.Parser, name: str) -> None:
+    """The flags of all scripts here; `name` is that of the table and the figure."""
+    p.add_argument("--data", required=True, help="as in train_vqgan.py; with train/ and val/")
+    p.add_argument("--table", type=Path, default=ROOT / "results" / f"{name}.csv", help="file to write")
+    p.add_argument("--figure", type=Path, default=ROOT / "figures" / f"{name}.png", help="file to write")
+    p.add_argument("--device", default="auto", help="auto, cpu, cuda, mps")
+
+
+def add_judges(p: flags.Parser, images: int) -> None:
+    p.add_argument("--judges", nargs="+", required=True, help="classifiers' files; the first knows the data's classes")
+    p.add_argument("--images", type=flags.positive, default=images, help="held-out images")
 
 
 def same_settings(runs: Path, **settings) -> None:
-    """Notes in the folder `runs` what its models are made with. Raises UserError where they were made with something
-    else: they would be taken for what is asked now."""
+    """Writes down in the folder `runs` how its models are made. Raises UserError if they were made in another way."""
     settings, path = {name: str(value) for name, value in settings.items()}, runs / "settings.json"
     if not path.exists():
         runs.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(settings))
     there = json.loads(path.read_text())
-    odd = [name for name in settings if there.get(name) != settings[name]]
-    if odd:
-        was, asked = there.get(odd[0]), settings[odd[0]]
-        raise UserError(f"{runs} holds models made with {odd[0]} = {was}, not {asked}; choose other --runs")
+    for name, asked in settings.items():
+        if there.get(name) != asked:
+            raise UserError(f"{runs} holds models made with {name} = {there.get(name)}, not {asked}; use other --runs")
 
 
-def add_flags(p: flags.Parser, name: str, images: int) -> None:
-    root = Path(__file__).parent.parent
-    p.add_argument("--data", required=True, help="as in train_vqgan.py; with train/ and val/")
-    p.add_argument("--judges", nargs="+", required=True, help="classifiers' files; the first knows the data's classes")
-    p.add_argument("--images", type=flags.positive, default=images, help="held-out images")
-    p.add_argument("--table", type=Path, default=root / "results" / f"{name}.csv", help="file to write")
-    p.add_argument("--figure", type=Path, default=root / "figures" / f"{name}.png", help="file to write")
+@torch.enable_grad()
+def train_first_stage(args, out: Path, steps: int, words: str) -> None:
+    """Train a VQGAN in `out` on --data up to `steps`, if it is not there yet; words: more flags of train_vqgan.py."""
+    there = (out / "last.pt").exists()
+    if there and checkpoint.read(out / "last.pt")["step"] >= steps:
+        return
+    sys.path.insert(0, str(ROOT))
+    from train_vqgan import main
+
+    given = ["--data", args.data, "--out", str(out), "--device", args.device, "--steps", str(steps)]
+    if main([*given, *words.split(), *["--resume"] * there]):
+        raise UserError(f"the training of {out} was interrupted")
+
+
+def in_parts(function: Callable[[Tensor], Tensor], x: Tensor, device: torch.device, size: int = 100) -> Tensor:
+    """function(x), a few rows at a time on the device: (N, ...) on the CPU."""
+    return torch.cat([function(part.to(device)).cpu() for part in x.split(size)])
+
+
+def seconds(device: torch.device) -> float:
+    """A clock: CPU time on a CPU, which may have other work to do; on a GPU wall time once its work is done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.process_time() if device.type == "cpu" else time.perf_counter()
 
 
 class Judges:
-    """The judges' files and the held-out images x (N, 3, S, S) with their classes (N,).
+    """The judges of the files, and the held-out images x (N, 3, S, S) with their classes c (N,).
 
     resize: as in train_vqgan.py. crops: of each image, at places drawn once and for all; 1 is the centre.
     """
 
-    def __init__(self, files: list[str], folder: str, size: int, count: int, resize: int | None = None, crops: int = 1):
-        _, val_set = data.open_data(folder, size, resize)
-        count = min(count, len(val_set))
+    def __init__(self, args, device: torch.device, size: int, resize: int | None = None, crops: int = 1):
+        _, val_set = data.open_data(args.data, size, resize)
+        count = min(args.images, len(val_set))
         if count < 8:  # distances between halves need four each
-            raise UserError(f"{count} held-out images are too few to judge by; give 8 at least")
-        batches = list(data.held_out_batches(val_set, 100, count))
-        if crops > 1:
-            keys = ((i * len(val_set) // count, i * crops + n) for i in range(count) for n in range(crops))
-            batches = [default_collate([val_set[key] for key in keys])]
-        self.judges = [judges.load_features(name) for name in files]
+            raise UserError(f"{count} held-out images are too few to judge by; at least 8 are needed")
+        places = ((i, n) for i in range(count) for n in range(crops))
+        keys = [(i * len(val_set) // count, i * crops + n if crops > 1 else None) for i, n in places]
+        batch = default_collate([val_set[key] for key in keys])
+        self.x, self.c, self.device = batch["image"], batch["class"], device
+        self.judges = [load_features(name).to(device) for name in args.judges]
         self.classes = val_set.classes
         if len(self.classes) > 1:
             self.numbers = torch.tensor(match_classes(self.judges[0].net.classes, self.classes))
-        self.x, self.c = torch.cat([b["image"] for b in batches]), torch.cat([b["class"] for b in batches])
-        self.real = [self._seen(judge, self.x)[0] for judge in self.judges]
-
-    @staticmethod
-    @torch.no_grad()
-    def _seen(judge, images: Tensor) -> tuple[Tensor, Tensor]:
-        features, probabilities = zip(*[judge(part.clamp(-1, 1)) for part in images.split(100)], strict=True)
-        return torch.cat(features), torch.cat(probabilities)
+        self.real = [features_of(judge, self.x.split(100), device) for judge in self.judges]
 
     def measure(self, images: Tensor, classes: Tensor) -> dict[str, float]:
-        """images (M, 3, S, S) beside the held-out ones; the first judge also says how many have their classes (M,)."""
+        """images (M, 3, S, S) against the held-out ones; the first judge also predicts their classes (M,)."""
         row = {}
-        for judge, known in zip(self.judges, self.real, strict=True):
-            features, probabilities = self._seen(judge, images)
-            row[f"Fréchet ({judge.name})"] = frechet_distance(known, features)
+        for judge, (known, _) in zip(self.judges, self.real, strict=True):
+            features, probabilities = features_of(judge, images.split(100), self.device)
             precision, recall = precision_recall(known, features)
+            row[f"Fréchet ({judge.name})"] = frechet_distance(known, features)
             row |= {f"precision ({judge.name})": precision, f"recall ({judge.name})": recall}
-            if judge is self.judges[0] and len(self.classes) > 1:
-                row["class accuracy"] = (probabilities.argmax(1) == self.numbers[classes]).double().mean().item()
+            if judge is self.judges[0]:
+                row |= self._accuracy(probabilities, classes)
         return row
 
     def floor(self) -> dict[str, float]:
-        """The held-out images themselves: how many the first judge has right, how far two halves of them are apart."""
-        halves = zip(self.judges, self.real, strict=True)
-        row = {f"Fréchet ({judge.name})": frechet_distance(f[::2], f[1::2]) for judge, f in halves}
-        if len(self.classes) > 1:
-            right = self._seen(self.judges[0], self.x)[1].argmax(1) == self.numbers[self.c]
-            row["class accuracy"] = right.double().mean().item()
-        return row
+        """The same of the held-out images themselves: the distance between their halves."""
+        pairs = zip(self.judges, self.real, strict=True)
+        row = {f"Fréchet ({judge.name})": frechet_distance(f[::2], f[1::2]) for judge, (f, _) in pairs}
+        return row | self._accuracy(self.real[0][1], self.c)
+
+    def _accuracy(self, probabilities: Tensor, classes: Tensor) -> dict[str, float]:
+        if len(self.classes) < 2:
+            return {}
+        return {"class accuracy": (probabilities.argmax(1) == self.numbers[classes]).double().mean().item()}
 
 
 def write(path: Path, rows: list[dict]) -> None:
-    """Rows of numbers and names as csv; a number that a row does not have stays empty."""
+    """Rows as csv; a number that a row does not have stays empty."""
     names = list(dict.fromkeys(name for row in rows for name in row))
     with path.open("w", newline="") as file:
         table = csv.DictWriter(file, names)
         table.writeheader()
         table.writerows({k: f"{v:.4g}" if isinstance(v, float) else v for k, v in row.items()} for row in rows)
+
+
+def subplots(rows: int, columns: int, size: tuple[float, float]):
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=size, layout="constrained")
+    return figure, figure.subplots(rows, columns, squeeze=False)
+
+
+def strips(path: Path, shown: dict[str, list[Tensor]], titles: list[str]) -> None:
+    """A row for each name, a column for each title: images (n, 3, S, S) side by side."""
+    figure, axes = subplots(len(shown), len(titles), (10.5 if len(titles) == 1 else 13, 1.3 / len(titles) * len(shown)))
+    for row, (name, columns) in zip(axes, shown.items(), strict=True):
+        for axis, images in zip(row, columns, strict=True):
+            strip = to_pixels(torch.cat(list(images), 2)).permute(1, 2, 0).numpy()
+            axis.imshow(strip.repeat(4, 0).repeat(4, 1), interpolation="nearest")
+            axis.set(xticks=[], yticks=[])
+        row[0].set_ylabel(name, rotation=0, ha="right", va="center")
+    for axis, title in zip(axes[0], titles, strict=True):
+        axis.set_title(title)
+    figure.savefig(path, dpi=110, bbox_inches="tight")

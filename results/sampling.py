@@ -2,13 +2,12 @@
 
     python results/sampling.py --gpt notebooks/checkpoints/cifar_gpt.pt --data cifar10_split --judges C.pt R.pt
 
-Equally many new images for each setting, from the same seeds, beside as many held-out images. Rejection keeps the
-images of which the package's small network is surest: another network than the judges (judging.py).
+As many new images for each setting as there are held-out images, with the same seeds. Rejection keeps the images that
+the package's small network is surest of, which is none of the judges (judging.py).
 """
 
-import matplotlib
 import torch
-from judging import Judges, add_flags, write
+from judging import Judges, add_flags, add_judges, in_parts, subplots, write
 from torch import Tensor
 
 from minvqgan import Sampling
@@ -18,10 +17,8 @@ from minvqgan.harness.runtime import UserError
 from minvqgan.sampler import reject
 from minvqgan.two_stage import TwoStage
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
-
 FAMILIES = {  # name: {label: (sampling, fraction that is kept)}
+    "as it is": {"": (Sampling(), 1)},
     "top-k": {f"{k}": (Sampling(top_k=k), 1) for k in (200, 100, 50, 20, 10)},
     "top-p": {f"{p}": (Sampling(top_p=p), 1) for p in (0.98, 0.95, 0.9, 0.8, 0.7)},
     "guidance": {f"{g}": (Sampling(guidance=g), 1) for g in (1.25, 1.5, 2, 3)},
@@ -30,62 +27,63 @@ FAMILIES = {  # name: {label: (sampling, fraction that is kept)}
 }
 
 
-def draw(model, sampling: Sampling, keep: float, n: int, rejector) -> tuple[Tensor, Tensor]:
+def draw(model, sampling: Sampling, keep: float, n: int, rejector, device) -> tuple[Tensor, Tensor]:
     """n images of the model's classes in turn, the surest `keep` of n / keep -> (n, 3, S, S), classes (n,)."""
     images, classes = [], []
     numbers = match_classes(rejector.classes, tuple(model.config.classes))
     per_class = n // len(numbers)
-    for c in range(len(numbers)):
-        asked = torch.full((round(per_class / keep),), c)
-        x = model.sample(asked, seed=c * 100_000, sampling=sampling).clamp(-1, 1)
+    for c, number in enumerate(numbers):
+        asked = torch.full((round(per_class / keep),), c, device=device)
+        x = model.sample(asked, seed=c, sampling=sampling).clamp(-1, 1).cpu()
         if keep < 1:
-            scores = torch.cat([rejector(part).log_softmax(1)[:, numbers[c]] for part in x.split(500)])
+            scores = in_parts(lambda part, i=number: rejector(part).log_softmax(1)[:, i], x, device)
             x = x[reject(scores, keep)[:per_class]]
         images.append(x)
         classes += [c] * len(x)
     return torch.cat(images), torch.tensor(classes)
 
 
-def figure(rows: list[dict], judges: Judges, path) -> None:
-    """By each judge: Fréchet distance over class accuracy, and recall over precision; a curve a family."""
-    names = [judge.name for judge in judges.judges]
+def figure(rows: list[dict], names: list[str], path) -> None:
+    """For each judge: Fréchet distance over class accuracy, and recall over precision; a curve for each family."""
     pairs = [("class accuracy", f"Fréchet ({name})") for name in names]
     pairs += [(f"precision ({name})", f"recall ({name})") for name in names]
-    fig, axes = plt.subplots(1, len(pairs), figsize=(4 * len(pairs), 3.4), layout="constrained")
+    fig, axes = subplots(1, len(pairs), (4 * len(pairs), 3.4))
     plain = next(row for row in rows if row["sampling"] == "as it is")
-    for axis, (across, up) in zip(axes, pairs, strict=True):
-        for family in FAMILIES:
+    for axis, (across, up) in zip(axes[0], pairs, strict=True):
+        for family in list(FAMILIES)[1:]:
             points = [plain] + [row for row in rows if row["sampling"] == family]
             axis.plot([q[across] for q in points], [q[up] for q in points], "o-", ms=3, label=family)
         axis.plot(plain[across], plain[up], "ko", label="as it is")
         axis.set(xlabel=across, ylabel=up)
-    axes[0].legend(fontsize=7)
+    axes[0][0].legend(fontsize=7)
     fig.savefig(path, dpi=110)
 
 
 @torch.no_grad()
-def main() -> int:
+def main(argv: list[str] | None = None) -> int:
     p = flags.Parser(description=__doc__)
-    add_flags(p, "sampling", images=1000)
+    add_flags(p, "sampling")
+    add_judges(p, images=1000)
     p.add_argument("--gpt", required=True, help="a class-conditional transformer")
-    args = p.parse_args()
-    model, rejector = checkpoint.load(args.gpt), load_classifier(SMALL)
+    args = p.parse_args(argv)
+    device, model = runtime.pick_device(args.device), checkpoint.load(args.gpt)
     if not isinstance(model, TwoStage) or model.condition.kind != "class":
-        raise UserError(f"{args.gpt} is no class-conditional transformer")
+        raise UserError(f"{args.gpt} is not a class-conditional transformer")
     if args.images < model.condition.num_tokens:
         raise UserError(f"--images {args.images} are fewer than the model's {model.condition.num_tokens} classes")
-    judges = Judges(args.judges, args.data, model.config.n * model.vqgan.config.f, args.images)
-    # What no transformer can better: the held-out images themselves through the first stage.
-    x_hat = torch.cat([model.vqgan(part)[0] for part in judges.x.split(100)])
+    model, rejector = model.to(device), load_classifier(SMALL).to(device)
+    judges = Judges(args, device, model.config.n * model.vqgan.config.f)
+    # The best that any transformer could reach: the held-out images themselves through the first stage.
+    x_hat = in_parts(lambda x: model.vqgan(x)[0], judges.x, device)
     rows = [{"sampling": "real images", **judges.floor()}]
     rows.append({"sampling": "reconstructions", **judges.measure(x_hat, judges.c)})
-    for family, settings in ({"as it is": {"": (Sampling(), 1)}} | FAMILIES).items():
+    for family, settings in FAMILIES.items():
         for label, (sampling, keep) in settings.items():
-            images, classes = draw(model, sampling, keep, args.images, rejector)
+            images, classes = draw(model, sampling, keep, args.images, rejector, device)
             rows.append({"sampling": family, "at": label, **judges.measure(images, classes)})
             print(rows[-1], flush=True)
     write(args.table, rows)
-    figure(rows, judges, args.figure)
+    figure(rows, [judge.name for judge in judges.judges], args.figure)
     return 0
 
 

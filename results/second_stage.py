@@ -1,22 +1,20 @@
-"""Transformer or PixelSNAIL (Sec. 4.1, Tab. 1), and in which order (the paper's appendix)? Held-out nats a code.
+"""Transformer or PixelSNAIL (Sec. 4.1, Tab. 1), and in which order (the paper's appendix)? Held-out nats per code.
 
     python results/second_stage.py --data cifar10_split --vqgan notebooks/checkpoints/cifar_vqgan.pt
 
-All models read the codes of one first stage, the class before them, in the same batches, and have about as many
-parameters. Each is trained at three learning rates; the best one is repeated with another seed, for --long steps, and
-(the transformer) in all orders. A training that is in --runs already is not repeated. Seconds are CPU seconds of
-training, without the measuring.
+All models read the codes of one first-stage model, after the class, in the same batches, and have about as many
+parameters. Each is trained at three learning rates. The best rate is repeated with another seed, for --long steps, and
+(the transformer) in all orders. A training that is in --runs already is not repeated. Seconds are those of training,
+without the measuring: CPU seconds on a CPU.
 """
 
 import csv
-import time
 from functools import partial
 from pathlib import Path
 
-import matplotlib
 import torch
 import torch.nn.functional as F
-from judging import same_settings, write
+from judging import ROOT, add_flags, same_settings, seconds, subplots, write
 from torch import Tensor
 
 from minvqgan.course import fit
@@ -25,10 +23,6 @@ from minvqgan.gpt import GPT, GPTConfig
 from minvqgan.harness import checkpoint, data, flags, runtime
 from minvqgan.orders import ORDERS
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
-
-ROOT = Path(__file__).parent.parent
 RATES = {"transformer": (5e-4, 1e-3, 2e-3), "PixelSNAIL": (2e-3, 4e-3, 8e-3)}
 POINTS = 12  # of each curve
 
@@ -42,7 +36,7 @@ def build(kind: str, K: int, n: int, classes: int) -> torch.nn.Module:
 
 def loss(model, order: Tensor, K: int, amp: bool, maps: Tensor, classes: Tensor) -> Tensor:
     """-log p(s | c) of maps (B, n, n), the mean over all codes."""
-    with torch.autocast("cpu", torch.bfloat16, enabled=amp):
+    with torch.autocast(maps.device.type, torch.bfloat16, enabled=amp):
         if isinstance(model, PixelSNAIL):
             logits = model(maps, classes)  # (B, K, n, n)
         else:
@@ -53,32 +47,31 @@ def loss(model, order: Tensor, K: int, amp: bool, maps: Tensor, classes: Tensor)
 
 
 def train(
-    args, codes, held_out, K: int, classes: int, kind: str, order: str, lr: float, seed: int, steps: int
+    args, device, codes, held_out, K: int, classes: int, kind: str, order: str, lr: float, seed: int, steps: int
 ) -> list[dict]:
-    """The curve of one training, from its file if it is there."""
+    """The curve of one training, from its file if it is there. codes, held_out: (maps (N, n, n), classes (N,))."""
     path = args.runs / f"{kind}_{order}_{lr}_{seed}_{steps}.csv"
     if path.exists():
         return list(csv.DictReader(path.open()))
     torch.manual_seed(seed)
     n = codes[0].shape[1]
-    model = build(kind, K, n, classes)
-    of = partial(loss, model, ORDERS[order](n), K, args.amp)
-    rows, began, paused = [], time.process_time(), 0.0
+    model = build(kind, K, n, classes).to(device)
+    of = partial(loss, model, ORDERS[order](n).to(device), K, args.amp)
+    about = {"model": kind, "order": order, "lr": lr, "seed": seed, "steps": steps}
+    about["parameters"] = sum(p.numel() for p in model.parameters())
+    rows, began = [], seconds(device)
 
     def measure(step: int) -> None:
-        nonlocal paused
+        nonlocal began
         if step % max(1, steps // POINTS) and step != steps:
             return
-        now = time.process_time()
+        now = seconds(device)
         with torch.no_grad():
             model.eval()
             parts = [of(m, c).item() * len(m) for m, c in zip(*(t.split(250) for t in held_out), strict=True)]
             model.train()
-        nats = sum(parts) / len(held_out[0])
-        about = {"model": kind, "order": order, "lr": lr, "seed": seed, "steps": steps}
-        about["parameters"] = sum(p.numel() for p in model.parameters())
-        rows.append({**about, "step": step, "seconds": now - began - paused, "nats": nats})
-        paused += time.process_time() - now
+        rows.append({**about, "step": step, "seconds": now - began, "nats": sum(parts) / len(held_out[0])})
+        began += seconds(device) - now  # measuring does not count
 
     fit.fit_tokens(model, of, codes, steps, lr=lr, seed=seed, each=measure)
     print(rows[-1], flush=True)
@@ -91,43 +84,44 @@ def last(rows: list[dict]) -> float:
 
 
 def figure(curves: dict[str, list], orders: dict[str, list], path: Path) -> None:
-    """Nats over steps and over seconds, both seeds and lengths of each; nats of all orders."""
-    fig, axes = plt.subplots(1, 3, figsize=(12, 3.2), layout="constrained")
-    for ax, across, label in zip(axes, ("step", "seconds"), ("steps", "CPU seconds of training"), strict=False):
+    """Nats over steps and over seconds, both seeds and lengths of each model; nats of all orders."""
+    fig, axes = subplots(1, 3, (12, 3.2))
+    for ax, across, label in zip(axes[0], ("step", "seconds"), ("steps", "seconds of training"), strict=False):
         for number, (name, runs) in enumerate(curves.items()):
             for i, rows in enumerate(runs):
                 places, nats = [float(r[across]) for r in rows], [float(r["nats"]) for r in rows]
                 ax.plot(places, nats, "-o", ms=2.5, color=f"C{number}", label=None if i else name)
-        ax.set(xlabel=label, ylabel="held-out nats a code")
+        ax.set(xlabel=label, ylabel="held-out nats per code")
         ax.legend()
-    for i, (_, runs) in enumerate(orders.items()):
-        axes[2].plot([i] * len(runs), [last(rows) for rows in runs], "o", color="C0")
-    axes[2].set_xticks(range(len(orders)), list(orders), rotation=20)
-    axes[2].set(ylabel="held-out nats a code", xlabel="order; a dot a seed")
+    for i, runs in enumerate(orders.values()):
+        axes[0][2].plot([i] * len(runs), [last(rows) for rows in runs], "o", color="C0")
+    axes[0][2].set_xticks(range(len(orders)), list(orders), rotation=20)
+    axes[0][2].set(ylabel="held-out nats per code", xlabel="order; one dot per seed")
     fig.savefig(path, dpi=110)
 
 
-def main() -> int:
+def main(argv: list[str] | None = None) -> int:
     p = flags.Parser(description=__doc__)
-    p.add_argument("--data", required=True, help="as in train_vqgan.py; with train/ and val/")
-    p.add_argument("--vqgan", required=True, help="the first stage whose codes are read")
+    add_flags(p, "second_stage")
+    p.add_argument("--orders", type=Path, default=ROOT / "results" / "orders.csv", help="file to write")
+    p.add_argument("--vqgan", required=True, help="the first-stage model whose codes are read")
+    p.add_argument("--resize", type=flags.size, help="as in train_vqgan.py")
     p.add_argument("--runs", type=Path, default=Path("runs/second_stage"), help="folder of the curves")
     p.add_argument("--steps", type=flags.positive, default=500, help="of each training, of 64 images")
     p.add_argument("--long", type=flags.positive, default=2000, help="steps of the longest training of each model")
     p.add_argument("--images", type=flags.positive, default=1000, help="held-out images")
     p.add_argument("--seeds", type=flags.natural, nargs="+", default=[0, 1], help="the first one chooses the rate")
-    p.add_argument(
-        "--table", type=Path, default=ROOT / "results" / "second_stage.csv", help="file to write; beside it orders.csv"
-    )
-    p.add_argument("--figure", type=Path, default=ROOT / "figures" / "second_stage.png", help="file to write")
-    args = p.parse_args()
-    args.amp = runtime.pick_amp(None, torch.device("cpu"))
+    args = p.parse_args(argv)
+    device = runtime.pick_device(args.device)
+    args.amp = runtime.pick_amp(None, device)
     same_settings(args.runs, data=args.data, vqgan=args.vqgan, images=args.images)
-    vqgan = checkpoint.load_vqgan(args.vqgan).to(memory_format=torch.channels_last)
-    train_set, val_set = data.open_data(args.data, vqgan.config.image_size)
-    codes = fit.codes_of(vqgan, train_set, len(train_set))
-    held_out = fit.codes_of(vqgan, val_set, args.images)
-    run = partial(train, args, codes, held_out, vqgan.config.codebook_size, len(train_set.classes))
+    vqgan = checkpoint.load_vqgan(args.vqgan).to(device, memory_format=torch.channels_last)
+    train_set, val_set = data.open_data(args.data, vqgan.config.image_size, args.resize)
+    codes, held_out = (
+        [t.to(device) for t in fit.codes_of(vqgan, images, count)]
+        for images, count in ((train_set, len(train_set)), (val_set, args.images))
+    )
+    run = partial(train, args, device, codes, held_out, vqgan.config.codebook_size, len(train_set.classes))
 
     every, curves, best = [], {}, {}
     for kind, rates in RATES.items():
@@ -139,10 +133,8 @@ def main() -> int:
     reads = partial(run, "transformer", lr=best["transformer"], steps=args.steps)
     orders = {name: [reads(order=name, seed=seed) for seed in args.seeds] for name in ORDERS}
     write(args.table, [row for rows in every for row in rows])
-    ends = [
-        {"order": name, "seed": rows[-1]["seed"], "nats": last(rows)} for name, runs in orders.items() for rows in runs
-    ]
-    write(args.table.with_name("orders.csv"), ends)
+    ends = [{"order": name, "seed": r[-1]["seed"], "nats": last(r)} for name, runs in orders.items() for r in runs]
+    write(args.orders, ends)
     figure(curves, orders, args.figure)
     return 0
 

@@ -1,10 +1,10 @@
-"""Hold images out: the folder that the tables call cifar10_split.
+"""Makes the folder that the tables call cifar10_split: equally many held-out images of each class.
 
     python results/split.py --data cifar10 --out cifar10_split
 
---data holds a subfolder of images for each class, as CIFAR-10's 50,000 training images do once they are saved as files.
-500 of each class, drawn once and for all, go to OUT/val, the others to OUT/train. No training sees the former: not the
-first stages, not the perceptual network, not the judges.
+--data holds a subfolder of images for each class, such as CIFAR-10's 50,000 training images saved as files. 500 of each
+class, drawn with a fixed seed, go to OUT/val, the others to OUT/train. No training sees the former: neither those of
+first-stage models, nor of the perceptual network, nor of the judges.
 """
 
 import random
@@ -15,12 +15,12 @@ from minvqgan.harness import flags, runtime
 from minvqgan.harness.runtime import UserError
 
 
-def main() -> int:
+def main(argv: list[str] | None = None) -> int:
     p = flags.Parser(description=__doc__)
     p.add_argument("--data", type=Path, required=True, help="folder with a subfolder of images for each class")
     p.add_argument("--out", type=Path, required=True, help="folder to make")
     p.add_argument("--held-out", type=flags.positive, default=500, help="images of each class")
-    args = p.parse_args()
+    args = p.parse_args(argv)
     if args.out.exists():
         raise UserError(f"{args.out} is there already; choose another --out")
     folders = sorted(folder for folder in args.data.glob("*") if folder.is_dir())

@@ -278,14 +278,116 @@ def test_new_images_are_of_all_classes_equally(n):
 
     seen = []
     model = SimpleNamespace(
-        sample_indices=lambda c, seed, numbers, sampling: seen.extend(numbers) or c,
-        vqgan=SimpleNamespace(decode_indices=lambda c: c.float().view(-1, 1, 1, 1)),
+        sample_indices=lambda c, seed, numbers, sampling: seen.extend((seed, i) for i in numbers) or c
     )
     args = SimpleNamespace(n=n, images=1000, batch_size=7, seed=3)
-    new_images = runpy.run_path(str(ROOT / "evaluate.py"))["new_images"]
-    images, classes = new_images(args, model, Sorted(val_set), lambda b: b["class"] / 10, None, torch.device("cpu"))
-    assert classes.bincount(minlength=10).tolist() == [n // 10] * 10 and seen == list(range(n))
-    assert torch.allclose(images.flatten(), classes / 10)
+    new_codes = runpy.run_path(str(ROOT / "evaluate.py"))["new_codes"]
+    made = list(new_codes(args, model, Sorted(val_set), lambda b: 10 * b["class"], None, torch.device("cpu")))
+    codes, classes = (torch.cat(parts) for parts in zip(*made, strict=True))
+    assert classes.bincount(minlength=10).tolist() == [n // 10] * 10 and seen == [(3, i) for i in range(n)]
+    assert torch.equal(codes, 10 * classes)
+
+
+def test_a_mirrored_copy_of_a_training_image_is_found(tmp_path, capsys):
+    """Two samples are mirrored training images. If training mirrored, both are at distance 0 from their originals."""
+    generator = torch.Generator().manual_seed(0)
+    images = torch.rand(9, 3, 8, 8, generator=generator) * 2 - 1
+
+    class Images(list):
+        flip = True
+
+        def __getitem__(self, key):
+            return {"image": super().__getitem__(key[0]), "class": 0}
+
+    train_set, val_set = Images(images[:5]), Images(images[5:])
+    copies = torch.stack([images[3], images[1]]).flip(3)
+    samples = torch.cat([copies, images[:3] * 0])
+    vqgan = SimpleNamespace(
+        config=SimpleNamespace(input_kind="rgb", in_channels=3), decode_indices=lambda i: samples[i]
+    )
+
+    def judge(x):
+        return x.flatten(1), torch.full((len(x), 2), 0.5)
+
+    judge.name = "pixels"
+    script = runpy.run_path(str(ROOT / "evaluate.py"))
+    args = SimpleNamespace(batch_size=2, images=100, splits=1, neighbours=2, out=str(tmp_path))
+    made = {"codes": torch.arange(5), "features": samples.flatten(1), "score": torch.full((5, 2), 0.5)}
+    for flip in (True, False):
+        train_set.flip, table = flip, script["Table"]()
+        script["compare_new_images"](args, judge, vqgan, made, train_set, val_set, torch.device("cpu"), table)
+        nearest = table.rows["nearest_training(pixels)"]["value"]
+        truth = [
+            min((sample - view).norm().item() for x in images[:5] for view in ([x, x.flip(2)] if flip else [x]))
+            for sample in samples
+        ]
+        assert nearest == pytest.approx(sum(truth) / 5, rel=1e-5) and (min(truth) < 1e-6) == flip
+        assert ("also mirrored" in capsys.readouterr().out) == flip
+        if flip:  # each copy above the mirrored image that it is a copy of
+            grid = np.asarray(Image.open(tmp_path / "neighbours.png")).astype(int)
+            half = (grid.shape[0] - 2) // 2
+            assert (grid[2:half] == grid[2 + half : 2 * half]).all()
+
+
+def test_a_missing_classifier_is_found_out_before_sampling(models, monkeypatch):
+    monkeypatch.setattr("minvqgan.two_stage.TwoStage.sample_indices", None)  # an error, if it were called
+    words = ["--gpt", "gpt/last.pt", "--features", "judge.pt", "--classifier", "nowhere.pt"]
+    assert_one_line_error(run_inside("evaluate.py", *words, cwd=models), "no checkpoint at nowhere.pt")
+
+
+@pytest.mark.parametrize("name, size", [("vqgan", (21, 35)), ("vqgan", (1, 1)), ("labels", (12, 9))])
+def test_images_of_any_size_to_codes_and_back(models, tmp_path, name, size):
+    """The codes are those of the padded image, the three panels have the image's own size, PSNR is torchmetrics'."""
+    H, W = size
+    rng = np.random.default_rng(0)
+    pixels = rng.integers(0, 9 if name == "labels" else 256, (H, W, 3)[: 2 if name == "labels" else 3], dtype=np.uint8)
+    (tmp_path / "in" / "sub").mkdir(parents=True)
+    Image.fromarray(pixels).save(tmp_path / "in" / "sub" / "a.png")
+    (tmp_path / "in" / "broken.png").write_text("not an image")
+    words = ["evaluate.py", "--vqgan", f"{name}/last.pt", "--out", tmp_path / "out"]
+    done = run_inside(*words, "--reconstruct", tmp_path / "in", cwd=models)
+    assert done.returncode == 0 and "skipped: " in done.stdout, done.stderr
+    model = checkpoint.load_vqgan(models / name / "last.pt")
+    x = data.open_image(tmp_path / "in" / "sub" / "a.png", model.config.input_kind, model.config.in_channels)
+    rows, columns = (torch.arange(-(-side // 2) * 2).clamp(max=side - 1) for side in size)  # the border once more
+    indices = model.encode_indices(x[:, :, rows][:, :, :, columns])
+    codes = np.load(tmp_path / "out" / "sub_a.png.npy")
+    assert codes.dtype == np.uint16 and (codes == indices[0].numpy()).all()
+    shown = np.asarray(Image.open(tmp_path / "out" / "sub_a.png.png"))
+    assert shown.shape == (H, 3 * W, 3)
+    assert f"{codes.size * 4:,} bits of codes for {pixels.size * 8:,} of pixels" in done.stdout
+    if name == "vqgan":
+        assert (shown[:, :W] == pixels).all()
+        x_hat = model.decode_indices(indices)[:, :, :H, :W].clamp(-1, 1)
+        psnr = peak_signal_noise_ratio(x_hat, x, data_range=2.0).item()
+        assert f"psnr {psnr:.2f}" in done.stdout
+        assert abs(shown[:, W : 2 * W] - ((x_hat[0] + 1) * 127.5).permute(1, 2, 0).numpy()).max() < 0.51
+        done = run_inside(*words, "--decode", tmp_path / "out" / "sub_a.png.npy", cwd=models)
+        assert done.returncode == 0, done.stderr
+        decoded = np.asarray(Image.open(tmp_path / "out" / "sub_a.png.decoded.png"))
+        assert (decoded[:H, :W] == shown[:, W : 2 * W]).all()
+
+
+def test_mistakes_with_own_images(models, tmp_path):
+    photo = tmp_path / "photo.png"
+    Image.new("RGB", (8, 8)).save(photo)
+    np.save(tmp_path / "codes.npy", np.full((4, 4), 16))
+    np.save(tmp_path / "floats.npy", np.zeros((4, 4)))
+    np.save(tmp_path / "objects.npy", np.array([{}]), allow_pickle=True)
+    (tmp_path / "empty").mkdir()
+    before, words = set(tmp_path.iterdir()), ["evaluate.py", "--vqgan", "vqgan/last.pt", "--out", tmp_path]
+    for flag, answer in (
+        (["--reconstruct", tmp_path], "is in the folder of the images; choose another one"),
+        (["--reconstruct", tmp_path / "empty", "--out", tmp_path / "out"], "no images in"),
+        (["--reconstruct", tmp_path / "nowhere.png", "--out", tmp_path / "out"], "no image at"),
+        (["--reconstruct", photo, "--decode", photo], "not allowed"),
+        (["--decode", tmp_path / "codes.npy"], "indices must lie in [0, 16), got 16 to 16"),
+        (["--decode", tmp_path / "floats.npy"], "--decode"),
+        (["--decode", tmp_path / "objects.npy"], "--decode"),
+        (["--decode", photo], "--decode"),
+    ):
+        assert_one_line_error(run_inside(*words, *flag, cwd=models), answer)
+    assert set(tmp_path.iterdir()) == before
 
 
 def test_an_official_model(models, tmp_path):

@@ -1,13 +1,11 @@
 """The scripts of results/ train what is missing, and their tables say what the models are."""
 
 import csv
-import subprocess
-import sys
 from dataclasses import asdict
 
 import pytest
 import torch
-from helpers import ROOT, make_photos
+from helpers import ROOT, make_photos, run_inside
 
 from minvqgan import VQGAN, VQGANConfig
 from minvqgan.harness import checkpoint, data, runtime
@@ -22,6 +20,12 @@ FLAGS = (
 )
 
 
+@pytest.fixture(autouse=True)
+def beside(monkeypatch):
+    """A script finds what lies beside it."""
+    monkeypatch.syspath_prepend(ROOT / "results")
+
+
 @pytest.fixture
 def house(tmp_path):
     """A folder with images of two classes and two judges."""
@@ -34,8 +38,7 @@ def house(tmp_path):
 
 
 def run(script: str, words: str, house, *more: str) -> None:
-    command = [sys.executable, ROOT / "results" / script, *words.split(), *more]
-    done = subprocess.run(command, cwd=house, capture_output=True, text=True)
+    done = run_inside(f"results/{script}", *words.split(), *more, cwd=house)
     assert done.returncode == 0, done.stderr[-3000:]
 
 
@@ -93,8 +96,7 @@ def test_a_table_of_losses_without_classes(house):
     assert float(rows[4]["L1"]) == pytest.approx((x - x_hat).abs().mean().item(), rel=2e-3)
 
 
-def test_models_made_with_other_settings_are_not_taken(house, monkeypatch):
-    monkeypatch.syspath_prepend(ROOT / "results")
+def test_models_made_with_other_settings_are_not_taken(house):
     from judging import same_settings
 
     same_settings(house / "runs", data="photos", steps=2)
@@ -107,6 +109,7 @@ def test_a_table_of_orders_and_models(house):
     first = VQGAN(VQGANConfig(ch=8, z_channels=8, code_dim=4, codebook_size=16))
     checkpoint.save(house / "vqgan.pt", "vqgan", config=asdict(first.config), model=first.state_dict())
     words = "--data photos --vqgan vqgan.pt --runs runs --steps 2 --long 3 --images 8 --table t.csv --figure f.png"
+    words += " --orders orders.csv"
     run("second_stage.py", words, house)
     ends = {(row["model"], row["lr"], row["seed"], row["steps"]): row for row in table(house / "t.csv")}
     # Of both models three rates, a second seed, a longer training.
@@ -136,10 +139,8 @@ def test_a_table_of_contexts(house):
     assert float(rows[3]["L1"]) == pytest.approx((x - x_hat).abs().mean().item(), rel=2e-3)
 
 
-def test_a_palette(monkeypatch):
+def test_a_palette():
     """The nearest colour by brute force, and colours that are the means of their pixels."""
-    monkeypatch.syspath_prepend(ROOT / "results")
-    monkeypatch.setattr("matplotlib.use", lambda backend: None)
     from context import Palette
 
     torch.manual_seed(0)

@@ -208,6 +208,7 @@ def test_sample_larger_than_the_model_has_seen(sample, house, tmp_path):
         done = sample(name, "-n", "1", "--out", f"{name}.png", *flags)
         assert done.returncode == 0, done.stderr
         assert Image.open(tmp_path / f"{name}.png").size == expected, name
+        assert ("upper part repeated" in done.stdout) == (name == "none")  # only it does not know where it is
 
 
 def test_completion_keeps_the_upper_rows(sample, house, tmp_path):

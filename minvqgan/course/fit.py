@@ -123,7 +123,7 @@ def fit_tokens(
 @torch.no_grad()
 def codes_of(vqgan: VQGAN, dataset, count: int) -> tuple[Tensor, Tensor]:
     """Codes (N, h, w) and classes (N,) of `count` images of a dataset, evenly spread."""
-    found = data.held_out_batches(dataset, 100, count)
-    pairs = [(vqgan.encode_indices(b["image"]), b["class"]) for b in found]
+    found, device = data.held_out_batches(dataset, 100, count), next(vqgan.buffers()).device
+    pairs = [(vqgan.encode_indices(b["image"].to(device)), b["class"]) for b in found]
     codes, classes = zip(*pairs, strict=True)
     return torch.cat(codes), torch.cat(classes)

@@ -338,3 +338,19 @@ def held_out_batches(dataset, batch_size: int, limit: int) -> Iterator[dict]:
     count = min(limit, len(dataset))
     keys = [(i * len(dataset) // count, None) for i in range(count)]
     yield from DataLoader(dataset, batch_size, sampler=keys, generator=torch.Generator().manual_seed(0))
+
+
+def open_image(path: str | Path, kind: str, num_labels: int) -> Tensor:
+    """An image file at its own size, as a VQGAN of this input kind reads it: (1, C, H, W). Raises UserError."""
+    if not Path(path).is_file():
+        raise UserError(f"no image at {path}")
+    source = SOURCE_OF[kind]
+    try:
+        image = imagefiles.to_tensor(imagefiles.read(path, source))
+    except UserError:
+        raise
+    except Exception as error:  # Pillow raises a dozen kinds of error for broken files
+        raise UserError(f"{path} cannot be read as an image ({error})") from None
+    if source == "labels" and (image.min() < 0 or image.max() >= num_labels):
+        raise UserError(f"{path}: holds label {image.max()}, the model knows 0 to {num_labels - 1}")
+    return to_input({source: image[None]}, kind, num_labels)
