@@ -46,6 +46,8 @@ def door(file: File, says: str = "") -> Iterator[None]:
     """
     try:
         yield
+    except torch.OutOfMemoryError:  # not the file's fault
+        raise
     except FILE_ERRORS as error:
         words = f"{error.args[0]} is missing" if isinstance(error, KeyError) else first_line(error)
         if isinstance(error, pickle.UnpicklingError) and ("Unsupported" in str(error) or "GLOBAL" in str(error)):
@@ -287,17 +289,17 @@ def _take(module: nn.Module, found: dict[str, Tensor], names: dict[str, str]) ->
         for state in (own, new):
             K, tokens = len(state["head.weight"]), state.pop("token_embedding.weight")
             state |= {"codes": tokens[:K], "condition tokens": tokens[K:]}
-    partly, left = [], []
+    rows, left = "", []
     for key, tensor in own.items():
         if key in new and new[key].shape == tensor.shape:
             tensor.copy_(new[key])
         elif key in new and key in CODE_ROWS and new[key].shape[1:] == tensor.shape[1:]:
             tensor[: len(new[key])] = new[key][: len(tensor)]
-            partly.append(f"the first {min(len(new[key]), len(tensor))} of {len(tensor)} rows of {key}")
+            rows = f", the first {min(len(new[key]), len(tensor))} of {len(tensor)} codes"
         else:
             left.append(key)
     if len(left) == len(own):
         raise ValueError("none of its weights has a place in this model")
-    line = ", ".join([f"{len(own) - len(left)} of {len(own)} tensors", *partly])
     more = f" and {len(left) - 8} more" if left[8:] else ""
-    return line + (f"; not in it or of another shape: {', '.join(left[:8])}{more}" if left else "")
+    unfit = f"; not in it or of another shape: {', '.join(left[:8])}{more}" if left else ""
+    return f"{len(own) - len(left)} of {len(own)} tensors{rows}{unfit}"
