@@ -160,6 +160,8 @@ def open_all(args, run: Run, saved):
         check_resumed(args, model, classes)
     else:
         model = build(args, vqgan, condition, classes)
+    if args.init and not saved:
+        run.say(checkpoint.init_from(args.init, model))
     return model.to(run.device, memory_format=torch.channels_last), *sets  # this layout halves E's time on a CPU
 
 

@@ -16,7 +16,7 @@ from itertools import chain
 import torch
 
 from minvqgan.discriminator import PatchDiscriminator
-from minvqgan.harness import data, flags, judges, metrics, pictures, processes, runtime
+from minvqgan.harness import checkpoint, data, flags, judges, metrics, pictures, processes, runtime
 from minvqgan.harness.run import Run
 from minvqgan.harness.runtime import UserError
 from minvqgan.layers import seeded
@@ -177,6 +177,8 @@ def main(argv: list[str] | None = None) -> int:
     run = Run(args, "vqgan", COLUMNS, PANELS, ["rec_loss", "disc_loss", "usage"], saved)
     train_set, val_set = open_data(args)
     vqgan, disc, perceptual, opt_g, opt_d = build(args, run.device)
+    if args.init and not saved:
+        run.say(checkpoint.init_from(args.init, vqgan, discriminator=disc))
     objective, counts = flags.config(ObjectiveConfig, args), vqgan.quantizer.counts
     # Fractions of the steps that the run began with: resuming with more --steps must not take D away again.
     disc_steps = [round(f * run.planned_steps) for f in (args.disc_start, args.disc_warmup, args.disc_ramp)]

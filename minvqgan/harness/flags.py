@@ -114,6 +114,7 @@ def add_run_flags(p: Parser, presets: dict, out: str):
     g.add_argument("--out", default=out, help="run folder")
     g.add_argument("--preset", default="tiny", choices=presets, help="defaults of all flags")
     g.add_argument("--resume", action="store_true", help="continue the run in --out, with its flags")
+    g.add_argument("--init", metavar="FILE", help="begin with what fits of a checkpoint's weights, ours or official")
     g.add_argument("--seed", type=seed, default=0, help="of weights, data order, crops, dropout")
     g.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     g.add_argument("--threads", type=size, help="on a CPU (the number that is fastest when the run begins)")
