@@ -1,6 +1,5 @@
-"""Several processes are one program: the gradients of one, one codebook, one log, one checkpoint."""
+"""Several processes are one program: one codebook, one log, one checkpoint. Their gradients: test_training.py."""
 
-import csv
 import os
 import signal
 import time
@@ -9,7 +8,16 @@ import numpy as np
 import pytest
 import torch
 import torch.multiprocessing as mp
-from helpers import assert_same_run, relative_error, run_inside, run_script, start_torchrun, torchrun
+from helpers import (
+    STAGE_ONE,
+    STAGE_TWO,
+    assert_same_run,
+    metrics_rows,
+    relative_error,
+    run_inside,
+    start_torchrun,
+    torchrun,
+)
 from PIL import Image
 
 from minvqgan import VQGAN, VQGANConfig
@@ -18,87 +26,40 @@ from minvqgan.harness import checkpoint
 from minvqgan.objective import ObjectiveConfig, stage_one_step
 from minvqgan.quantizer import VectorQuantizer
 
-TINY = (
-    "train_vqgan.py --image-size 16 --ch 8 --ch-mult 1 2 --z-channels 8 --code-dim 4 --codebook-size 32 --batch-size 8 "
-    "--val-images 8 --val-every 6 --log-every 2 --save-every 3 --disc-channels 8 --disc-start 0.3 "
-    "--perceptual none --no-amp"
-).split()
-GPT = (
-    "train_gpt.py --vqgan one/last.pt --n-layer 1 --n-head 2 --n-embd 16 --batch-size 8 --drop-cond 0 --val-images 8 "
-    "--val-every 6 --log-every 2 --save-every 3 --no-amp"
-).split()
 
-
-def gradients(path, opt: str) -> dict[int, torch.Tensor]:
-    """What the first step's gradients were: Adam's first moment after one step is (1 - beta1) times them."""
-    saved = checkpoint.read(path)
-    beta1 = saved[opt]["param_groups"][0]["betas"][0]
-    return {i: state["exp_avg"] / (1 - beta1) for i, state in saved[opt]["state"].items()}
-
-
-def assert_equal_gradients(one: dict, two: dict) -> None:
-    """To rounding, relative to the largest: some are 0 by theory and rounding alone in fact."""
-    assert one.keys() == two.keys() and len(one) > 5
-    flat = [torch.cat([g.flatten() for g in grads.values()]) for grads in (one, two)]
-    assert relative_error(flat[1], flat[0]) < 1e-5
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return tmp_path_factory.mktemp("processes")
-
-
-def test_gradients_of_stage_one_are_those_of_the_whole_batch(folder):
-    words = [*TINY, "--steps", "1", "--loss", "vqvae", "--lr", "1e-4"]
-    for out, run in (("one", run_script), ("two", lambda *w, cwd: torchrun(2, *w, cwd=cwd))):
-        done = run(*words, "--revive-every", "0", "--out", out, cwd=folder)
-        assert done.returncode == 0, done.stderr[-2000:]
-    one, two = (gradients(folder / out / "last.pt", "opt_g") for out in ("one", "two"))
-    assert_equal_gradients(one, two)
-
-
-def test_gradients_of_stage_two_are_those_of_the_whole_batch(folder):
-    words = [*GPT, "--steps", "1"]
-    assert run_script(*words, "--out", "gpt_one", cwd=folder).returncode == 0
-    done = torchrun(2, *words, "--out", "gpt_two", cwd=folder)
-    assert done.returncode == 0, done.stderr[-2000:]
-    one, two = (gradients(folder / out / "last.pt", "opt") for out in ("gpt_one", "gpt_two"))
-    assert_equal_gradients(one, two)
-
-
-def test_one_log_one_checkpoint_and_resume_with_another_number(folder):
-    """Two processes write once; one process goes on where they stopped, with the pictures that come next."""
-    done = torchrun(2, *TINY, "--steps", "12", "--out", "run", cwd=folder)
+@pytest.mark.slow
+def test_one_log_one_checkpoint_and_resume_with_another_number(house, tmp_path):
+    """Two processes write once; one process goes on where they stopped, with the images that come next."""
+    words = [*STAGE_ONE, "--data", "photos", "--steps"]
+    done = torchrun(2, *words, "12", "--out", tmp_path / "run", cwd=house)
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.count("next: python train_gpt.py") == 1
-    done = run_script("train_vqgan.py", "--out", "run", "--resume", "--steps", "16", cwd=folder)
-    assert done.returncode == 0, done.stderr[-2000:]
-    done = torchrun(2, "train_vqgan.py", "--out", "run", "--resume", "--steps", "20", cwd=folder)
-    assert done.returncode == 0, done.stderr[-2000:]
-    with open(folder / "run" / "metrics.csv") as file:
-        assert [int(row["step"]) for row in csv.DictReader(file)] == list(range(2, 21, 2))
-    assert checkpoint.read(folder / "run" / "last.pt")["step"] == 20
+    again = ["train_vqgan.py", "--out", tmp_path / "run", "--resume", "--steps"]
+    for run, steps in ((run_inside, 16), (lambda *words, cwd: torchrun(2, *words, cwd=cwd), 20)):
+        done = run(*again, steps, cwd=house)
+        assert done.returncode == 0, done.stderr[-2000:]
+    assert {int(row["step"]) for row in metrics_rows(tmp_path / "run")} == {*range(2, 21, 2), *range(3, 21, 3)}
+    assert checkpoint.read(tmp_path / "run" / "last.pt")["step"] == 20
 
 
-def test_processes_draw_different_numbers_and_resume_with_their_own(folder):
+@pytest.mark.slow
+def test_processes_draw_different_numbers_and_resume_with_their_own(house, tmp_path):
     """Dropped conditions, pkeep, dropout: equal on all ranks they would be drawn once for the whole batch. Killed and
     resumed, each rank continues its own."""
-    words = [*GPT, "--steps", "9", "--drop-cond", "0.3", "--pkeep", "0.8", "--dropout", "0.1"]
-    if not (folder / "one").exists():
-        assert run_script(*TINY, "--steps", "1", "--out", "one", cwd=folder).returncode == 0
-    assert torchrun(2, *words, "--out", "random_whole", cwd=folder).returncode == 0
-    states = checkpoint.read(folder / "random_whole" / "last.pt")["random"]
+    words = [*STAGE_TWO, *"--vqgan rgb/last.pt --steps 9 --drop-cond 0.3 --pkeep 0.8 --dropout 0.1 --out".split()]
+    assert torchrun(2, *words, tmp_path / "whole", cwd=house).returncode == 0
+    states = checkpoint.read(tmp_path / "whole" / "last.pt")["random"]
     assert len(states) == 2 and not torch.equal(states[0]["cpu"], states[1]["cpu"])
-    last = folder / "random_run" / "last.pt"
-    process = start_torchrun(2, *words, "--out", "random_run", cwd=folder)
+    last = tmp_path / "run" / "last.pt"
+    process = start_torchrun(2, *words, tmp_path / "run", cwd=house)
     while not last.exists():
         time.sleep(0.02)
         assert process.poll() is None, process.stderr.read()
     os.killpg(process.pid, signal.SIGKILL)
     process.communicate()
     if checkpoint.read(last)["step"] < 9:
-        assert torchrun(2, "train_gpt.py", "--out", "random_run", "--resume", cwd=folder).returncode == 0
-    assert_same_run(folder / "random_whole" / "last.pt", last)
+        assert torchrun(2, "train_gpt.py", "--out", tmp_path / "run", "--resume", cwd=house).returncode == 0
+    assert_same_run(tmp_path / "whole" / "last.pt", last)
 
 
 def _stage_one_of(rank: int, world: int, folder: str) -> None:
@@ -150,11 +111,12 @@ def test_all_processes_have_one_codebook(tmp_path):
         assert revived == other_revived and torch.equal(codes, other_codes) and torch.equal(use, other_use)
 
 
-def test_samples_are_those_of_one_process(folder):
-    words = ["sample.py", "--gpt", "gpt_one/best.pt", "-n", "3", "--classes", "star,ring", "--out"]
-    assert run_inside(*words, "one.png", cwd=folder).returncode == 0
-    done = torchrun(2, *words, "two.png", cwd=folder)
+@pytest.mark.slow
+def test_samples_are_those_of_one_process(house, tmp_path):
+    words = ["sample.py", "--gpt", house / "class" / "best.pt", "-n", "3", "--classes", "one,two", "--out"]
+    assert run_inside(*words, "one.png", cwd=tmp_path).returncode == 0
+    done = torchrun(2, *words, "two.png", cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]
-    one, two = (np.asarray(Image.open(folder / name)).astype(int) for name in ("one.png", "two.png"))
+    one, two = (np.asarray(Image.open(tmp_path / name)).astype(int) for name in ("one.png", "two.png"))
     assert np.abs(one - two).max() <= 1  # the decoder's batches are other ones, and round in another way
     assert done.stdout.count("6 images") == 1

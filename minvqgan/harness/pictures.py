@@ -6,7 +6,6 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
-from torchvision.utils import make_grid
 
 from ..vqgan import VQGAN
 from . import runtime
@@ -55,6 +54,8 @@ def to_image(x: Tensor) -> Image.Image:
 
 def grid(rows: list[Tensor]) -> Image.Image:
     """Rows of images, each (n, 3, H, W) in [-1, 1], as one; small ones are enlarged by whole factors."""
+    from torchvision.utils import make_grid  # slow to import
+
     longest = max(map(len, rows))
     cells = torch.cat([F.pad(row, (0, 0, 0, 0, 0, 0, 0, longest - len(row)), value=1.0) for row in rows])
     cells = F.interpolate(cells.float().cpu(), scale_factor=max(1, 64 // cells.shape[-1]), mode="nearest")
