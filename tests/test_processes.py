@@ -1,4 +1,7 @@
-"""Several processes are one program: one codebook, one log, one checkpoint. Their gradients: test_training.py."""
+"""Several processes under torchrun are one program: one log, one checkpoint, random numbers of their own.
+
+Their gradients and their codebook are in test_training.py.
+"""
 
 import os
 import signal
@@ -7,27 +10,22 @@ import time
 import numpy as np
 import pytest
 import torch
-import torch.multiprocessing as mp
 from helpers import (
     STAGE_ONE,
     STAGE_TWO,
     assert_same_run,
     metrics_rows,
-    relative_error,
     run_inside,
     start_torchrun,
     torchrun,
 )
 from PIL import Image
 
-from minvqgan import VQGAN, VQGANConfig
-from minvqgan.discriminator import PatchDiscriminator
 from minvqgan.harness import checkpoint
-from minvqgan.objective import ObjectiveConfig, stage_one_step
-from minvqgan.quantizer import VectorQuantizer
+
+pytestmark = pytest.mark.slow
 
 
-@pytest.mark.slow
 def test_one_log_one_checkpoint_and_resume_with_another_number(house, tmp_path):
     """Two processes write once; one process goes on where they stopped, with the images that come next."""
     words = [*STAGE_ONE, "--data", "photos", "--steps"]
@@ -42,7 +40,6 @@ def test_one_log_one_checkpoint_and_resume_with_another_number(house, tmp_path):
     assert checkpoint.read(tmp_path / "run" / "last.pt")["step"] == 20
 
 
-@pytest.mark.slow
 def test_processes_draw_different_numbers_and_resume_with_their_own(house, tmp_path):
     """Dropped conditions, pkeep, dropout: equal on all ranks they would be drawn once for the whole batch. Killed and
     resumed, each rank continues its own."""
@@ -62,56 +59,6 @@ def test_processes_draw_different_numbers_and_resume_with_their_own(house, tmp_p
     assert_same_run(tmp_path / "whole" / "last.pt", last)
 
 
-def _stage_one_of(rank: int, world: int, folder: str) -> None:
-    if world > 1:
-        torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/place", rank=rank, world_size=world)
-    torch.manual_seed(0)
-    vqgan = VQGAN(VQGANConfig(image_size=16, ch=8, ch_mult=(1, 2), z_channels=8, code_dim=4, codebook_size=16)).double()
-    disc = PatchDiscriminator(3, channels=8, num_layers=2).double().eval()  # BatchNorm of the batch would differ
-    x = torch.rand(4, 3, 16, 16, dtype=torch.float64) * 2 - 1
-    terms, _ = stage_one_step(vqgan, disc, None, x[rank::world], ObjectiveConfig(disc_weight=0.8, max_lambda=1e4))
-    grad = torch.cat([p.grad.flatten() for p in vqgan.parameters()])
-    if world > 1:
-        torch.distributed.all_reduce(grad)
-        torch.distributed.destroy_process_group()
-    torch.save((terms["lambda"], grad / world), f"{folder}/{world}_{rank}.pt")
-
-
-def test_lambda_is_that_of_the_whole_batch(tmp_path):
-    """Eq. 7 and G's gradient over two processes of half a batch each are those of one process with all of it."""
-    _stage_one_of(0, 1, str(tmp_path))
-    mp.spawn(_stage_one_of, (2, str(tmp_path)), nprocs=2)
-    whole, *halves = (torch.load(tmp_path / name) for name in ("1_0.pt", "2_0.pt", "2_1.pt"))
-    for lambda_, grad in halves:
-        assert lambda_.item() == pytest.approx(whole[0].item(), rel=1e-9)
-        assert relative_error(grad, whole[1]) < 1e-9
-
-
-def _codebook_of(rank: int, folder: str) -> None:
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
-    torch.manual_seed(0)
-    quantizer = VectorQuantizer(16, 4).train()
-    own = torch.Generator().manual_seed(rank + 1)
-    history = []
-    for _ in range(3):  # begun from data, used, revived
-        revived = quantizer.revive_dead_codes(torch.randn(2, 4, 4, 4, generator=own))
-        for _ in range(200):  # a code that nobody chooses falls below the threshold in 150
-            quantizer(3 + 0.1 * torch.randn(2, 4, 4, 4, generator=own))
-        history.append((revived, quantizer.codebook.weight.detach().clone(), quantizer.recent_use.clone()))
-    torch.save(history, f"{folder}/{rank}.pt")
-    torch.distributed.destroy_process_group()
-
-
-def test_all_processes_have_one_codebook(tmp_path):
-    """Each sees other latents; initialisation, counted use and revival must agree to the bit."""
-    mp.spawn(_codebook_of, (str(tmp_path),), nprocs=2)
-    one, two = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
-    assert one[0][0] == 16 and one[1][0] > 0  # all at first, then those that no latent chose
-    for (revived, codes, use), (other_revived, other_codes, other_use) in zip(one, two, strict=True):
-        assert revived == other_revived and torch.equal(codes, other_codes) and torch.equal(use, other_use)
-
-
-@pytest.mark.slow
 def test_samples_are_those_of_one_process(house, tmp_path):
     words = ["sample.py", "--gpt", house / "class" / "best.pt", "-n", "3", "--classes", "one,two", "--out"]
     assert run_inside(*words, "one.png", cwd=tmp_path).returncode == 0

@@ -362,22 +362,51 @@ DISTRIBUTED = {
 }
 
 
-def _process(rank: int, world: int, ports: list[int], folder: str) -> None:
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1"}
+def _codebook(rank: int, folder: str) -> None:
+    """Begun from data, used, revived, three times, each process with latents of its own."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
+    torch.manual_seed(0)
+    quantizer, own, history = VectorQuantizer(16, 4).train(), torch.Generator().manual_seed(rank + 1), []
+    for _ in range(3):
+        revived = quantizer.revive_dead_codes(torch.randn(2, 4, 4, 4, generator=own))
+        for _ in range(200):  # a code that nobody chooses falls below the threshold in 150
+            quantizer(3 + 0.1 * torch.randn(2, 4, 4, 4, generator=own))
+        history.append((revived, quantizer.codebook.weight.detach().clone(), quantizer.recent_use.clone()))
+    torch.save(history, f"{folder}/codebook {rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def _process(rank: int, ports: list[int], folder: str) -> None:
+    _codebook(rank, folder)
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
     for port, (name, (script, flags)) in zip(ports, DISTRIBUTED.items(), strict=True):
         os.environ["MASTER_PORT"] = str(port)
-        gradients = still_gradients(script, flags, folder, f"{name} {world}")
-        torch.save(gradients, f"{folder}/{name} {rank}.pt")
+        torch.save(still_gradients(script, flags, folder, f"{name} 2"), f"{folder}/{name} {rank}.pt")
 
 
-def test_two_processes_have_the_gradients_of_one_with_the_whole_batch(folder):
-    """With D and its adaptive weight, over micro-batches, and in stage two: gradients of G, D and the transformer."""
+@pytest.fixture(scope="module")
+def processes(folder):
+    """What two processes without torchrun have done is in the folder."""
     with contextlib.ExitStack() as stack:
         sockets = [stack.enter_context(socket.socket()) for _ in DISTRIBUTED]
         for one in sockets:
             one.bind(("127.0.0.1", 0))
         ports = [one.getsockname()[1] for one in sockets]
-    mp.spawn(_process, (2, ports, str(folder)), nprocs=2)
+    mp.spawn(_process, (ports, str(folder)), nprocs=2)
+    return folder
+
+
+def test_two_processes_have_one_codebook(processes):
+    """Initialisation, counted use and revival agree to the bit."""
+    one, two = (torch.load(processes / f"codebook {rank}.pt") for rank in (0, 1))
+    assert one[0][0] == 16 and one[1][0] > 0  # all at first, then those that no latent chose
+    for (revived, codes, use), (other_revived, other_codes, other_use) in zip(one, two, strict=True):
+        assert revived == other_revived and torch.equal(codes, other_codes) and torch.equal(use, other_use)
+
+
+def test_two_processes_have_the_gradients_of_one_with_the_whole_batch(processes):
+    """With D and its adaptive weight, over micro-batches, and in stage two: gradients of G, D and the transformer."""
+    folder = processes
     for name, (script, flags) in DISTRIBUTED.items():
         truth = still_gradients(script, flags, folder, f"{name} 1")
         for rank in range(2):
