@@ -215,7 +215,9 @@ def test_images_and_mistakes():
     model = make_model("class", guided=False)
     images = model.sample(torch.tensor([0, 2]), seed=1)
     assert images.shape == (2, 3, 8, 8)
-    assert model.complete(images, 0.5, torch.tensor([0, 2])).shape == (2, 3, 8, 8)
+    completed, given = model.complete(images, 0.5, torch.tensor([0, 2])), model.vqgan.encode_indices(images)
+    codes = model.sample_indices(torch.tensor([0, 2]), given=given, keep=8)  # two of the four rows
+    assert torch.equal(completed, model.vqgan.decode_indices(codes)) and not torch.equal(codes, given)
     with pytest.raises(ValueError, match="needs a condition"):
         model.sample(n=2)
     with pytest.raises(ValueError, match=r"classes must lie in \[0, 3\), got 3 to 3"):
