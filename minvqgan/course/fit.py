@@ -1,6 +1,7 @@
 """Short trainings for the notebooks: the loops of train_vqgan.py and train_gpt.py without their harness."""
 
 from collections.abc import Callable, Iterator
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -45,43 +46,55 @@ def fit_vqgan(
     seed: int = 0,
     each: Callable[[int, dict], None] | None = None,
 ) -> dict[str, list[float]]:
-    """Train a first-stage model in place; returns what was measured at every step.
+    """Train a first-stage model in place, on its device; returns what was measured at every step.
 
-    discriminator: joins at step disc_start, its gradient comes in over disc_ramp steps. revive_every: 0 for a codebook
-    that begins and stays as the paper has it. each: called after every step with (step, measurements).
+    The loop is that of train_vqgan.py without its flags. discriminator: learns from step disc_start on, and its
+    gradient comes in over disc_ramp steps. revive_every: 0 leaves the codebook as it is. each: called after every step
+    with (step, measurements).
     """
-    torch.manual_seed(seed)
-    revive_every = 0 if model.config.gumbel else revive_every
-    kind, channels = model.config.input_kind, model.config.in_channels
-    opt_g = torch.optim.Adam(model.parameters(), lr, betas=(0.5, 0.9))
-    opt_d = None if discriminator is None else torch.optim.Adam(discriminator.parameters(), disc_lr, betas=(0.5, 0.9))
-    objective = objective or ObjectiveConfig()
-    stream, history = batches(dataset, batch_size, seed), {}
-    model.train()
+    torch.manual_seed(seed)  # of revival and dropout; whoever makes the networks seeds their weights
+    vqgan, disc, objective = model, discriminator, objective or ObjectiveConfig()
+    device = next(vqgan.parameters()).device
+    opt_g = torch.optim.Adam(vqgan.parameters(), lr, betas=(0.5, 0.9))
+    opt_d = disc and torch.optim.Adam(disc.parameters(), disc_lr, betas=(0.5, 0.9))
+    disc_steps, history = (disc_start, 0, disc_ramp), {}
+
+    def to_x(batch: dict) -> Tensor:
+        batch = {k: v.to(device) for k, v in batch.items()}
+        return data.to_input(batch, vqgan.config.input_kind, vqgan.config.in_channels)
+
+    stream = batches(dataset, batch_size, seed)
+    revives = revive_every > 0 and not vqgan.config.gumbel
+    if revives:
+        # Codes begin where latents are. Before the first step all count as dead, so this places every one of them.
+        first = next(stream)
+        with torch.no_grad():
+            vqgan.quantizer.revive_dead_codes(vqgan.eval().encode(to_x(first)).z)
+        stream = chain([first], stream)
+
+    vqgan.train()
     for step in tqdm(range(1, steps + 1), leave=False, disable=None):
-        x = data.to_input(next(stream), kind, channels)
-        if step == 1 and revive_every:
-            with torch.no_grad():
-                model.quantizer.revive_dead_codes(model.eval().encode(x).z)
-            model.train()
-        disc_on = discriminator is not None and step > disc_start
-        adv_fraction = adversarial_ramp(step, disc_start, 0, disc_ramp) if disc_on else None
-        terms, quantized = stage_one_step(model, discriminator, perceptual, x, objective, adv_fraction)
+        disc_on = disc is not None and step > disc_steps[0]
+        adv_fraction = adversarial_ramp(step, *disc_steps) if disc_on else None
+
+        x = to_x(next(stream))  # (B, C, H, W)
+        terms, quantized = stage_one_step(vqgan, disc, perceptual, x, objective, adv_fraction)
         opt_g.step()
         opt_g.zero_grad()
         if disc_on:
             opt_d.step()
             opt_d.zero_grad()
-        if revive_every and step % revive_every == 0:
-            model.quantizer.revive_dead_codes(quantized.z)
-        counts = torch.bincount(quantized.indices.flatten(), minlength=model.config.codebook_size)
+        if revives and step % revive_every == 0:
+            vqgan.quantizer.revive_dead_codes(quantized.z)
+
         measured = {name: value.item() for name, value in terms.items()}
+        counts = torch.bincount(quantized.indices.flatten(), minlength=vqgan.config.codebook_size)
         measured["usage"], measured["perplexity"] = codebook_stats(counts)
         for name, value in measured.items():
             history.setdefault(name, []).append(value)
         if each is not None:
             each(step, measured)
-    model.eval()
+    vqgan.eval()
     return history
 
 
@@ -95,9 +108,9 @@ def fit_tokens(
     seed: int = 0,
     each: Callable[[int], None] | None = None,
 ) -> list[float]:
-    """Train a model of codes in place by AdamW, lr falling in a half cosine; returns the loss of every step.
+    """Train a model of codes in place by AdamW with a cosine learning rate; returns the loss of every step.
 
-    parts: tensors with a row an image (codes, conditions). loss: of the rows that were drawn from each.
+    parts: tensors with one row per image (codes, conditions). loss: of the rows drawn from each.
     """
     torch.manual_seed(seed)
     groups = parameter_groups(model, 0.01) if isinstance(model, GPT) else model.parameters()
