@@ -108,9 +108,8 @@ def optional(load, name: str, device: torch.device):
 def check_numbers(*numbers: int) -> None:
     """Distances between sets need a few images in each. Raises UserError."""
     if min(numbers) < 4:
-        raise UserError(
-            f"distances between sets need 4 images, not {min(numbers)}: more -n or --images, or --features none"
-        )
+        advice = "more -n or --images, or --features none"
+        raise UserError(f"distances between sets need 4 images, not {min(numbers)}: {advice}")
 
 
 class Table:
@@ -172,9 +171,7 @@ def evaluate_reconstructions(args, model: VQGAN, val_set, device: torch.device, 
     if features is not None:
         check_numbers(number)
     batches = data.held_out_batches(val_set, args.batch_size, number)
-    batches = tqdm(
-        batches, total=math.ceil(number / args.batch_size), desc="reconstructions", leave=False, disable=None
-    )
+    batches = tqdm(batches, desc="reconstructions", unit="batch", leave=False, disable=None)
     for x, x_hat, indices, row in metrics.reconstructions(model, batches, device, perceptual):
         counts += torch.bincount(indices.flatten().cpu(), minlength=len(counts))
         if not labels:

@@ -30,11 +30,7 @@ class ObjectiveConfig:
     DEPARTURE: Eq. 6 has no disc_weight; the official code has, 0.8 in its models.
     """
 
-    loss: str = option(
-        "vqgan",
-        "vqvae: squared error, no perceptual loss, no D; labels: cross-entropy, set by --input labels",
-        choices=("vqgan", "vqvae", "labels"),
-    )
+    loss: str = option("vqgan", "vqvae: squared error alone; labels: by --input", choices=("vqgan", "vqvae", "labels"))
     perceptual_weight: float = option(1.0, "of the perceptual loss beside L1", least=0)
     disc_loss: str = option("hinge", "the paper writes log, its code trains with hinge", choices=("hinge", "log"))
     disc_weight: float = option(0.3, "of L_GAN, times lambda", least=0)
@@ -171,7 +167,7 @@ def stage_one_step(
     the norms for lambda, and their weighted sum through the whole network. The textbook way runs the perceptual network
     and D backward twice for the same numbers, and D forward three times instead of two.
 
-    A model in half precision takes x in it, and a perceptual network in float32. Losses are in float32 at least.
+    Losses are in float32 at least, also for a model in half precision (x is then in half precision, perceptual is not).
 
     DEPARTURE: the official code makes new reconstructions for D's step, with the weights just updated. Here D learns
     from those that G learned from, one step older.

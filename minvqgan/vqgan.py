@@ -94,10 +94,8 @@ class VQGAN(nn.Module):
             raise ValueError(f"expected images (B, {c.in_channels}, H, W), got {tuple(x.shape)}")
         H, W = x.shape[2:]
         if not torch.compiler.is_compiling() and (H % f or W % f or not H or not W):
-            nearest = [tuple(max(1, side // f + up) * f for side in (H, W)) for up in (0, 1)]
-            raise ValueError(
-                f"{H} x {W} is not divisible by f = {f}; nearest sizes that work: {nearest[0]}, {nearest[1]}"
-            )
+            below, above = (tuple(max(1, side // f + up) * f for side in (H, W)) for up in (0, 1))
+            raise ValueError(f"{H} x {W} is not divisible by f = {f}; nearest sizes that work: {below}, {above}")
         return self.to_code(self.encoder(x))
 
     def encode(self, x: Tensor) -> Quantized:
