@@ -66,8 +66,8 @@ def reconstruction_loss(
 def hinge_loss(logits_real: Tensor, logits_fake: Tensor) -> Tensor:
     """L_D, hinge (Lim & Ye 2017, arXiv:1705.02894): logits (B, 1, h', w') of x and of x_hat -> scalar.
 
-    A D that cannot tell them apart gives the same logit to both; any constant in [-1, 1] costs exactly 1.0. A D that is
-    sure and wrong costs more. Right logits beyond +-1 cost nothing, so a D that is sure and right stops growing.
+    A D that gives the same logit to both, any constant in [-1, 1], costs exactly 1.0; one that is sure and wrong costs
+    more. Right logits beyond +-1 cost nothing, so a D that is sure and right stops growing.
     DEPARTURE: the paper's Eq. 5 is the log loss; the official code trains with this one, and so do we.
     """
     return 0.5 * (F.relu(1 - logits_real).mean() + F.relu(1 + logits_fake).mean())
@@ -94,10 +94,9 @@ def generator_loss(logits_fake: Tensor, disc_loss: str = "hinge") -> Tensor:
 def adversarial_ramp(step: int, start: int, warmup: int, ramp: int) -> float:
     """Fraction in [0, 1] of the adversarial gradient that reaches G at `step`.
 
-    D starts to learn at `start`. For `warmup` steps it learns alone, then its gradient is ramped in over `ramp` steps.
-    (In the paper lambda is 0 for at least the first epoch: that is `start`.)
-    DEPARTURE: in the official code (warmup = ramp = 0) an untrained D has full weight from its first step, and
-    reconstructions break there: lambda scales its gradient to the length of L_rec's before D has learned anything.
+    D learns from `start` on (in the paper after at least one epoch), alone for `warmup` steps; then its gradient is
+    ramped in over `ramp` steps. DEPARTURE: in the official code (warmup = ramp = 0) an untrained D has full weight from
+    its first step, because lambda scales any gradient to the length of L_rec's. Reconstructions break there.
     """
     return min(1.0, max(0.0, (step - start - warmup) / max(1, ramp)))
 
@@ -105,9 +104,9 @@ def adversarial_ramp(step: int, start: int, warmup: int, ramp: int) -> float:
 def adaptive_weight(rec_grad: Tensor, gan_grad: Tensor, max_lambda: float = 1e4, delta: float = 1e-6) -> Tensor:
     """lambda of Eq. 7, a detached scalar, from the gradients of L_rec and L_GAN with respect to G_L's weights.
 
-    DEPARTURE: the cap max_lambda. lambda grows as D's gradient shrinks. When D can no longer tell real from fake that
-    gradient is noise, yet lambda scales it up to the length of L_rec's: G changes faster than D learns, and D collapses
-    (disc_loss 1.0). The official cap of 1e4 is never reached; ours is near the lambda of a D that still learns.
+    DEPARTURE: the cap max_lambda. When D can no longer tell real from fake its gradient is noise, yet lambda scales it
+    to the length of L_rec's: G changes faster than D learns, and D collapses (disc_loss 1.0). The official cap of 1e4
+    is never reached; ours is near the lambda of a D that still learns.
     """
     return (rec_grad.norm() / (gan_grad.norm() + delta)).clamp(max=max_lambda).detach()
 
@@ -163,9 +162,9 @@ def stage_one_step(
 
         d(L_rec + lambda L_GAN)/d theta = (d x_hat/d theta)^T (dL_rec/dx_hat + lambda dL_GAN/dx_hat)
 
-    So each loss goes back to x_hat once. The two gradients are then passed through the last layer alone, which gives
-    the norms for lambda, and their weighted sum through the whole network. The textbook way runs the perceptual network
-    and D backward twice for the same numbers, and D forward three times instead of two.
+    So each loss goes back to x_hat once. Both gradients then pass through the last layer alone, which gives the norms
+    for lambda, and their weighted sum through the whole network. (The textbook runs the perceptual network and D
+    backward twice, and D forward three times.)
 
     Losses are in float32 at least, also for a model in half precision (x is then in half precision, perceptual is not).
 

@@ -3,9 +3,9 @@
     z_q = q(z),   q(z)_ij = argmin over e_k in Z of |z_ij - e_k|                                        (Eq. 2)
     L_VQ = |sg[z] - z_q|^2 + beta |sg[z_q] - z|^2,   sg = stop-gradient (`detach`)         (Eq. 4, v1 and v2)
 
-The first term moves the codes to the latents, the second (the *commitment*) the latents to their codes. The rest of
-Eq. 4, |x - x_hat|^2, is in `objective.py`; why the paper's third version has no beta is told at `codebook_loss`. The
-argmin has no gradient, so the decoder's gradient at z_q is copied to z ("straight-through").
+The first term moves the codes to the latents, the second (the *commitment*) the latents to their codes; `codebook_loss`
+says why the paper's third version has no beta. The argmin has no gradient, so the decoder's gradient at z_q is copied
+to z ("straight-through").
 
 Letters: B batch, D dims of a code, h x w latent map, N = B*h*w vectors, K codes.
 """

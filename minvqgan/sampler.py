@@ -23,27 +23,19 @@ from .gpt import GPT, KVCache
 
 @dataclass(frozen=True)
 class Sampling:
-    """How codes are drawn. The defaults sample from the model's distribution as it is.
+    """How codes are drawn. The defaults sample from the model's distribution as it is. Raises ValueError for settings
+    that leave nothing to draw."""
 
-    temperature: below 1 sharpens; 0 takes the most likely code
-    top_k: only the k most likely codes. top_p: only the most likely codes that together have this probability
-    guidance: 1 is the model's own p(s | c); above 1 exaggerates what c changes (needs a model trained with dropped
-        conditions; Ho & Salimans 2022, arXiv:2207.12598)
-    stride: columns by which a sliding window moves, see `window_start`; the larger, the faster
-    wave, use_cache: False is the slow way, one segment after another or without the cache; the codes are the same
-    on_token: called with the number of codes just drawn, for a progress bar
-
-    Raises ValueError for settings that leave nothing to draw.
-    """
-
-    temperature: float = 1.0
-    top_k: int | None = None
-    top_p: float | None = None
+    temperature: float = 1.0  # below 1 sharpens; 0 takes the most likely code
+    top_k: int | None = None  # only the k most likely codes
+    top_p: float | None = None  # only the most likely codes that together have this probability
+    # Above 1 exaggerates what c changes. For models trained with dropped conditions (Ho & Salimans 2022,
+    # arXiv:2207.12598).
     guidance: float = 1.0
-    stride: int = 1
-    wave: bool = True
-    use_cache: bool = True
-    on_token: Callable[[int], None] | None = None
+    stride: int = 1  # columns by which a sliding window moves, see `window_start`
+    wave: bool = True  # False: one segment at a time, for the same codes
+    use_cache: bool = True  # False: everything is recomputed for each code, for the same codes
+    on_token: Callable[[int], None] | None = None  # called with the number of codes just drawn, for a progress bar
 
     def __post_init__(self):
         if not self.temperature >= 0:  # so that NaN is refused too

@@ -90,10 +90,9 @@ class TwoStage(nn.Module):
     def image_tokens(self, x: Tensor) -> Tensor:
         """x (B, C, H, W) at the training size -> s (B, T) in this model's order."""
         indices = self.vqgan.encode_indices(x).flatten(1)  # (B, T)
-        if indices.shape[1] != len(self.order):
-            raise ValueError(
-                f"{indices.shape[1]} latents, but the transformer reads {len(self.order)}; images of another size?"
-            )
+        have, T = indices.shape[1], len(self.order)
+        if have != T:
+            raise ValueError(f"{have} latents, but the transformer reads {T}; images of another size?")
         return indices[:, self.order]
 
     def condition_tokens(self, c: Tensor) -> Tensor:
