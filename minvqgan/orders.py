@@ -20,24 +20,25 @@ def alternate(n: int) -> Tensor:
     return raster.flatten()
 
 
-def _interleaved(n: int, coarse_first: bool) -> Tensor:
-    """Positions sorted by the binary digits of their row and column, interleaved; coarse_first: digits reversed."""
-    position, m = row(n), max(1, (n - 1).bit_length())
-    rank = torch.zeros_like(position)
-    for k in range(m):
-        digit = m - 1 - k if coarse_first else k
-        rank += ((position % n >> digit & 1) << 2 * k) + ((position // n >> digit & 1) << 2 * k + 1)
-    return rank.argsort()
+def _bits(n: int) -> tuple[Tensor, Tensor, int]:
+    """Row and column of every raster position, and the number of binary digits that they need."""
+    position = row(n)
+    return position // n, position % n, max(1, (n - 1).bit_length())
 
 
 def z_curve(n: int) -> Tensor:
-    """Square by square, the four quarters of each square before the next square (Morton order)."""
-    return _interleaved(n, coarse_first=False)
+    """Square by square, the four quarters of each square before the next square (Morton order): the rank has the binary
+    digits of row and column, interleaved."""
+    rows, cols, m = _bits(n)
+    rank = sum(((cols >> k & 1) << 2 * k) + ((rows >> k & 1) << 2 * k + 1) for k in range(m))
+    return rank.argsort()
 
 
 def subsample(n: int) -> Tensor:
-    """Coarse to fine: every 2^k-th position before those between."""
-    return _interleaved(n, coarse_first=True)
+    """Coarse to fine: every 2^k-th position before those between. The digits of the z-curve, most significant last."""
+    rows, cols, m = _bits(n)
+    rank = sum(((cols >> m - 1 - k & 1) << 2 * k) + ((rows >> m - 1 - k & 1) << 2 * k + 1) for k in range(m))
+    return rank.argsort()
 
 
 def spiral_out(n: int) -> Tensor:
