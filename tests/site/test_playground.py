@@ -67,7 +67,7 @@ def until(browser, condition: str, seconds: float = 60) -> None:
 def settle(browser) -> None:
     """Wait for the decoder."""
     time.sleep(0.05)
-    until(browser, "!drawing && !run")
+    until(browser, "drawing === null && run === null")
 
 
 def codes(browser) -> list[int]:
