@@ -121,7 +121,7 @@ def make_condition(args, vqgan: VQGAN):
 def build(args, vqgan: VQGAN, condition, classes: tuple[str, ...]) -> TwoStage:
     """Both stages, the transformer untrained. Raises UserError for data without classes."""
     if condition is None and len(classes) < 2:
-        raise UserError(f"{args.data} has no classes (subfolders); train with --cond none")
+        raise UserError(f"{args.data} has fewer than two classes (subfolders with images); train with --cond none")
     condition = condition or ClassCondition(len(classes))
     n = args.image_size // vqgan.config.f
     guided = args.drop_cond > 0 and args.cond != "none"

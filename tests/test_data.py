@@ -16,7 +16,7 @@ import torchvision
 from helpers import NoFloat64, make_photos
 from PIL import Image, ImageOps, features
 
-from minvqgan.harness import checkpoint, data, folders, imagefiles, shapes
+from minvqgan.harness import checkpoint, data, folders, imagefiles, pictures, shapes
 from minvqgan.harness.data import open_data, to_input
 from minvqgan.harness.imagefiles import read
 from minvqgan.harness.runtime import UserError
@@ -629,3 +629,15 @@ def test_the_data_of_a_run_is_found_from_any_folder(tmp_path, monkeypatch):
     assert checkpoint.data_of(run | {"data": "cifar10"}, last) == "cifar10"
     (tmp_path / "elsewhere" / "photos").mkdir()
     assert checkpoint.data_of(run, last) == "photos"
+
+
+@pytest.mark.parametrize("counts, side", [((3, 3), 16), ((4, 2, 4), 32), ((1,), 16), ((5,), 80)])
+def test_grids_are_those_of_torchvision(counts, side):
+    """Its `make_grid` without its import, which takes longer than that of torch."""
+    rows = [torch.rand(count, 3, side, side) * 2 - 1 for count in counts]
+    blank = torch.ones(3, side, side)
+    cells = torch.stack([image for row in rows for image in [*row, *[blank] * (max(counts) - len(row))]])
+    cells = cells.repeat_interleave(max(1, 64 // side), 2).repeat_interleave(max(1, 64 // side), 3)
+    truth = torchvision.utils.make_grid(cells, nrow=max(counts), pad_value=1.0)
+    pixels = ((truth + 1) * 127.5).round().permute(1, 2, 0).numpy()
+    assert np.array_equal(np.asarray(pictures.grid(rows)), pixels)

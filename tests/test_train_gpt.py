@@ -149,7 +149,7 @@ def test_train_gpt_mistakes(house, tmp_path):
     for flags, words in (
         ("--vqgan nowhere.pt --out new", ["no checkpoint at nowhere.pt"]),
         ("--vqgan class/last.pt --out new", ["holds a two_stage, not a vqgan"]),
-        ("--vqgan edges/last.pt --out new", ["has no classes", "--cond none"]),
+        ("--vqgan edges/last.pt --out new", ["fewer than two classes", "--cond none"]),
         ("--vqgan rgb/last.pt --cond spatial --out new", ["--cond spatial needs --cond-vqgan"]),
         ("--vqgan rgb/last.pt --cond none --n-head 3 --out new", ["3", "16"]),
         ("--vqgan rgb/last.pt --cond none --batch-size 3 --accumulate 2 --out new", ["cannot be split"]),

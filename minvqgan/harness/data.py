@@ -1,7 +1,7 @@
-"""Images for training: folders, torchvision datasets by name, and the built-in `shapes`.
+"""Images for training: folders (see folders.py), torchvision datasets by name, and the built-in `shapes`.
 
-A dataset yields dicts with the sources asked for (`image` (3, S, S) in [-1, 1], `labels` (S, S) int64, `depth` (1, S,
-S) in [-1, 1]) and `class`, an int. `to_input` turns a batch of them into what a VQGAN of an input kind reads:
+A dataset yields dicts of the sources asked for, `image` (3, S, S) in [-1, 1], `labels` (S, S) int64, `depth` (1, S, S)
+in [-1, 1], and of `class`, an int. `to_input` turns a batch of them into what a VQGAN of an input kind reads:
 
     rgb     (B, 3, S, S)  the image
     gray    (B, 1, S, S)  its luminance
@@ -9,9 +9,6 @@ S) in [-1, 1]) and `class`, an int. `to_input` turns a batch of them into what a
     lowres  (B, 3, S, S)  the image at a quarter of its resolution, scaled back
     labels  (B, L, S, S)  a label map, one-hot with 0 and 1
     depth   (B, 1, S, S)  a depth map, or any other one-channel image
-
-A folder of pairs has `images/` beside `labels/` (or `depth/`), equal names in both. Any other folder is searched
-recursively, and its subfolders are the classes. `folders.py` says how a folder is read.
 """
 
 import hashlib
@@ -174,7 +171,7 @@ class FolderImages(Images):
 
 
 class ShapesImages(Images):
-    """The built-in images; `indices` of seed 0 whatever the training's seed is, so that runs can be compared."""
+    """The built-in images. They are those of seed 0 whatever the training's seed, so that runs can be compared."""
 
     def __init__(self, indices: range, sources: tuple[str, ...], *how):
         super().__init__(f"shapes {indices} {sources}", shapes.KINDS, *how)
@@ -286,8 +283,8 @@ def check_outside(out: str, name: str) -> None:
 
 
 def check_classes(name: str, found: tuple[str, ...], known: tuple[str, ...], count: int) -> None:
-    """Raises UserError where the classes of a dataset are not those that a model was trained on: another folder among
-    them would shift all numbers behind it. Numbers for names, as the official models have, say only how many."""
+    """Raises UserError if a dataset has other classes than a model (`known`, `count` of them): a new folder among them
+    would shift all numbers after it. Of models whose classes have no names, only the count is compared."""
     nameless = known in ((), tuple(map(str, range(count))))
     if found == known or (nameless and len(found) == count):
         return
@@ -296,8 +293,8 @@ def check_classes(name: str, found: tuple[str, ...], known: tuple[str, ...], cou
 
 
 class Stream(Sampler):
-    """Endless (index, draw) keys: a new shuffle each epoch, `draw` counting up. What comes at position p depends on
-    (seed, p) alone, so a resumed run goes on where it stood, with any number of workers or processes."""
+    """Endless (index, draw) keys: shuffled anew each epoch, `draw` counts up. The key at a position depends on the seed
+    and that position alone, so a resumed run sees what it would have seen, with any number of workers or processes."""
 
     def __init__(self, n: int, seed: int, start: int = 0, rank: int = 0, world: int = 1):
         self.n, self.seed, self.start, self.rank, self.world = n, seed, start, rank, world
@@ -313,8 +310,8 @@ class Stream(Sampler):
 
 
 def begin_worker(worker: int) -> None:
-    """A terminal sends Ctrl-C to all of its processes, and a cluster SIGTERM: a reader that obeyed would be missing for
-    the step that is still to be saved. The readers end when the training does. Each keeps its part of the cache."""
+    """Ignore Ctrl-C and SIGTERM, which reach all processes: the step under way still needs its images. The main process
+    ends its workers. Each worker gets its part of the cache."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     loader = get_worker_info()
@@ -324,9 +321,9 @@ def begin_worker(worker: int) -> None:
 def train_loader(
     dataset, batch_size: int, seed: int, start: int, workers: int, rank: int = 0, world: int = 1, pin: bool = False
 ):
-    """Endless batches for one process; `start`: images that all processes together have seen before."""
-    # A generator of its own: the loader draws a worker seed on creation, and from the global generator that would make
-    # a resumed run differ from an uninterrupted one.
+    """Endless batches for one process. start: the number of images that all processes together have seen before."""
+    # A generator of its own: a loader draws a seed when it starts. Taken from the global generator, it would make a
+    # resumed run differ from an uninterrupted one.
     own = torch.Generator().manual_seed(seed)
     sampler = Stream(len(dataset), seed, start, rank, world)
     how = {"num_workers": workers, "worker_init_fn": begin_worker, "pin_memory": pin, "generator": own}
@@ -334,7 +331,7 @@ def train_loader(
 
 
 def held_out_batches(dataset, batch_size: int, limit: int) -> Iterator[dict]:
-    """`limit` held-out images, centre-cropped, always the same: evenly spread, for folders are sorted by class."""
+    """`limit` held-out images, centre-cropped, always the same: evenly spread, because they are sorted by class."""
     count = min(limit, len(dataset))
     keys = [(i * len(dataset) // count, None) for i in range(count)]
     yield from DataLoader(dataset, batch_size, sampler=keys, generator=torch.Generator().manual_seed(0))

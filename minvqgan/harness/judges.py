@@ -285,7 +285,7 @@ def main(argv: list[str] | None = None) -> int:
     train_set, val_set = data.open_data(args.data, args.image_size, args.resize, seed=args.seed)
     classes = ROTATIONS if rotations else train_set.classes
     if len(classes) < 2:
-        raise UserError(f"{args.data} has no classes (subfolders); --task rotations needs none")
+        raise UserError(f"{args.data} has fewer than two classes (subfolders with images); --task rotations needs none")
     Path(args.out).parent.mkdir(parents=True, exist_ok=True)  # a wrong name must not cost a training
     amp = runtime.pick_amp(args.amp, device)
     torch.manual_seed(args.seed)

@@ -1,4 +1,4 @@
-"""What a person looks at: grids of images, maps of codes, curves of losses."""
+"""What people look at: grids of images, maps of codes, curves of losses."""
 
 from pathlib import Path
 
@@ -17,7 +17,7 @@ def to_pixels(x: Tensor) -> Tensor:
 
 
 def _distinct_colours(n: int) -> Tensor:
-    """n colours in [-1, 1], (n, 3): hues in golden-ratio steps, in three lightnesses."""
+    """n colours in [-1, 1], (n, 3): hues in steps of the golden ratio, three lightnesses."""
     i = torch.arange(n)
     hue = (i * 0.618034) % 1
     rgb = ((hue[:, None] * 6 + torch.tensor([0.0, 4.0, 2.0])) % 6 - 3).abs().sub(1).clamp(0, 1)
@@ -35,8 +35,8 @@ def to_rgb(x: Tensor, kind: str) -> Tensor:
 def code_map(model: VQGAN, indices: Tensor, scale: int) -> Tensor:
     """A picture of the code map, (B, h, w) -> (B, 3, h * scale, w * scale) in [-1, 1].
 
-    A code's colour is its place along the codebook's three principal axes, each ranked, so that like codes look alike
-    and all colours are used.
+    A code's colour is its place along the codebook's three principal axes, each ranked: similar codes look alike, and
+    all colours are used.
     """
     codes = model.quantizer.codebook.weight.detach().float().cpu()  # (K, D)
     centred = codes - codes.mean(0)
@@ -53,17 +53,20 @@ def to_image(x: Tensor) -> Image.Image:
 
 
 def grid(rows: list[Tensor]) -> Image.Image:
-    """Rows of images, each (n, 3, H, W) in [-1, 1], as one; small ones are enlarged by whole factors."""
-    from torchvision.utils import make_grid  # slow to import
-
-    longest = max(map(len, rows))
-    cells = torch.cat([F.pad(row, (0, 0, 0, 0, 0, 0, 0, longest - len(row)), value=1.0) for row in rows])
-    cells = F.interpolate(cells.float().cpu(), scale_factor=max(1, 64 // cells.shape[-1]), mode="nearest")
-    return to_image(make_grid(cells, nrow=longest, pad_value=1.0))
+    """Rows of images, each (n, 3, H, W) in [-1, 1], as one image with white gaps; small ones are enlarged."""
+    rows = [F.interpolate(row.float().cpu(), scale_factor=max(1, 64 // row.shape[-1])) for row in rows if len(row)]
+    if sum(map(len, rows)) == 1:
+        return to_image(rows[0][0])
+    H, W = rows[0].shape[2:]
+    sheet = torch.ones(3, 2 + len(rows) * (H + 2), 2 + max(map(len, rows)) * (W + 2))
+    for i, row in enumerate(rows):
+        for j, image in enumerate(row):
+            sheet[:, i * (H + 2) + 2 :, j * (W + 2) + 2 :][:, :H, :W] = image
+    return to_image(sheet)
 
 
 def save(image: Image.Image, path: Path) -> None:
-    """Write a PNG, in the place of a link of that name and not through it: it may be a stranger's folder."""
+    """Write a PNG, whole or not at all."""
     with runtime.written_whole(path) as file:
         image.save(file, "PNG")
 
@@ -74,7 +77,7 @@ def save_grid(path: Path, rows: list[Tensor]) -> None:
 
 
 def plot_columns(path: Path, rows: list[dict], panels: list[list[str]], mark: int | None = None) -> None:
-    """Curves of metrics.csv over the steps, one panel a list of columns; `mark`: a step to draw a line at."""
+    """Curves of metrics.csv over the steps, a panel for each list of columns; mark: a step at which to draw a line."""
     from matplotlib.figure import Figure  # not pyplot, which has a backend for the whole process
 
     panels = [[c for c in columns if any(row.get(c) for row in rows)] for columns in panels]
