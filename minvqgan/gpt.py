@@ -78,7 +78,7 @@ class CausalSelfAttention(nn.Module):
                 mask = torch.ones(t, kv.shape[3], dtype=torch.bool, device=x.device).tril(cache.filled)
         # A single new token sees everything before it and needs no mask.
         causal = mask is None and t > 1
-        y = attention(q, *kv, mask, self.dropout if self.training else 0.0, causal)  # (B, h, t, C/h)
+        y = attention(q, kv[0], kv[1], mask, self.dropout if self.training else 0.0, causal)  # (B, h, t, C/h)
         return self.proj(y.transpose(1, 2).reshape(B, t, C))
 
 

@@ -12,6 +12,7 @@ Letters: B batch, C channels, H x W pixels, h' x w' patches of D.
 """
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
@@ -20,6 +21,9 @@ from torch import Tensor, nn
 
 from .options import check, option
 from .quantizer import Quantized
+
+if TYPE_CHECKING:
+    from .vqgan import VQGAN
 
 
 @dataclass
@@ -112,7 +116,7 @@ def adaptive_weight(rec_grad: Tensor, gan_grad: Tensor, max_lambda: float = 1e4,
 
 
 def textbook_step(
-    vqgan: nn.Module,
+    vqgan: "VQGAN",
     disc: nn.Module,
     perceptual: nn.Module | None,
     x: Tensor,
@@ -142,7 +146,7 @@ def textbook_step(
 
 
 def stage_one_step(
-    vqgan: nn.Module,
+    vqgan: "VQGAN",
     disc: nn.Module | None,
     perceptual: nn.Module | None,
     x: Tensor,
@@ -184,6 +188,7 @@ def stage_one_step(
         terms = reconstruction_loss(real, x_leaf, config, perceptual) | {"codebook_loss": quantized.loss}
     (grad,) = torch.autograd.grad(terms["rec_loss"], x_leaf)
     if adv_fraction is not None:
+        assert disc is not None, "adv_fraction is that of D's gradient"
         with autocast:
             logits_real, logits_fake = disc(x).to(dtype), disc(x_leaf.to(x.dtype)).to(dtype)  # each (B, 1, h', w')
         terms["gen_loss"] = generator_loss(logits_fake, config.disc_loss)
@@ -205,14 +210,15 @@ def stage_one_step(
     return {name: value.detach() for name, value in terms.items()}, quantized
 
 
-def last_layer_gradients(vqgan: nn.Module, x_hat: Tensor, *grads: Tensor) -> list[Tensor]:
+def last_layer_gradients(vqgan: "VQGAN", x_hat: Tensor, rec_grad: Tensor, gan_grad: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients of losses at x_hat (B, C, H, W) -> those at the weights of G_L, (C, ch, 3, 3), for the batch of all
     processes. DEPARTURE: officially each process has a lambda of its own."""
     vqgan = getattr(vqgan, "module", vqgan)  # wrapped under torchrun
     last_layer = vqgan.decoder.conv_out.weight  # (C, ch, 3, 3)
-    found = [torch.autograd.grad(x_hat, last_layer, g, retain_graph=True)[0] for g in grads]
+    (rec,) = torch.autograd.grad(x_hat, last_layer, rec_grad, retain_graph=True)
+    (gan,) = torch.autograd.grad(x_hat, last_layer, gan_grad, retain_graph=True)
     if dist.is_initialized():
-        for g in found:
-            dist.all_reduce(g)
-            g /= dist.get_world_size()
-    return found
+        for grad in (rec, gan):
+            dist.all_reduce(grad)
+            grad /= dist.get_world_size()
+    return rec, gan

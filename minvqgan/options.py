@@ -31,7 +31,7 @@ def check(config) -> None:
                 raise ValueError(f"{name} is {one!r:.40}, not {wanted}")
 
 
-def _wanted(value, type_: type, bounds) -> str | None:
+def _wanted(value, type_, bounds) -> str | None:
     """What the value should be, or None if it is that."""
     wanted = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}[type_]
     fits = isinstance(value, (int, float) if type_ is float else type_)

@@ -31,6 +31,9 @@ class VGG16Features(nn.Module):
     layers: the `.features` of torchvision's VGG16 (Simonyan & Zisserman 2014, arXiv:1409.1556).
     """
 
+    shift: Tensor  # (3, 1, 1)
+    scale: Tensor
+
     def __init__(self, layers: nn.Sequential):
         super().__init__()
         self.layers = layers[: VGG16_TAPS[-1] + 1]

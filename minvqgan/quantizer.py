@@ -90,6 +90,9 @@ class VectorQuantizer(nn.Module):
     codes are both scaled to length 1, so that directions are compared (Yu et al. 2021, arXiv:2110.04627).
     """
 
+    recent_use: Tensor  # (K,)
+    counts: Tensor  # (K,)
+
     def __init__(
         self,
         codebook_size: int,
@@ -203,6 +206,8 @@ class GumbelQuantizer(nn.Module):
     encoding the same image twice gives different indices.
     """
 
+    counts: Tensor  # (K,), as in VectorQuantizer
+
     def __init__(self, codebook_size: int, code_dim: int, in_channels: int, kl_weight: float = 5e-4):
         super().__init__()
         self.codebook_size, self.kl_weight, self.temperature = codebook_size, kl_weight, 1.0
@@ -219,7 +224,8 @@ class GumbelQuantizer(nn.Module):
     @torch.autocast("cpu", enabled=False)
     def forward(self, z: Tensor) -> Quantized:
         dtype = torch.promote_types(self.proj.weight.dtype, torch.float32)
-        logits = F.conv2d(z.to(dtype), self.proj.weight.to(dtype), self.proj.bias.to(dtype))  # (B, K, h, w)
+        weight, bias = (p.to(dtype) for p in self.proj.parameters())
+        logits = F.conv2d(z.to(dtype), weight, bias)  # (B, K, h, w)
         log_p = logits.log_softmax(1)
         loss = self.kl_weight * (log_p.exp() * (log_p + math.log(self.codebook_size))).sum(1).mean()
         if not self.training:

@@ -98,10 +98,11 @@ def continue_tokens(gpt: GPT, r: Tensor, s: Tensor, u: Tensor, sampling: Samplin
     r (B, R) condition tokens, s (B, T) codes that are there already, u (B, T_new) uniforms.
     null: the token of a dropped condition; guidance other than 1 needs one, else ValueError.
     """
-    guided, T_new = sampling.guidance != 1, u.shape[1]
-    if guided and null is None:
-        raise ValueError("guidance needs a model that was trained with dropped conditions (--drop-cond)")
-    rows = [r, torch.full_like(r, null)] if guided else [r]  # both are read as one batch
+    guided, T_new, rows = sampling.guidance != 1, u.shape[1], [r]
+    if guided:
+        if null is None:
+            raise ValueError("guidance needs a model that was trained with dropped conditions (--drop-cond)")
+        rows = [r, torch.full_like(r, null)]  # both are read as one batch
     if len(u) == 1 and not guided and gpt.head.weight.dtype == torch.bfloat16 and T_new >= r.shape[1] + s.shape[1]:
         # A CPU rounds the product of a single row differently, and two rows take as long as one. Not where most of the
         # work is to read what is given, which would be read twice.

@@ -53,6 +53,8 @@ def sequence_length(condition: Condition, n: int) -> int:
 class TwoStage(nn.Module):
     """vqgan: the frozen first-stage model. condition: see `conditioning`. gpt: its num_codes is the codebook's K."""
 
+    order: Tensor  # (T,), see `orders`
+
     def __init__(self, vqgan: VQGAN, condition: Condition, gpt: GPT, config: TwoStageConfig):
         super().__init__()
         self.vqgan = vqgan.eval().requires_grad_(False)
@@ -158,17 +160,17 @@ class TwoStage(nn.Module):
         h, w = size or (tuple(r.shape[1:]) if r.ndim == 3 else (n, n))
         if r.ndim == 3 and tuple(r.shape[1:]) != (h, w):
             raise ValueError(f"the condition covers {r.shape[1]} x {r.shape[2]} latents, the image has {h} x {w}")
-        if keep and tuple(given.shape) != (len(c), h, w):
+        given = r.new_zeros(len(c), h, w) if given is None else given.long()
+        if tuple(given.shape) != (len(c), h, w):
             raise ValueError(f"given codes are {tuple(given.shape)}, not {(len(c), h, w)}")
         u = sampler.uniforms(seed, range(len(c)) if numbers is None else numbers, h * w).to(r.device)  # (B, h * w)
         if (h, w) == (n, n):
-            s = given.flatten(1).long()[:, self.order[:keep]] if keep else r.new_empty(len(u), 0)
+            s = given.flatten(1)[:, self.order[:keep]]
             new = sampler.continue_tokens(self.gpt, r.flatten(1), s, u[:, keep:], sampling, self.null)
             return self.to_map(torch.cat([s, new], 1))
         if self.config.order != "row":
             raise ValueError(f"the order {self.config.order} is bound to {n} x {n} latents; only row order slides")
-        s = given.long() if keep else r.new_zeros(len(u), h, w)
-        return sampler.slide(self.gpt, r, s, u.view(-1, h, w), n, sampling, keep, self.null)
+        return sampler.slide(self.gpt, r, given, u.view(-1, h, w), n, sampling, keep, self.null)
 
     def sample(self, c: Tensor | None = None, n: int = 1, seed: int = 0, **how) -> Tensor:
         """New images (B, C, H, W), near [-1, 1].

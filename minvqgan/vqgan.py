@@ -80,6 +80,7 @@ class VQGAN(nn.Module):
         self.config = c = config
         self.encoder = Encoder(c)
         self.to_code = nn.Conv2d(c.z_channels, c.code_dim, 1)
+        self.quantizer: VectorQuantizer | GumbelQuantizer
         if c.gumbel:
             self.quantizer = GumbelQuantizer(c.codebook_size, c.code_dim, in_channels=c.code_dim)
         else:

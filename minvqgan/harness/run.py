@@ -73,6 +73,7 @@ class Run:
         self.sums: dict[str, list] = {}  # name -> [sum, count] since the last row, of this process
         self.pending: list[tuple[int, list[str], Tensor]] = []  # added, but still on the device
         self.rows: list[dict] = []  # not yet in metrics.csv
+        self.row: dict[str, float] = {}  # of this step
         self.said: set[str] = set()
         if saved:
             with checkpoint.door(self.out / "last.pt"):
@@ -290,7 +291,7 @@ class Run:
         sums, random = self._sums_of_all(), processes.random_states()
         if self.rank > 0:
             return
-        own = {"step": self.step, "seconds": self.seconds, "best": self.best, "best_step": self.best_step}
+        own: dict = {"step": self.step, "seconds": self.seconds, "best": self.best, "best_step": self.best_step}
         own |= {"planned_steps": self.planned_steps, "sums": sums, "rows": self.rows}
         own |= {"flags": vars(self.args), "random": random}
         states = {n: part if isinstance(part, Tensor) else part.state_dict() for n, part in self.trained.items()}
