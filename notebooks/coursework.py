@@ -10,6 +10,7 @@ submissions may be named and what course/roster.csv and course/by_hand.csv are f
 """
 
 import argparse
+import ast
 import csv
 import hashlib
 import itertools
@@ -26,6 +27,7 @@ import nbformat
 from minvqgan.course import checks, marking
 
 HERE = Path(__file__).resolve().parent
+CAPSTONE = HERE / "09_from_scratch.ipynb"
 BEGIN, END = "### BEGIN SOLUTION", "### END SOLUTION"
 HIDDEN_BEGIN, HIDDEN_END = "### BEGIN HIDDEN TESTS", "### END HIDDEN TESTS"
 PUBLIC_SEED = "seed=20201217"  # in the notebooks' hidden tests, and public like them
@@ -48,7 +50,8 @@ and sizes.
 
 
 def notebooks() -> list[Path]:
-    return sorted(HERE.glob("[0-9][0-9]_*.ipynb"))
+    """Those with exercises."""
+    return sorted(HERE.glob("0[0-8]_*.ipynb"))
 
 
 def exercises(path: Path) -> nbformat.NotebookNode:
@@ -104,12 +107,36 @@ def with_hints(source: str, count: int) -> str:
     return re.sub(r"<details><summary>Hints.*?</details>", cut, source, flags=re.S)
 
 
+def emptied(source: str) -> str:
+    """Code whose functions and methods, but for __init__, are still to be written."""
+    lines, nodes = source.splitlines(), ast.walk(ast.parse(source))
+    functions = [node for node in nodes if isinstance(node, ast.FunctionDef) and node.name != "__init__"]
+    for node in sorted(functions, key=lambda node: -node.lineno):
+        body = node.body[1:] if ast.get_docstring(node) else node.body
+        todo = f'raise NotImplementedError("{marking.STUB.format(node.name)}")'
+        lines[body[0].lineno - 1 : node.end_lineno] = [" " * body[0].col_offset + todo]
+    return "\n".join(lines)
+
+
+def capstone() -> nbformat.NotebookNode:
+    """The notebook that builds everything, as an empty building. `__init__` stays, for the names of the parameters."""
+    notebook = nbformat.read(CAPSTONE, 4)
+    for cell in notebook.cells:
+        if cell.cell_type == "code":
+            cell.outputs, cell.execution_count = [], None
+            if not cell.metadata.get("tags"):  # what draws the world and the figures stays
+                cell.source = emptied(cell.source)
+    return notebook
+
+
 def plain(out: Path) -> None:
     """The whole notebooks without solutions, hidden tests and outputs."""
     out.mkdir(parents=True, exist_ok=True)
     for path in notebooks():
         nbformat.write(unsolved(nbformat.read(path, 4)), out / path.name)
         print(out / path.name)
+    nbformat.write(capstone(), out / CAPSTONE.name)
+    print(out / CAPSTONE.name)
 
 
 def release(course: Path, only: list[str] | None, hints: int, seed: int) -> list[str]:

@@ -4,13 +4,15 @@
     python notebooks/site.py              into notebooks/_site; open its index.html
 
 Sphinx with MyST-NB makes the pages. Nothing is executed: what is shown is what is saved in the notebooks. The start
-page is notebooks/README.md. Which modules are shown, and in which order, is read from the docstring of
+page is FRONT and notebooks/README.md. Which modules are shown, and in which order, is read from the docstring of
 minvqgan/__init__.py, and the line beside each from its own.
 """
 
 import argparse
 import ast
+import base64
 import importlib.util
+import json
 import re
 import shutil
 import sys
@@ -44,14 +46,12 @@ article figure { margin: 0.5em 0 1.5em; }
 article figure img { display: block; margin-left: 0; }
 article figcaption { font-style: italic; text-align: left; }
 """
-PLAYGROUND = """<p><a href="playground.html">A page to play with</a>: change an image's codes and see what they draw,
-encode an image of your own, and watch the transformer draw new ones.</p>
-"""
 CONFIG = {
     "extensions": ["myst_nb", "sphinx.ext.mathjax"],
     "nb_execution_mode": "off",
     "nb_merge_streams": True,
     "myst_enable_extensions": ["dollarmath"],
+    "myst_heading_anchors": 2,  # for links to #for-instructors
     "mathjax_path": MATHJAX.name,
     "smartquotes": False,
     "html_theme": "furo",
@@ -63,6 +63,37 @@ CONFIG = {
     "html_show_search_summary": False,  # would fetch pages, which browsers refuse from a disk
     "html_show_copyright": False,
 }
+
+FRONT = """# minvqgan
+
+**VQGAN, small enough to read in an afternoon and good enough to use.** An image becomes a small map of code numbers,
+and from the numbers an image again:
+
+![](way.png)
+
+*{way}.*
+
+A transformer learns which number follows which. It then draws new maps, and the decoder makes images of them:
+
+![](samples.png)
+
+*New images, drawn code by code: airplane, automobile, bird, cat, deer, dog, frog, horse, ship, truck.*
+
+<p><a href="playground.html">Here is a page to play with</a>: change an image's codes and see what they draw, encode an
+image of your own, and watch the transformer draw new ones.</p>
+
+## Three ways in
+
+- **Read.** Begin with [one image's way through the whole system](00_tour.ipynb), then one idea a notebook:
+  [E and G](01_autoencoder.ipynb), [the codebook](02_quantizer.ipynb), [the perceptual loss](03_perceptual.ipynb),
+  [the adversary](04_adversarial.ipynb), [the transformer](05_transformer.ipynb), and on. Nothing has to be installed:
+  all results are on the pages.
+- **Build.** [Both stages from nothing](09_from_scratch.ipynb), in one notebook that imports PyTorch and nothing of
+  this package, is trained in minutes, and in the end gives the same numbers as the package.
+- **Teach.** Exercises with checks that name the mistake, student versions, and marking for a class:
+  [for instructors](#for-instructors).
+
+"""
 
 
 def docstring(path: Path) -> str:
@@ -81,6 +112,16 @@ def contents(pages: list[str], caption: str = "") -> str:
     return "\n".join(["\n```{toctree}", ":hidden:", f":caption: {caption}" if caption else "", "", *pages, "```\n"])
 
 
+def saved_figure(notebook: Path, caption: str) -> tuple[str, bytes]:
+    """The saved figure whose caption begins so -> (its caption, PNG)."""
+    outputs = (output for cell in json.loads(notebook.read_text())["cells"] for output in cell.get("outputs", ()))
+    for output in outputs:
+        alt = output.get("metadata", {}).get("image/png", {}).get("alt", "")
+        if alt.startswith(caption):
+            return alt, base64.b64decode(output["data"]["image/png"])
+    raise ValueError(f"{notebook} has no figure {caption!r}")
+
+
 def write_pages(folder: Path) -> None:
     """What Sphinx reads: the notebooks as they are, the start page, the reading order, a page for each file of it."""
     notebooks = sorted((ROOT / "notebooks").glob("[0-9]*.ipynb"))
@@ -88,8 +129,11 @@ def write_pages(folder: Path) -> None:
         shutil.copy(path, folder)
     sidebar = contents(["Overview <self>", *(path.stem for path in notebooks)], "Notebooks")
     sidebar += contents(["reading_order"], "Code")
-    title, text = (ROOT / "notebooks" / "README.md").read_text().split("\n", 1)
-    (folder / "index.md").write_text(title + "\n\n" + PLAYGROUND + text + sidebar)
+    way, png = saved_figure(ROOT / "notebooks" / "00_tour.ipynb", "Images, their code maps")
+    (folder / "way.png").write_bytes(png)
+    shutil.copy(ROOT / "figures" / "samples_cifar.png", folder / "samples.png")
+    readme = (ROOT / "notebooks" / "README.md").read_text().replace("# The notebooks", "## The notebooks", 1)
+    (folder / "index.md").write_text(FRONT.format(way=way) + readme + sidebar)
     (folder / "site.css").write_text(CSS)
 
     text = "# Reading order of the modules\n\n"

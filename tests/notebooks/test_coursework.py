@@ -541,7 +541,7 @@ def test_hints():
 def test_plain_versions(tmp_path):
     coursework.main([str(tmp_path / "mine"), "--plain"])
     paths = sorted((tmp_path / "mine").glob("*.ipynb"))
-    assert len(paths) == 9
+    assert len(paths) == 10
     for path in paths:
         text = path.read_text()
         assert "BEGIN SOLUTION" not in text and "HIDDEN TESTS" not in text and "raise NotImplementedError" in text

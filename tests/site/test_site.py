@@ -154,3 +154,16 @@ def test_the_start_page_leads_to_every_notebook(site, browser):
     assert links == [(site / f"{path.stem}.html").as_uri() for path in NOTEBOOKS]
     (link,) = browser.find_elements("css selector", "article a[href='playground.html']")
     assert "play" in link.text and (site / "playground.html").stat().st_size > 1e6
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_the_start_page_opens_with_images_and_three_ways_in(site, browser, width):
+    open_page(browser, site / "index.html", width)
+    figures = browser.execute_script(FIGURES)
+    assert len(figures) == 2 and all(f["loaded"] and f["below"] and f["width"] <= width for f in figures)
+    ways = browser.find_elements("css selector", "#three-ways-in li")
+    assert [way.find_element("css selector", "strong").text for way in ways] == ["Read.", "Build.", "Teach."]
+    first = [way.find_element("css selector", "a").get_attribute("href") for way in ways]
+    pages = [site / f"{NOTEBOOKS[0].stem}.html", site / f"{NOTEBOOKS[-1].stem}.html"]
+    assert first[:2] == [page.as_uri() for page in pages] and first[2].endswith("#for-instructors")
+    assert browser.find_elements("id", "for-instructors")
