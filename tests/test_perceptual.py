@@ -5,6 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
+from helpers import make_photos
 from torch import nn
 
 from minvqgan.harness import judges, metrics
@@ -155,6 +156,22 @@ def test_a_classifier_of_ours_serves_as_feature_network(tmp_path, network):
         assert torch.allclose(metrics.image_metrics(x, y, learned)["lpips"], truth, rtol=1e-5)
         logits = classifier.head(maps[0][-1].mean((2, 3)))
         assert torch.allclose(classifier(x), logits, atol=1e-5)
+
+
+def test_a_judge_is_trained_on_crops_and_replaces_no_other_file(tmp_path):
+    make_photos(tmp_path / "photos", n=6, size=(30, 24))
+    words = ["--data", str(tmp_path / "photos"), "--task", "rotations", "--steps", "2", "--batch-size", "4"]
+    words += ["--image-size", "16", "--resize", "20", "--out"]
+    assert judges.main([*words, str(tmp_path / "judge.pt")]) == 0
+    assert load_classifier(tmp_path / "judge.pt").classes == ("0", "90", "180", "270")
+    assert judges.load_features(str(tmp_path / "judge.pt"))(torch.zeros(1, 3, 16, 16))[1].sum().isclose(torch.ones(()))
+    photo = next((tmp_path / "photos").iterdir())
+    before = photo.read_bytes()
+    with pytest.raises(UserError):
+        judges.main([*words, str(photo)])
+    with pytest.raises(UserError, match="fewer than two classes"):
+        judges.main(["--data", str(tmp_path / "photos"), "--out", str(tmp_path / "new.pt")])
+    assert photo.read_bytes() == before
 
 
 def test_the_small_network_comes_with_the_package():

@@ -275,6 +275,7 @@ def parse_flags(argv: list[str] | None):
     return p.parse_args(argv)
 
 
+@runtime.global_state_restored()
 def main(argv: list[str] | None = None) -> int:
     from tqdm import tqdm
 
@@ -293,7 +294,7 @@ def main(argv: list[str] | None = None) -> int:
     opt = torch.optim.AdamW(model.parameters(), args.lr, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(opt, args.lr, total_steps=args.steps)
     batches = data.train_loader(train_set, args.batch_size, args.seed, 0, workers=0)
-    bar = tqdm(range(args.steps), dynamic_ncols=True)
+    bar = tqdm(range(args.steps), dynamic_ncols=True, disable=None)
     for _ in bar:
         x, label = task_of(next(batches), rotations)
         x = shifted(x).to(device).contiguous(memory_format=torch.channels_last)
