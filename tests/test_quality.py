@@ -1,6 +1,6 @@
 """A floor for quality: both default models learn `shapes` in some seconds.
 
-The bounds are five standard deviations from the mean of ten seeds; seed 0 is the one that runs.
+The bounds leave more room than ten seeds have needed: 0.22 to 0.27, 0.18 to 0.52, 0.19 to 0.41; 4.62 to 4.70.
 """
 
 from dataclasses import asdict
@@ -17,7 +17,7 @@ def test_the_default_first_stage_learns_in_60_steps(tmp_path):
     done = run_inside("train_vqgan.py", *words, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     last = metrics_rows(tmp_path / "run")[-1]
-    assert float(last["val_l1"]) < 0.31 and float(last["val_usage"]) > 0.1, last
+    assert float(last["val_l1"]) < 0.32 and float(last["val_usage"]) > 0.1, last
     assert float(last["disc_loss"]) < 0.6 and float(last["logits_real"]) > 0.2 > -0.2 > float(last["logits_fake"]), last
 
 
