@@ -41,6 +41,7 @@ MUTATIONS = {
         ("(H // f) * (W // f) * math.log2(K)", "(H // f) * (H // f) * math.log2(K)", "expected"),
     ],
     "latent_size": [
+        ("raise ValueError(", "raise AssertionError(", "but gave AssertionError"),
         ("return H // f, W // f", "return H // f + 1, W // f", "ch_mult"),
         ("return H // f, W // f", "return H / f, W / f", "expected an integer"),
         ("(len(ch_mult) - 1)", "len(ch_mult)", "halvings between"),
@@ -331,6 +332,7 @@ MUTATIONS = {
         ),
     ],
     "cached_attention": [
+        ("return weights @ v, (k, v)", "return (weights @ v,)", "not of the form in the docstring"),
         ("math.sqrt(q.shape[-1])", "q.shape[-1]", "not by D"),
         ("return weights @ v", "return 2 * weights @ v", "differs from the full pass"),
         ("(k, v)", "(v, k)", "the cached keys after"),

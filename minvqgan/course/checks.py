@@ -42,8 +42,12 @@ def check(body: Callable) -> Callable:
             torch.manual_seed(seed)
             try:
                 body(student, torch.Generator().manual_seed(seed))
-            except AssertionError as error:
-                raise Wrong(str(error)) from None
+            except (AssertionError, NotImplementedError) as error:
+                raise (Wrong(str(error)) if isinstance(error, AssertionError) else error) from None
+            except Exception as error:  # _call has caught the student's own
+                raise Wrong(
+                    f"the result is not of the form in the docstring: {type(error).__name__}: {error}"
+                ) from None
         print(f"right: {body.__name__}")
 
     ALL[body.__name__] = functools.update_wrapper(run, body)
@@ -209,10 +213,12 @@ def latent_size(student, g):
         assert found == (h, w), f"{H} x {W}, ch_mult {levels}: got {found}, expected {(h, w)}"
     for H, W in ((100, 96), (96, 100)):
         try:
-            student(H, W, (1, 2, 4, 8, 16))
+            found = student(H, W, (1, 2, 4, 8, 16))
         except ValueError:
             continue
-        raise AssertionError(f"{H} x {W}: 100 is not divisible by f = 16, which must raise ValueError for either side")
+        except Exception as error:
+            found = type(error).__name__
+        raise AssertionError(f"{H} x {W}: f = 16 does not divide 100, which must raise ValueError, but gave {found}")
 
 
 @check

@@ -1,5 +1,4 @@
-"""How the notebooks look: one style, a diagram of the system, source code shown from the installed package, figures
-with captions."""
+"""What the notebooks share: one style, a diagram of the system, source code of the package, figures with captions."""
 
 import csv
 import inspect
@@ -16,10 +15,10 @@ from torch import Tensor
 import minvqgan
 from minvqgan.harness import pictures
 
-# QUICK=1 shortens every training: for tests and marking, not for looking.
+# QUICK=1 shortens every training, for tests and marking.
 QUICK = os.environ.get("QUICK") == "1"
 
-# Okabe and Ito's colours, told apart by the colour-blind, from dark to light; markers and dashes for gray print.
+# Okabe and Ito's colours, which colour-blind readers can tell apart; markers and dashes for gray prints.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 MARKERS = ("o", "s", "^", "D", "v", "P")
 DASHES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (1, 1)))
@@ -29,7 +28,7 @@ CHECKPOINTS = PACKAGE.parent / "notebooks" / "checkpoints"
 
 
 def start(seed: int = 0) -> None:
-    """The first line of every notebook: seeds, so that Restart and Run All gives the same figures, and the style."""
+    """The first line of every notebook: the seed, so that Restart and Run All gives the same figures, and the style."""
     torch.manual_seed(seed)
     plt.rcParams.update(
         {
@@ -60,10 +59,10 @@ def checkpoint(name: str):
 
 
 def code(*objects, start: str | None = None, end: str | None = None) -> None:
-    """Show the source of functions or classes as it is installed, so that text and code cannot drift apart.
+    """Show the source of functions or classes from the installed package.
 
-    start, end: only from the first line that holds `start` to the next one that holds `end`. Raises ValueError when
-    there is no such line.
+    start, end: only from the first line that contains `start` to the next one that contains `end`. Raises ValueError
+    if there is no such line.
     """
     text = []
     for thing in objects:
@@ -80,8 +79,7 @@ def code(*objects, start: str | None = None, end: str | None = None) -> None:
 
 
 def show(figure, caption: str) -> None:
-    """Display a figure and below it its caption: what it shows, in a sentence. Readers who cannot see the figure are
-    read the same."""
+    """Display a figure with its caption below, which is also its alternative text."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
     plt.close(figure)
@@ -89,7 +87,7 @@ def show(figure, caption: str) -> None:
 
 
 def show_file(name: str, caption: str) -> None:
-    """A figure of long trainings, made by a script of results/."""
+    """A figure that a script in results/ has made from long trainings."""
     _display((PACKAGE.parent / "figures" / f"{name}.png").read_bytes(), caption)
 
 
@@ -99,7 +97,7 @@ def _display(png: bytes, caption: str) -> None:
 
 
 def results(name: str) -> list[dict]:
-    """Rows of results/NAME.csv, numbers as numbers: what long trainings gave, measured by the script of that name."""
+    """Rows of results/NAME.csv, with numbers as floats."""
     with (PACKAGE.parent / "results" / f"{name}.csv").open() as file:
         return [{k: _number(v) for k, v in row.items() if v} for row in csv.DictReader(file)]
 
@@ -124,7 +122,7 @@ BOXES = {
 
 
 def diagram(*parts: str) -> None:
-    """The whole system, the same in every notebook, with the parts at hand highlighted: names of `BOXES`."""
+    """The whole system, with the given parts (names of `BOXES`) highlighted."""
     unknown = [part for part in parts if part not in BOXES]
     if unknown:
         raise ValueError(f"the system has no part {unknown[0]!r}, only {', '.join(BOXES)}")
@@ -185,22 +183,12 @@ def show_images(rows: Sequence[Tensor] | dict[str, Tensor], caption: str, side: 
 
 
 def curve(ax, x, y, name: str, number: int = 0) -> None:
-    """A line that colour, dash and marker tell apart from the others."""
-    many = len(x) > 15
-    ax.plot(
-        x,
-        y,
-        label=name,
-        color=COLOURS[number % 6],
-        linestyle=DASHES[number % 6],
-        marker=MARKERS[number % 6],
-        markevery=max(1, len(x) // 8) if many else 1,
-        markersize=5,
-    )
+    """A line with a colour, dash and marker of its own."""
+    look = {"color": COLOURS[number % 6], "linestyle": DASHES[number % 6], "marker": MARKERS[number % 6]}
+    ax.plot(x, y, label=name, markevery=max(1, len(x) // 8) if len(x) > 15 else 1, markersize=5, **look)
 
 
 def smooth(values: Sequence[float], width: int = 20) -> list[float]:
     """Running means over `width` values, for curves of a loss."""
-    v = torch.tensor(values)
-    total = torch.cat([torch.zeros(1), v.cumsum(0)])
-    return [((total[i + 1] - total[max(0, i + 1 - width)]) / min(width, i + 1)).item() for i in range(len(v))]
+    parts = [values[max(0, i + 1 - width) : i + 1] for i in range(len(values))]
+    return [sum(part) / len(part) for part in parts]

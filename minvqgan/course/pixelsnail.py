@@ -1,11 +1,11 @@
-"""A causal CNN over the codes, PixelSNAIL (Chen et al. 2017, arXiv:1712.09763): what the paper compares its transformer
-with (Sec. 4.1, Tab. 1).
+"""PixelSNAIL, a causal CNN over the codes (Chen et al. 2017, arXiv:1712.09763). The paper compares its transformer
+with it (Sec. 4.1, Tab. 1).
 
-    p(s | c) = prod_i p(s_i | s_<i, c)     the same factors as Eq. 10, from masked convolutions and one causal attention
+    p(s | c) = prod_i p(s_i | s_<i, c)     the factors of Eq. 10, from masked convolutions and causal attention
 
-A masked convolution looks only at positions that come before in reading order, so all h x w distributions of an image
-come from one pass, and drawing one takes h * w passes. Convolutions see near neighbours cheaply; attention brings what
-lies further off.
+A masked convolution sees only positions that come before in reading order. One pass gives the distributions of all
+h x w positions, but sampling an image takes h * w passes. Convolutions see near neighbours cheaply; attention brings in
+what is further away.
 
 Letters: B batch, K codes, C width, h x w positions.
 """
@@ -29,8 +29,8 @@ def causal_kernel(k: int, sees_itself: bool) -> Tensor:
 class MaskedConv2d(nn.Conv2d):
     """A convolution that sees only the past: (B, C_in, h, w) -> (B, C_out, h, w).
 
-    sees_itself: false in the first layer, whose input at a position is the very code that is to be predicted there;
-    true in all later ones, whose input there knows of the past alone.
+    sees_itself: False in the first layer, whose input at a position is the code to be predicted there; True in later
+    layers, whose input depends on the past only.
     """
 
     def __init__(self, in_channels: int, out_channels: int, k: int, sees_itself: bool):
@@ -42,8 +42,7 @@ class MaskedConv2d(nn.Conv2d):
 
 
 class GatedResBlock(nn.Module):
-    """x + a * sigmoid(b), (a, b) from two masked convolutions: (B, C, h, w) -> (B, C, h, w). The gate lets a block say
-    where it has something to add."""
+    """x + a * sigmoid(b), with (a, b) from two masked convolutions: (B, C, h, w) -> (B, C, h, w)."""
 
     def __init__(self, channels: int, k: int, dropout: float):
         super().__init__()
@@ -57,10 +56,10 @@ class GatedResBlock(nn.Module):
 
 
 class CausalAttention(nn.Module):
-    """Every position asks all before it: x, codes (B, C, h, w) -> (B, C, h, w).
+    """Each position attends to all earlier ones: x, codes (B, C, h, w) -> (B, C, h, w).
 
-    Keys and values are made of x and of the embedded codes themselves. What the convolutions have made of a position
-    knows its past alone; its own code, which all later positions may see, would come in only one layer further on.
+    Keys and values come from x and from the embedded codes. The features x of a position depend on its past only, and
+    later positions may also see its own code.
     """
 
     def __init__(self, channels: int, heads: int):
@@ -74,17 +73,16 @@ class CausalAttention(nn.Module):
         shape = (B, -1, self.heads, C // self.heads, h * w)
         (q,) = self.query(F.elu(x)).view(shape).permute(1, 0, 2, 4, 3)  # (B, heads, h * w, C / heads)
         kv = self.key_value(torch.cat([F.elu(x), codes], 1)).view(shape).permute(1, 0, 2, 4, 3)
-        # Moved on by one place, so that "up to itself" means all before it. The first position finds a zero.
+        # Shifted by one position, so causal attention sees all earlier positions. The first one sees a zero.
         k, v = F.pad(kv, (0, 0, 1, 0))[..., :-1, :]
         y = attention(q, k, v, causal=True)  # (B, heads, h * w, C / heads)
         return x + self.proj(y.transpose(2, 3).reshape(B, C, h, w))
 
 
 class PixelSNAIL(nn.Module):
-    """forward: indices (B, h, w) int64 in [0, K), classes (B,) -> logits (B, K, h, w), each of its own position.
+    """forward: indices (B, h, w) int64 in [0, K), classes (B,) -> logits (B, K, h, w) of each position's own code.
 
-    codebook_size K; num_classes: 1 for images without classes; n: side of the maps. Raises ValueError for maps of
-    another size.
+    codebook_size: K. num_classes: 1 for images without classes. n: side of the maps; others raise ValueError.
     """
 
     def __init__(
@@ -114,24 +112,24 @@ class PixelSNAIL(nn.Module):
         if indices.shape[1:] != (self.n, self.n):
             raise ValueError(f"expected maps of {self.n} x {self.n} codes, got {tuple(indices.shape[1:])}")
         embedded = self.code(indices)  # (B, h, w, C)
-        # The code just before in reading order: at a row's begin it is the last of the row above, which the masks hide
-        # from the convolutions, and so from all that attention could collect.
+        # The previous code in reading order. At the start of a row it is the last code of the row above, which the
+        # masks hide from the convolutions.
         previous = F.pad(embedded.flatten(1, 2)[:, :-1], (0, 0, 1, 0)).view_as(embedded)
         codes = embedded.permute(0, 3, 1, 2)  # (B, C, h, w)
         x = self.first(codes) + previous.permute(0, 3, 1, 2)
-        # The condition and the place come in after the shifted first layer: they are no secret.
+        # Condition and position are added after the masked first layer: every position may see its own.
         x = x + self.position + self.condition(classes)[:, :, None, None]
         for block, attend in zip(self.blocks, self.attentions, strict=True):
             x = attend(block(x), codes)
         return self.head(F.elu(x))  # (B, K, h, w)
 
     def loss(self, indices: Tensor, classes: Tensor) -> Tensor:
-        """-log p(s | c) in nats a code, mean over all: scalar."""
+        """-log p(s | c) in nats per code, mean over all codes: scalar."""
         return F.cross_entropy(self(indices, classes), indices)
 
     @torch.no_grad()
     def sample(self, classes: Tensor, u: Tensor, sampling: Sampling | None = None) -> Tensor:
-        """New maps (B, n, n) for classes (B,); u (B, n * n): a uniform number a code (`sampler.uniforms`)."""
+        """New maps (B, n, n) for classes (B,); u (B, n * n): one uniform number per code (`sampler.uniforms`)."""
         indices = torch.zeros(len(classes), self.n, self.n, dtype=torch.long, device=classes.device)
         for position in range(self.n**2):
             row, col = divmod(position, self.n)

@@ -4,6 +4,7 @@ the slow tests.
 """
 
 import csv
+import getpass
 import io
 import json
 import os
@@ -324,7 +325,8 @@ def test_a_class(tmp_path, here):
 
 @pytest.mark.slow
 def test_what_ends_or_changes_the_process(tmp_path, monkeypatch):
-    """Two loops, an exit, a dying cell and two cheats, in processes of their own."""
+    """Two loops, an exit, a dying cell and a cheat, in processes of their own and of a chosen user."""
+    monkeypatch.setenv("MARKING_USER", getpass.getuser())
     students = [student for student in CLASS if student.name in ("twice", "exit", "dies", "lines")]
     course, rows = marked_class(tmp_path, students)
     compare(course, rows, students)
