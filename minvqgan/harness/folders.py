@@ -39,6 +39,10 @@ def _listed(names, most: int = 3) -> str:
     return ", ".join(names[:most]) + more
 
 
+def _images(count: int) -> str:
+    return f"{count} image" + "s" * (count != 1)
+
+
 def _find(root: str, notes: list[str]) -> list[str]:
     """The files in root with an image's ending: paths relative to it, sorted. Links are followed, unless they lead back
     into root or to a folder around it, which would be a walk through the whole machine."""
@@ -52,7 +56,7 @@ def _find(root: str, notes: list[str]) -> list[str]:
             inside.clear()
             continue
         seen.add(real)
-        inside[:] = (name for name in inside if not name.startswith("."))
+        inside[:] = sorted(name for name in inside if not name.startswith("."))  # which of two links comes first
         base = "" if folder == root else os.path.relpath(folder, root).replace(os.sep, "/") + "/"
         for name in names:
             ending = os.path.splitext(name)[1].lower()
@@ -63,7 +67,7 @@ def _find(root: str, notes: list[str]) -> list[str]:
             else:
                 others[ending or "without ending"] += 1
     if skipped:
-        notes.append(f"skipped folders (closed, or links back): {_listed(skipped)}")
+        notes.append(f"skipped folders (no permission, or a link back): {_listed(skipped)}")
     if others:
         notes.append("not read: " + _listed((f"{count} {ending}" for ending, count in others.most_common()), 6))
     return sorted(found, key=lambda path: path.split("/"))
@@ -83,7 +87,7 @@ def _readable(root: str, paths: list[str], notes: list[str]) -> tuple[list[str],
         except Exception:  # Pillow raises a dozen kinds for broken files, struct.error among them
             bad.append(path)
     if bad:
-        notes.append(f"skipped {len(bad)} unreadable files: {_listed(bad)}")
+        notes.append(f"skipped as unreadable: {len(bad)} ({_listed(bad)})")
     if deep and 255 < max(deep) < 4096:
         notes.append(f"16-bit images hold nothing above {max(deep)}: if they have 12 bits, multiply them by 16")
     return good, square
@@ -105,7 +109,7 @@ def _rows(root: str, base: str, paths: list[str], sources: tuple[str, ...], note
     has_classes = 2 * loose < len(paths)
     if loose and has_classes:
         paths = [path for path in paths if "/" in path]
-        notes.append(f"ignored: {loose} images beside the subfolders")
+        notes.append(f"ignored: {_images(loose)} beside the subfolders")
     elif subfolders and not has_classes:
         notes.append("no classes, because most images lie outside the subfolders")
     if has_classes and len(subfolders) == 1:
@@ -141,12 +145,12 @@ def _parts(paths: list[str], notes: list[str]) -> list[str]:
     others = sorted(named.keys() - {*TRAIN, *VAL})
     if not train or others:
         if train + val and others:
-            notes.append(f"{_listed(train + val)}: not a split, because {_listed(others)} holds images too")
+            notes.append(f"{_listed(train + val)}: not a split, because there are images in {_listed(others)} too")
         return [""]
     parts = train[:1] + val[:1]
     ignored = {f"in {name}/": count for name, count in subfolders.items() if name not in parts}
     ignored |= {f"beside {parts[0]}/": loose} if loose else {}
-    notes += [f"ignored: {count} images {where}" for where, count in ignored.items()]
+    notes += [f"ignored: {_images(count)} {where}" for where, count in ignored.items()]
     return [name + "/" for name in parts]
 
 
