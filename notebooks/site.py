@@ -151,13 +151,14 @@ def write_pages(folder: Path) -> None:
 def make_figures(app, doctree, name) -> None:
     """An image and the caption below it become one figure; the caption is also what those hear who cannot see it."""
     for number, image in enumerate(list(doctree.findall(nodes.image)), 1):
-        below = image.next_node(nodes.paragraph, descend=False, siblings=True)
+        holder = image.parent if isinstance(image.parent, nodes.paragraph) else image  # that of a Markdown image
+        below = holder.next_node(nodes.paragraph, descend=False, siblings=True)
         if below is None:
             continue
         below.parent.remove(below)
         image["alt"] = below.astext()
         caption = nodes.caption("", below.astext())
-        image.replace_self(nodes.figure("", image.deepcopy(), caption, ids=[f"figure-{number}"]))
+        holder.replace_self(nodes.figure("", image.deepcopy(), caption, ids=[f"figure-{number}"]))
 
 
 def build(out: Path) -> None:
