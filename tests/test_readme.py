@@ -1,4 +1,4 @@
-"""Every command of the README runs, in its order, on models and pictures scaled down to seconds.
+"""Every command of the README and of the help page runs, in its order, on models scaled down to seconds.
 
 Flags are appended, and the last one counts; the words of the README stay as they are. What it says of files holds too.
 """
@@ -14,25 +14,24 @@ import sys
 import numpy as np
 import pytest
 import torch
+import torchvision
 import yaml
-from helpers import ROOT, fixture, make_photos, official_files, run_inside, torchrun
+from helpers import ROOT, STAGE_ONE, STAGE_TWO, fixture, make_photos, official_files, run_inside, torchrun
 from PIL import Image
 
 import minvqgan
 from minvqgan.gpt import GPTConfig
-from minvqgan.harness import data
 from minvqgan.objective import ObjectiveConfig
 from minvqgan.two_stage import TwoStageConfig
 from minvqgan.vqgan import VQGANConfig
 
-README = (ROOT / "README.md").read_text()
+PAGES = [path for name in ("", "minvqgan/harness/") if (path := ROOT / name / "README.md").exists()]
+README = PAGES[0].read_text()
 
 # What stands for the sizes that nobody trains in a test.
 SMALL = {
-    "train_vqgan.py": "--image-size 16 --ch 8 --ch-mult 1 2 --norm-groups 1 --num-res-blocks 1 --attn-resolutions "
-    "--z-channels 8 --code-dim 4 --codebook-size 16 --batch-size 4 --steps 2 --val-images 8 --val-every 2 "
-    "--perceptual none --disc-channels 8 --disc-layers 2",
-    "train_gpt.py": "--n-layer 1 --n-head 2 --n-embd 16 --batch-size 4 --steps 2 --val-images 8 --val-every 2",
+    "train_vqgan.py": " ".join(STAGE_ONE[1:]) + " --num-res-blocks 1 --disc-layers 2 --steps 2 --val-every 2",
+    "train_gpt.py": " ".join(STAGE_TWO[1:]) + " --steps 2 --val-every 2",
     "sample.py": "-n 2",
     "evaluate.py": "-n 4 --images 20 --perceptual none --splits 2",
     "minvqgan.harness.judges": "--steps 2 --image-size 16",
@@ -54,7 +53,7 @@ OFFICIAL = {"--classes 207,281": "class", "--cond-image labels.png --size": "dep
 
 def commands() -> list[str]:
     """The lines of the shell blocks, without comments; not those that install, which the CI runs as they stand."""
-    lines = "\n".join(re.findall(r"```bash\n(.*?)```", README, re.S)).splitlines()
+    lines = "\n".join(re.findall(r"```bash\n(.*?)```", "\n".join(p.read_text() for p in PAGES), re.S)).splitlines()
     lines = [re.sub(r"\s+#.*", "", line).strip() for line in lines]
     return [line for line in lines if line and "pip install" not in line]
 
@@ -119,12 +118,12 @@ def test_the_commands(folder, monkeypatch):
         def __getitem__(self, i):
             return Image.new("RGB", (32, 32), (20 * i, 0, 0)), self.targets[i]
 
-    monkeypatch.setattr(data.torchvision.datasets, "CIFAR10", Pictures)
+    monkeypatch.setattr(torchvision.datasets, "CIFAR10", Pictures)
     found = commands()
     assert len(found) > 25
     for number, line in enumerate(found):
         words = shlex.split(line)
-        if words[0] == "pytest" or "benchmarks" in line:
+        if words[0] not in ("python", "torchrun") or "benchmarks" in line or "notebooks/" in words[1]:
             continue
         script = next(word for word in words if word in SMALL)
         flags = next((flags for part, flags in SPECIAL.items() if part in line), SMALL[script]).split()
@@ -159,9 +158,10 @@ def test_the_python(folder):
 
 def test_what_it_points_to_is_there():
     """Figures, notebooks, and every name of the table of equations."""
-    for target in re.findall(r"\]\(((?!http)[^)#]+)\)", README):
-        assert (ROOT / target).exists(), target
-    table = README[README.index("| paper | what |") : README.index("`minvqgan/harness/` is")]
+    for page in PAGES:
+        for target in re.findall(r"\]\(((?!http)[^)#]+)\)", page.read_text()):
+            assert (page.parent / target).exists(), target
+    table = README[README.index("| paper | what |") :].split("\n\n")[0]
     names = [name for row in table.strip().splitlines()[2:] for name in re.findall(r"`([\w.]+)`", row.split("|")[3])]
     assert len(names) > 20
     module = None
@@ -189,5 +189,5 @@ def test_every_flag_it_names_exists():
         "--nproc_per_node",
         "--dist",
     }
-    named = set(re.findall(r"(?<![\w-])--[a-z][\w-]+", README))
+    named = {flag for page in PAGES for flag in re.findall(r"(?<![\w-])--[a-z][\w-]+", page.read_text())}
     assert len(named) > 40 and named <= known, named - known
