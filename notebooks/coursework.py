@@ -13,6 +13,7 @@ import argparse
 import ast
 import csv
 import hashlib
+import io
 import itertools
 import json
 import re
@@ -157,6 +158,8 @@ def release(course: Path, only: list[str] | None, hints: int, seed: int) -> list
         (course / "release" / name).mkdir(parents=True, exist_ok=True)
         handed_out = unsolved(nbformat.read(source / name / f"{name}.ipynb", 4))
         nbformat.write(handed_out, course / "release" / name / f"{name}.ipynb")
+    if not names:
+        raise SystemExit(f"error: no assignment to hand out: {only} begins no name of a notebook or of course/source")
     print(f"{len(names)} assignments to hand out: {course / 'release'}")
     return names
 
@@ -168,8 +171,11 @@ def letters(text: str) -> str:
 def table(path: Path) -> list[dict[str, str]]:
     if not path.exists():
         return []
-    with open(path, encoding="utf-8-sig", newline="") as file:
-        return [{k: v or "" for k, v in row.items() if k} for row in csv.DictReader(file)]
+    text = path.read_text(encoding="utf-8-sig")
+    first = text.partition("\n")[0]
+    delimiter = ";" if first.count(";") > first.count(",") else ","  # spreadsheets write either
+    reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter)
+    return [{k: v or "" for k, v in row.items() if k} for row in reader]
 
 
 class Roster:
@@ -207,15 +213,18 @@ def whose(place: Path, assignments: list[str], roster: Roster) -> str | None:
     Moodle (mod/assign/feedback/file/importziplib.php): "First Last_NUMBER_assignsubmission_file_/name.ipynb".
     """
     parts = place.parts
-    if len(parts) > 1 and any(letters(name) == letters(parts[0]) for name in assignments):
-        parts = parts[1:]  # one folder for each assignment
+    if len(parts) > 1 and any(letters(name) in letters(parts[0]) for name in assignments):
+        inside = whose(Path(*parts[1:]), assignments, roster)  # one folder for each assignment
+        if inside:
+            return inside
     name = parts[0]
-    known = roster.find([Path(name).stem, *name.split("_")])
     moodle = re.match(r"(.+?)_\d+_assignsubmission_", name)
-    canvas = re.match(r"([^\W_]+)(?:_late)?_(\d+)_\w", name, flags=re.I) if len(parts) == 1 else None
-    if known or moodle or canvas:
-        return known or (moodle[1] if moodle else f"{canvas[1]}_{canvas[2]}")
-    return name if len(parts) > 1 else None
+    canvas = re.match(r"([^\W_]+)(?:_late)?_(\d+)_\w", name, flags=re.I)
+    if moodle:
+        return roster.find([moodle[1]]) or moodle[1]
+    if canvas and len(parts) == 1:
+        return roster.find([canvas[2], canvas[1]]) or f"{canvas[1]}_{canvas[2]}"
+    return roster.find([name]) or name if len(parts) > 1 else None
 
 
 def collect(course: Path, sources: dict, roster: Roster) -> tuple[dict, list[str]]:
@@ -315,7 +324,11 @@ def with_hand(result: dict, student: str, source, hand: dict) -> dict:
     for name, of in points_of(source).items():
         row = hand.get((student, name))
         if row:
-            exercises[name] = {"points": float(row["points"]), "of": of, "message": f"by hand: {row['comment']}"}
+            exercises[name] = {
+                "points": float(row["points"]),
+                "of": of,
+                "message": f"by hand: {row.get('comment', '')}",
+            }
         elif name in used and name not in exercises:
             exercises[name] = {"points": 0, "of": of, "message": "not marked yet"}
     return result | {"exercises": exercises}
@@ -347,6 +360,7 @@ def mark(course: Path, assignments: list[str], jobs: int) -> None:
         result = with_hand(result, student, sources[assignment], hand)
         points, of = (sum(e[key] for e in result["exercises"].values()) for key in ("points", "of"))
         look = result["look"] + ["not in roster.csv"] * (bool(listed) and student not in listed)
+        look += ["several students of this name"] * (listed.count(student) > 1)
         row = {"student": student, "assignment": assignment, "points": points, "of": of, "status": result["status"]}
         if case in found:
             place = result.get("path", found[case][0]).relative_to(course / "submitted")

@@ -430,7 +430,7 @@ Abe,Absent,3,abe@school.org
         (CANVAS, ["00_tour/doejane_12345_900_x.ipynb", "00_tour/roejohn_12346_901_x.ipynb"], "00_tour (501)"),
         (MOODLE, ["Jane Doe_77_assignsubmission_file_/00_tour.ipynb", "John Roe_78_assignsubmission_file/x.ipynb"],
          "00_tour"),
-        (MOODLE, ["00_tour/Jane Doe_77_assignsubmission_file_/work.ipynb", "jane.doe/x.txt", "john/00_tour.ipynb"],
+        (MOODLE, ["Download of 00 tour/Jane Doe_77_assignsubmission_file_/work.ipynb", "x/x.txt", "john/00_tour.ipynb"],
          "00_tour"),
     ],
 )  # fmt: skip
@@ -454,6 +454,20 @@ def test_a_zip_of_a_platform(tmp_path, here, roster, names, column):
     assert course.rows("gradebook.csv") == expected
     told = {str(p.relative_to(course.folder / "feedback")) for p in (course.folder / "feedback").rglob("*.md")}
     assert told == {name.removesuffix("ipynb") + "md" for name in names if name.endswith("ipynb")}
+
+
+def test_students_of_one_name_and_tables_of_other_spreadsheets(tmp_path, here):
+    """Moodle's number in a folder's name is no ID number: it must not give one student's work to another."""
+    course = Course(tmp_path / "course", "--only", "00")
+    rows = ["First name;Last name;ID number", "Jane;Doe;1", "Jane;Doe;2", "John;Roe;77"]
+    (course.folder / "roster.csv").write_text("\n".join(rows))
+    course.hand_in("Jane Doe_77_assignsubmission_file_", course.source(), f"{TOUR}.ipynb")
+    (course.folder / "by_hand.csv").write_text("student;exercise;points\nJohn Roe;open_00;5\n")
+    marks = course.mark()
+    assert marks["John Roe", TOUR]["status"] == "not handed in" and marks["John Roe", TOUR]["points"] == "5.0"
+    assert marks["Jane Doe", TOUR]["look"] == "several students of this name"
+    with pytest.raises(SystemExit, match="no assignment"):
+        course.mark("--only", "77")
 
 
 def test_points_by_hand_are_added_and_never_overwritten(tmp_path, here):
