@@ -189,14 +189,9 @@ def main(argv: list[str] | None = None) -> int:
         {"model": asdict(vqgan.config)},
         describe(args, vqgan, train_set, val_set),
     )
-    batches = run.batches(train_set)
-    revives = args.revive_every > 0 and not args.gumbel
-    if not saved and revives:
-        # Codes begin where latents are. Before the first step all count as dead, so this places every one of them.
-        first = next(batches)
-        with torch.no_grad():
-            vqgan.quantizer.revive_dead_codes(vqgan.eval().encode(to_x(run, first)).z)
-        batches = chain([first], batches)
+    batches, revives = run.batches(train_set), args.revive_every > 0 and not args.gumbel
+    if revives and not saved:
+        batches = place_codes(run, vqgan, batches)
     del saved  # a second copy of the weights
     parallel = [processes.distributed(network, run.device) for network in (vqgan, disc)]
 
@@ -237,6 +232,15 @@ def main(argv: list[str] | None = None) -> int:
     if run.rank == 0 and run.is_last_step:
         finish(run, train_set)
     return run.exit_code
+
+
+def place_codes(run: Run, vqgan: VQGAN, batches):
+    """Move the codes to where latents are; the batches from the first one on. Before the first step all codes count as
+    dead (but those of --init), so revival places every one of them."""
+    first = next(batches)
+    with torch.no_grad():
+        vqgan.quantizer.revive_dead_codes(vqgan.eval().encode(to_x(run, first)).z)
+    return chain([first], batches)
 
 
 DISC_BEGINS = (

@@ -113,7 +113,7 @@ class Run:
         has asked for it."""
         self.stopper, self.row, total = Stopper(), {}, self.args.steps
         self.began, self.first_step = time.time(), self.step + 1
-        with self._progress_bar(total) as self.bar:
+        with runtime.progress_bar(self.rank, initial=self.step, total=total) as self.bar:
             for step in range(self.first_step, total + 1):
                 self.step, self.is_last_step = step, step == total
                 self.is_log_step = self.is_last_step or step % self.args.log_every == 0
@@ -132,13 +132,6 @@ class Run:
         if self.rank == 0 and not self.is_last_step:
             command = ["python", SCRIPTS[self.kind], "--out", str(self.out), "--resume"]
             print(f"stopped and saved at step {self.step}; continue with: {shlex.join(command)}")
-
-    def _progress_bar(self, total: int):
-        from tqdm import tqdm
-
-        # Not `disable=False` on a terminal: an argument would win over tqdm's own variables, such as TQDM_DISABLE=1.
-        hidden = {} if self.rank == 0 and sys.stderr.isatty() else {"disable": True}
-        return tqdm(initial=self.step, total=total, dynamic_ncols=True, **hidden)
 
     @property
     def exit_code(self) -> int:

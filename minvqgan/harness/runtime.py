@@ -106,6 +106,15 @@ def global_state_restored() -> Iterator[None]:
         torch.set_rng_state(random)
 
 
+def progress_bar(rank: int, *items, **how):
+    """tqdm, by rank 0 and on a terminal only: in a log file each of its updates would stay."""
+    from tqdm import tqdm
+
+    # Not `disable=False` on a terminal: an argument would win over tqdm's own variables, such as TQDM_DISABLE=1.
+    hidden = {} if rank == 0 and sys.stderr.isatty() else {"disable": True}
+    return tqdm(*items, dynamic_ncols=True, **how, **hidden)
+
+
 def in_main_thread() -> bool:
     """Python lets only the main thread set signal handlers."""
     return threading.current_thread() is threading.main_thread()

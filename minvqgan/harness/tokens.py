@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 from ..conditioning import Condition
 from ..two_stage import TwoStage
 from ..vqgan import VQGAN
-from . import checkpoint, processes
+from . import checkpoint, processes, runtime
 from .data import SOURCE_OF, Images, Stream, begin_worker, held_out_batches, to_input
 from .run import Run
 from .runtime import UserError
@@ -60,14 +60,12 @@ def images_at_a_time(model: TwoStage) -> int:
 def table(model: TwoStage, dataset: Images, to_c, device, workers=0, rank=0, world=1) -> tuple[Tensor, Tensor]:
     """Codes of the images rank, rank + world, ... of a dataset without random crops: s (N, V, T), r (N, V, R), int32,
     on the CPU. V views of each image: as it is and, where the dataset is to be flipped, mirrored."""
-    from tqdm import tqdm
-
     rows: list[tuple[Tensor, Tensor]] = []
     keys = [(i, None) for i in range(rank, len(dataset), world)]
     # A generator of its own: a loader draws a seed when it starts, and must not take it from the training's.
     how = {"num_workers": workers, "worker_init_fn": begin_worker, "generator": torch.Generator().manual_seed(0)}
     loader = DataLoader(dataset, images_at_a_time(model), sampler=keys, **how)
-    for batch in tqdm(loader, desc="codes", leave=False, dynamic_ncols=True, disable=rank > 0 or None):
+    for batch in runtime.progress_bar(rank, loader, desc="codes", leave=False):
         views = [batch, mirrored(batch)] if dataset.flip else [batch]
         encoded = [encode(model, view, to_c, device) for view in views]
         rows.append(tuple(torch.stack(views, 1).int().cpu() for views in zip(*encoded, strict=True)))
