@@ -28,7 +28,7 @@ STAGE_ONE = (
     "--steps 4 --val-images 8 --val-every 4 --disc-channels 8 --out vqgan"
 ).split()
 STAGE_TWO = "train_gpt.py --vqgan vqgan/last.pt --n-layer 1 --n-head 2 --n-embd 16 --batch-size 4 --steps 2".split()
-STAGE_TWO += "--val-images 8 --out gpt".split()
+STAGE_TWO += "--val-images 8 --resize 20 --out gpt".split()  # crops: else the codes of 12,000 images are computed first
 
 
 @pytest.fixture(scope="module")
@@ -241,7 +241,7 @@ def test_a_label_map_model(models):
 def test_a_transformer(models):
     done, values, _ = evaluate("--gpt", "gpt/last.pt", "--features", "judge.pt", "-n", "20", cwd=models)
     model = checkpoint.load(models / "gpt/last.pt")
-    batch = next(data.held_out_batches(data.open_data("shapes", 16)[1], 30, 30))
+    batch = next(data.held_out_batches(data.open_data("shapes", 16, 20)[1], 30, 30))
     nats = model.nll(batch["image"], batch["class"])
     assert values["nats_per_token"] == pytest.approx(nats.mean().item(), rel=1e-5)
     T, pixels = 64, 256
@@ -249,7 +249,7 @@ def test_a_transformer(models):
     # The very samples again: the accuracy and the neighbours from their definitions.
     judge = load_classifier(models / "judge.pt")
     # Asked for are the classes of 20 images evenly spread over all held-out ones, not of the first 20.
-    classes = next(data.held_out_batches(data.open_data("shapes", 16)[1], 20, 20))["class"]
+    classes = next(data.held_out_batches(data.open_data("shapes", 16, 20)[1], 20, 20))["class"]
     with torch.no_grad():
         images = model.sample(classes).clamp(-1, 1)
         right = (judge(images).argmax(1) == classes).double().mean().item()
