@@ -114,7 +114,7 @@ def main(argv: list[str] | None = None) -> int:
     args = p.parse_args(argv)
     device = runtime.pick_device(args.device)
     args.amp = runtime.pick_amp(None, device)
-    same_settings(args.runs, data=args.data, vqgan=args.vqgan, images=args.images)
+    same_settings(args.runs, data=args.data, vqgan=args.vqgan, images=args.images, device=device.type)
     vqgan = checkpoint.load_vqgan(args.vqgan).to(device, memory_format=torch.channels_last)
     train_set, val_set = data.open_data(args.data, vqgan.config.image_size, args.resize)
     codes, held_out = (
