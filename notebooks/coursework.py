@@ -120,7 +120,7 @@ def emptied(source: str) -> str:
 
 
 def capstone() -> nbformat.NotebookNode:
-    """The notebook that builds everything, as an empty building. `__init__` stays, for the names of the parameters."""
+    """Notebook 09 with empty functions. `__init__` stays: its parameters must have the names of the checkpoints."""
     notebook = nbformat.read(CAPSTONE, 4)
     for cell in notebook.cells:
         if cell.cell_type == "code":
