@@ -110,8 +110,10 @@ def test_orders_go_there_and_back(order):
 def test_guidance_temperature_and_filters_in_their_order():
     """Every code from two forward passes, with c and without, and by the slow definition of a choice."""
     model = make_model("class", guided=True)
+    torch.nn.init.normal_(model.gpt.token_embedding.weight)  # so that c matters
     c, u = torch.tensor([0, 2]), sampler.uniforms(0, range(2), 16)
     ours = model.sample_indices(c, sampling=Sampling(temperature=0.7, top_k=9, top_p=0.8, guidance=2.5))
+    assert not torch.equal(ours, model.sample_indices(c, sampling=Sampling(temperature=0.7, top_k=9, top_p=0.8)))
     for b in range(2):
         s: list[int] = []
         for i in range(16):
