@@ -105,7 +105,8 @@ class Run:
             json.dump({"flags": vars(self.args)} | described, file, indent=2)
         self.metrics = MetricsFile(self.out / "metrics.csv", self.columns, self.step)
         self.board = _tensorboard(self.out / "tensorboard", self.step) if self.args.tensorboard else None
-        where = f"{self.device}, {torch.get_num_threads()} threads" if self.device.type == "cpu" else self.device
+        threads = torch.get_num_threads()
+        where = f"{self.device}, {threads} thread{'s' * (threads > 1)}" if self.device.type == "cpu" else self.device
         print(f"{line}; on {where}, {'bfloat16' if self.amp else 'float32'}")
 
     def steps(self) -> Iterator[int]:
