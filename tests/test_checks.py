@@ -41,6 +41,7 @@ MUTATIONS = {
         ("(H // f) * (W // f) * math.log2(K)", "(H // f) * (H // f) * math.log2(K)", "expected"),
     ],
     "latent_size": [
+        ("if H % f or W % f:", "if (H + W) % f:", "100 x 92"),
         ("raise ValueError(", "raise AssertionError(", "but gave AssertionError"),
         ("return H // f, W // f", "return H // f + 1, W // f", "ch_mult"),
         ("return H // f, W // f", "return H / f, W / f", "expected an integer"),
@@ -56,6 +57,8 @@ MUTATIONS = {
         ("step *= stride", "step += stride", "5 pixels"),
     ],
     "side_seen": [
+        ("torch.randn(1, 1, size", "torch.zeros(1, 1, size", "An image of zeros"),
+        ("int(rows.max() - rows.min()) + 1", "len(rows)", "depends on"),
         ("out.shape[2] // 2", "0", "depends on"),
         ("grad[0, 0].abs().sum(1).nonzero()", "torch.arange(size)[:, None]", "every pixel was counted"),
         ("- rows.min()) + 1", "- rows.min())", "off by one"),
@@ -157,6 +160,7 @@ MUTATIONS = {
         ("beta *", "0.25 *", "use the argument"),
     ],
     "Quantizer": [
+        ("code_dim), beta", "code_dim), nn.Parameter(torch.tensor(beta))", "not a parameter"),
         (
             "nn.Embedding(codebook_size, code_dim), beta",
             "nn.Parameter(torch.randn(codebook_size, code_dim)), beta",
@@ -254,6 +258,7 @@ MUTATIONS = {
         ("1 + logits_fake", "1 - logits_fake", "sign"),
     ],
     "adaptive_weight": [
+        ("retain_graph=True", "retain_graph=loss is rec_loss", "use retain_graph=True"),
         (".clamp(0, 1e4)", ".clamp(1, 1e4)", "clamped from below"),
         ("1e-6", "1e-4", "delta is 1e-4"),
         (
@@ -426,6 +431,7 @@ MUTATIONS = {
         ),
     ],
     "slide": [
+        ("p.cumsum(0) > u", "p.cumsum(0) >= u", "exceeds u[i, j]"),
         ("window[: (i - top)", "window[None, : (i - top)", "as one row"),
         (
             "            p = predict(",
@@ -455,6 +461,7 @@ MUTATIONS = {
         ("mask[: k // 2] = 1", "mask[k // 2 :] = 1", "wrong"),
     ],
     "accepted": [
+        ("round(rate", "math.ceil(rate", "= 8, not 9"),
         ("scores.argsort(descending=True)", "scores.sort(descending=True).values", "return their indices"),
         ("[: max(1, round(rate * len(scores)))]", "[: max(1, round(rate * len(scores)))].sort().values", "best first"),
         ("round(rate * len(scores))", "int(rate * len(scores))", "= 29, not 28"),
