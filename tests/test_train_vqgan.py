@@ -25,6 +25,7 @@ import minvqgan
 from minvqgan.gpt import GPTConfig
 from minvqgan.harness import checkpoint, flags
 from minvqgan.harness.data import open_data
+from minvqgan.harness.run import Run
 from minvqgan.objective import ObjectiveConfig
 from minvqgan.two_stage import TwoStageConfig
 from minvqgan.vqgan import VQGANConfig
@@ -94,13 +95,14 @@ def test_label_maps_are_resumed(tmp_path):
     assert done.returncode == 0 and checkpoint.read(tmp_path / "run" / "last.pt")["step"] == 3, done.stderr
 
 
-@pytest.mark.parametrize("ramp", [0, 0.25])
-def test_the_best_model_has_met_the_discriminator(tmp_path, ramp):
-    """Also where a validation falls on the last step before it, as in the preset `paper`, and the error rises then."""
-    words = f"--disc-start 0.5 --disc-warmup 0 --disc-ramp {ramp} --val-every 3 --disc-weight 1e6 --max-lambda 1e9"
-    done = train(tmp_path, *words.split(), "--lr", "0.05")
+@pytest.mark.parametrize("ramp, best", [(0, 9), (0.25, 12)])
+def test_the_best_model_has_met_the_discriminator(tmp_path, monkeypatch, ramp, best):
+    """Scores rise from 1 to 4 at steps 3, 6, 9, 12; D has its full weight after step 6, or with a ramp after step 9."""
+    plain, scores = Run.save_best, iter([1.0, 2.0, 3.0, 4.0])
+    monkeypatch.setattr(Run, "save_best", lambda self, values, score, **how: plain(self, values, next(scores), **how))
+    done = train(tmp_path, *f"--disc-start 0.5 --disc-warmup 0 --disc-ramp {ramp} --val-every 3".split())
     assert done.returncode == 0, done.stderr
-    assert checkpoint.read(tmp_path / "run" / "best.pt")["step"] > 6 + 12 * ramp
+    assert checkpoint.read(tmp_path / "run" / "best.pt")["step"] == best
 
 
 def test_resume_mistakes(whole, tmp_path):
