@@ -19,13 +19,11 @@ import argparse
 import os
 import subprocess
 import sys
-from dataclasses import asdict
 from pathlib import Path
 
-import torch
 from torch.utils.serialization import config as serialization
 
-from minvqgan import VQGAN
+from minvqgan import TwoStage
 from minvqgan.harness import checkpoint
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -56,23 +54,13 @@ SCENES = {
 EXPORTED = ("gpt", "spatial", "cifar_vqvae", "cifar_vqgan", "cifar_gpt", "scenes")
 
 
-def half(content):
-    """The same containers with 16-bit numbers."""
-    if isinstance(content, dict):
-        return {key: half(value) for key, value in content.items()}
-    return content.half() if isinstance(content, torch.Tensor) and content.is_floating_point() else content
-
-
 def export(run: Path, path: Path) -> None:
     """Write a run's best transformer, or its last first-stage model, in 16 bits."""
-    kind = checkpoint.read(run / "last.pt")["kind"]
-    model = checkpoint.load(run / ("best.pt" if kind == "two_stage" else "last.pt"))
-    if isinstance(model, VQGAN):
-        content = {"config": asdict(model.config), "model": model.state_dict()}
-    else:
-        content = checkpoint.pack_two_stage(model)
+    model = checkpoint.load(run / "last.pt")
+    if isinstance(model, TwoStage):
+        model = checkpoint.load(run / "best.pt")
     serialization.save.storage_alignment = 2  # torch's default, 64 bytes per tensor, adds 58 kB in all
-    checkpoint.save(path, kind, **half(content))
+    checkpoint.save_model(path, model.half())
     print(f"{path}: {path.stat().st_size / 1e6:.1f} MB")
 
 

@@ -12,14 +12,13 @@ import runpy
 
 import numpy as np
 import pytest
-import torch
 from helpers import ROOT
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
 import minvqgan
-from minvqgan.harness import checkpoint, data, official
+from minvqgan.harness import data, official
 from minvqgan.harness.runtime import UserError
 
 pytestmark = pytest.mark.slow
@@ -37,27 +36,26 @@ def one_line(error: UserError) -> None:
 
 def image_file(mode: str, size: tuple[int, int], file_format: str, rng: np.random.Generator) -> bytes:
     """An image of random pixels, as a file."""
-    rgb = Image.fromarray(rng.integers(0, 256, (*size[::-1], 3), np.uint8))
-    image = rgb.convert("L").convert(mode) if mode in ("I", "F") else rgb.convert(mode)
+    image = Image.fromarray(rng.integers(0, 256, (*size[::-1], 3), np.uint8))
+    if mode != "RGB":
+        image = image.convert("L").convert(mode)
     buffer = io.BytesIO()
     try:
         image.save(buffer, file_format)
     except (OSError, ValueError, KeyError):  # this format cannot hold this mode
-        rgb.save(buffer, file_format)
+        image.convert("RGB").save(buffer, file_format)
     return buffer.getvalue()
 
 
 def spoil(content: bytes, way: str, r: random.Random) -> bytes:
-    """A good file made worse."""
+    """A good file, damaged in a way."""
     if way == "cut":
         return content[: r.randrange(len(content))]
     if way == "flip":
-        spoilt = bytearray(content)
-        for _ in range(r.randint(1, 20)):
-            spoilt[r.randrange(len(spoilt))] = r.randrange(256)
-        return bytes(spoilt)
+        at = r.randrange(len(content))
+        return content[:at] + r.randbytes(20) + content[at + 20 :]
     if way == "noise":
-        return r.randbytes(r.randint(0, 2000))
+        return r.randbytes(2000)
     return content + r.randbytes(500) if way == "tail" else content
 
 
@@ -91,7 +89,11 @@ def test_images(tmp_path_factory, seed, mode, size, file_format, way, suffix):
     assert (folder / f"odd{suffix}").read_bytes() == content
 
 
-def either_a_model_or_one_line(path) -> None:
+@often
+@given(seed=st.integers(0, 2**32), file=FILES, way=WAYS)
+def test_bytes_of_checkpoints(house, tmp_path_factory, seed, file, way):
+    path = tmp_path_factory.mktemp("fuzz") / "odd.pt"
+    path.write_bytes(spoil((house / file).read_bytes(), way, random.Random(seed)))
     before = path.read_bytes()
     for read in (minvqgan.load, official.read):
         try:
@@ -99,43 +101,6 @@ def either_a_model_or_one_line(path) -> None:
         except UserError as error:
             one_line(error)
     assert path.read_bytes() == before
-
-
-@often
-@given(seed=st.integers(0, 2**32), file=FILES, way=WAYS)
-def test_bytes_of_checkpoints(house, tmp_path_factory, seed, file, way):
-    path = tmp_path_factory.mktemp("fuzz") / "odd.pt"
-    path.write_bytes(spoil((house / file).read_bytes(), way, random.Random(seed)))
-    either_a_model_or_one_line(path)
-
-
-def places(content: dict, at: tuple = ()) -> list[tuple]:
-    """Paths to everything within nested dicts."""
-    inner = [place for key, value in content.items() if isinstance(value, dict) for place in places(value, (*at, key))]
-    return [(*at, key) for key in content] + inner
-
-
-ODD = [None, 0, -1, 10**6, 10**30, 1.5, float("nan"), "text", "", [], [1, 2], {}, {"a": 1}, True, (0,) * 2000]
-ODD += [torch.zeros(0), torch.zeros(3, 3), torch.zeros(2, dtype=torch.int8), torch.zeros(2, 2, dtype=torch.complex64)]
-
-
-@often
-@given(file=FILES, place=st.integers(0, 10**6), value=st.integers(-1, len(ODD) - 1))
-def test_content_of_checkpoints(house, tmp_path_factory, file, place, value):
-    """Something is missing (-1), or of another type, shape or size; what is gigantic gets no memory."""
-    content = checkpoint.read(house / file)
-    everything = places(content)
-    *at, key = everything[place % len(everything)]
-    holder = content
-    for step in at:
-        holder = holder[step]
-    if value < 0:
-        del holder[key]
-    else:
-        holder[key] = ODD[value]
-    path = tmp_path_factory.mktemp("fuzz") / "odd.pt"
-    torch.save(content, path)
-    either_a_model_or_one_line(path)
 
 
 FILE_NAMES = runpy.run_path(str(ROOT / "sample.py"))["file_names"]

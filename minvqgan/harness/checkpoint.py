@@ -11,10 +11,9 @@ is an error of the program and stays a traceback.
 import contextlib
 import os
 import pickle
-import struct
-import warnings
+from collections import OrderedDict
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from pathlib import Path
 from typing import BinaryIO
 
@@ -34,42 +33,28 @@ File = str | Path | BinaryIO
 OFFICIAL = "An official checkpoint needs --official-config with its yaml"
 
 # What broken or unexpected content makes torch, pickle and our constructors raise.
-FILE_ERRORS = (AttributeError, EOFError, LookupError, OSError, OverflowError, RuntimeError, TypeError, ValueError)
-FILE_ERRORS += (pickle.UnpicklingError, struct.error)
+FILE_ERRORS = (ArithmeticError, AttributeError, EOFError, LookupError, OSError, RuntimeError, TypeError, ValueError)
+FILE_ERRORS += (pickle.UnpicklingError,)
 
 
 @contextlib.contextmanager
-def door(file: File, says: str = "") -> Iterator[None]:
-    """Turns what a file's content raises into a UserError of one line: the file and the first thing wrong.
-
-    says: replaces the error's own words.
-    """
+def door(file: File) -> Iterator[None]:
+    """Turns what a file's content raises into a UserError of one line: the file and what is wrong."""
     try:
         yield
-    except torch.OutOfMemoryError:  # not the file's fault
-        raise
     except FILE_ERRORS as error:
-        words = f"{error.args[0]} is missing" if isinstance(error, KeyError) else first_line(error)
-        if isinstance(error, pickle.UnpicklingError) and ("Unsupported" in str(error) or "GLOBAL" in str(error)):
-            says = "holds objects other than tensors; nothing in it was executed. " + OFFICIAL
-        raise UserError(f"{name_of(file)} {says or f'does not fit: {words[:300]}'}") from error
-
-
-def name_of(file: File) -> str:
-    """The name of a path or an open file, for messages."""
-    return str(file if isinstance(file, (str, os.PathLike)) else getattr(file, "name", "the file"))
+        words = f"{error.args[0]} is missing" if isinstance(error, KeyError) else " ".join(str(error).split())
+        raise UserError(f"{file} does not fit: {words[:300]}") from error
 
 
 def save(path: str | Path, kind: str, **content) -> None:
     """Write a checkpoint of a kind ("vqgan", "classifier", ...). `content`: tensors in plain containers.
 
-    The file is written under a temporary name beside `path`, synced to disk and then renamed, so `path` always holds
-    either the old checkpoint or the new one. Raises OSError (disk full), or UserError for weights that are NaN or
-    infinite; the old file stays intact.
+    If that fails, the old file at `path` stays intact. Raises OSError (disk full), or UserError for weights that are
+    NaN or infinite.
     """
     path = Path(path)
-    broken = _not_finite(content)
-    if broken:
+    if broken := _not_finite(content):
         kept = f"; {path} keeps the last good state" if path.exists() else ""
         raise UserError(f"{broken} is no longer finite{kept}. Try a lower --lr")
     try:
@@ -80,36 +65,51 @@ def save(path: str | Path, kind: str, **content) -> None:
 
 
 def _not_finite(content, name: str = "") -> str | None:
-    """The name of the first tensor in nested dicts and lists that holds NaN or infinity."""
+    """The name of the first tensor in nested dicts that holds NaN or infinity."""
     if isinstance(content, Tensor):
         return name if content.is_floating_point() and not content.isfinite().all() else None
-    items = content.items() if isinstance(content, dict) else enumerate(content) if isinstance(content, list) else []
-    found = (_not_finite(value, f"{name}.{key}".lstrip(".")) for key, value in items)
-    return next((broken for broken in found if broken), None)
+    for key, value in content.items() if isinstance(content, dict) else ():
+        if broken := _not_finite(value, f"{name}.{key}".lstrip(".")):
+            return broken
+    return None
 
 
-def unpickled(file: File, mmap: bool = False):
-    """What a file holds, on the CPU; nothing in it is executed. Raises UserError."""
-    if isinstance(file, (str, os.PathLike)) and not os.path.isfile(file):
-        raise UserError(f"no checkpoint at {file}")
-    with door(file, "is truncated or not a checkpoint"), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # about old pickle protocols
-        return torch.load(file, map_location="cpu", weights_only=True, mmap=mmap)
+class Inert:
+    """Stands in for a class of another package. Its objects are of the one type that torch lets a file fill."""
+
+    def __new__(cls, *args):
+        return OrderedDict()
+
+
+def unpickled(file: File, official: bool = False):
+    """What a file holds, on the CPU; nothing in it is executed. Raises UserError.
+
+    official: Lightning's pickled callbacks become `Inert`, and tensors stay in the file until they are used.
+    """
+    try:
+        names = torch.serialization.get_unsafe_globals_in_checkpoint(file) if official else []
+        with torch.serialization.safe_globals([(Inert, name) for name in names]):
+            return torch.load(file, map_location="cpu", weights_only=True, mmap=official)
+    except FileNotFoundError:
+        raise UserError(f"no checkpoint at {file}") from None
+    except FILE_ERRORS as error:
+        says = "is truncated or not a checkpoint"
+        if "nsupported" in str(error):  # torch: an unsupported global, or operand of the pickle
+            says = f"holds objects other than tensors; nothing in it was executed. {OFFICIAL}"
+        raise UserError(f"{file} {says}") from error
 
 
 def read(file: File, kind: str | None = None, needs: Iterable[str] = ()) -> dict:
     """The content of one of our checkpoints, on the CPU. kind: what it must hold. needs: what resuming needs of it.
-
-    Raises UserError for a file that is missing, broken, incomplete, of another kind, or that holds code.
-    """
-    content, name = unpickled(file), name_of(file)
+    Raises UserError."""
+    content = unpickled(file)
     if not isinstance(content, dict) or content.get("format") != FORMAT or "kind" not in content:
-        raise UserError(f"{name} is not a minvqgan checkpoint. {OFFICIAL}")
+        raise UserError(f"{file} is not a minvqgan checkpoint. {OFFICIAL}")
     if kind and content["kind"] != kind:
-        raise UserError(f"{name} holds a {content['kind']}, not a {kind}")
-    missing = next((need for need in needs if need not in content), None)
-    if missing:
-        raise UserError(f"{name} has no {missing}; training cannot resume from it")
+        raise UserError(f"{file} holds a {content['kind']}, not a {kind}")
+    for need in needs:
+        if need not in content:
+            raise UserError(f"{file} has no {need}; training cannot resume from it")
     return content
 
 
@@ -129,50 +129,36 @@ def trained_with(path: str | Path) -> dict:
     return found | ({"data": data_of(flags, path)} if "data" in found else {})
 
 
-def config_from(cls, values: dict):
-    """A config dataclass from a checkpoint's plain dict. A field that the file lacks takes its default, so files from
-    before the field existed still load. Raises ValueError for a field that this version does not know."""
-    unknown = sorted(map(str, values.keys() - {field.name for field in fields(cls)}))
-    if unknown:
-        raise ValueError(f"{cls.__name__} has no field {', '.join(unknown)}; was it written by a newer version?")
-    return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+def empty(network: type[nn.Module], config) -> nn.Module:
+    """A network for `fill`. It gets no initial weights, which would take time and draw random numbers."""
+    with torch.device("meta"):
+        module = network(config)
+    module.to_empty(device="cpu")
+    for buffer in module.buffers():
+        buffer.zero_()  # counters, which are not saved
+    return module
 
 
-def fit(module: nn.Module, state: dict[str, Tensor], assign: bool = False) -> None:
-    """A strict `load_state_dict` whose ValueError names the first key that does not fit.
-
-    A module on the meta device gets its memory here, after all shapes were compared with the file's, so a config that
-    asks for a gigantic model is refused first. assign: the module takes over the file's tensors instead of copying.
-    """
+def fill(module: nn.Module, state: dict[str, Tensor]) -> nn.Module:
+    """The module takes over a file's tensors, without a copy if they have its precision, and goes to eval mode."""
     own = module.state_dict()
-    for key in sorted(own.keys() | state.keys()):
-        if key not in state or key not in own:
-            raise ValueError(f"{key} is {'missing' if key in own else 'unknown'}; its config describes another model")
-        if own[key].shape != state[key].shape:
-            raise ValueError(f"{key} is {tuple(state[key].shape)} in the file, {tuple(own[key].shape)} by its config")
-        if state[key].untyped_storage().nbytes() < state[key].nbytes:  # a gigantic one of a few bytes
-            raise ValueError(f"{key} overlaps itself")
-    if any(t.is_meta for t in own.values()):
-        module.to_empty(device="cpu")
-        for name, buffer in module.named_buffers():
-            if name not in own:
-                buffer.zero_()  # a counter; counters are not saved
-    module.load_state_dict(state, assign=assign)
+    state = {key: t.to(own[key].dtype).contiguous() if key in own else t for key, t in state.items()}
+    module.load_state_dict(state, assign=True)
+    return module.eval()
 
 
 def _fit_optimizer(optimizer: torch.optim.Optimizer, saved: dict) -> None:
-    """Load Adam's saved state; learning rates and betas stay as the script has set them. Raises ValueError.
+    """Load Adam's running means; learning rates and betas stay as the script has set them.
 
-    Fused Adam writes through raw pointers, so a state of another shape or memory layout than its parameter would crash
+    Fused Adam writes through raw pointers, so means of another shape or memory layout than their parameter would crash
     the process. Shapes are compared, and each tensor is copied into its parameter's layout.
     """
-    parameters, states = [p for group in optimizer.param_groups for p in group["params"]], {}
-    for i, state in saved["state"].items():
+    parameters, states = [p for group in optimizer.param_groups for p in group["params"]], saved["state"]
+    for i, state in states.items():
         for name in ("exp_avg", "exp_avg_sq"):
             if state[name].shape != parameters[i].shape:
                 raise ValueError(f"{name} of parameter {i} is {tuple(state[name].shape)}")
-        states[i] = {name: torch.empty_like(parameters[i]).copy_(state[name]) for name in ("exp_avg", "exp_avg_sq")}
-        states[i]["step"] = torch.tensor(float(state["step"]))
+            state[name] = torch.empty_like(parameters[i]).copy_(state[name])
     optimizer.load_state_dict(optimizer.state_dict() | {"state": states})
 
 
@@ -182,60 +168,56 @@ def restore(saved: dict, parts: dict, path: str | Path) -> None:
         with door(path):
             if isinstance(part, Tensor):
                 part.copy_(saved.get(name, part))  # a run of an older version may lack a counter
+            elif isinstance(part, nn.Module):
+                part.load_state_dict(saved[name])
             else:
-                (fit if isinstance(part, nn.Module) else _fit_optimizer)(part, saved[name])
+                _fit_optimizer(part, saved[name])
+
+
+def _pack_vqgan(model: VQGAN) -> dict:
+    return {"config": asdict(model.config), "model": model.state_dict()}
 
 
 def _build_vqgan(content: dict) -> VQGAN:
-    """A VQGAN from {"config", "model"}, in eval mode."""
-    with torch.device("meta"):  # see `fit`
-        model = VQGAN(config_from(VQGANConfig, content["config"]))
-    fit(model, content["model"])
-    return model.eval()
+    return fill(empty(VQGAN, VQGANConfig(**content["config"])), content["model"])
 
 
 def pack_two_stage(model: TwoStage) -> dict:
     """Everything that `unpack_two_stage` needs, the first-stage models included: one file is enough to sample."""
-    condition = {"kind": model.condition.kind}
-    if condition["kind"] == "class":
-        condition["num_classes"] = model.condition.num_tokens
-    if condition["kind"] == "coords":
-        condition |= {"f": model.condition.f, "levels": model.condition.levels}
-    if condition["kind"] == "spatial":
-        condition |= {"config": asdict(model.condition.vqgan.config), "model": model.condition.vqgan.state_dict()}
+    condition, stored = model.condition, {"kind": model.condition.kind}
+    if isinstance(condition, ClassCondition):
+        stored |= {"num_classes": condition.num_tokens}
+    elif isinstance(condition, CoordinateCondition):
+        stored |= {"f": condition.f, "levels": condition.levels}
+    elif isinstance(condition, SpatialCondition):
+        stored |= _pack_vqgan(condition.vqgan)
     return {
         "config": asdict(model.config),
         "gpt_config": asdict(model.gpt.config),
         "gpt": model.gpt.state_dict(),
-        "vqgan": {"config": asdict(model.vqgan.config), "model": model.vqgan.state_dict()},
-        "condition": condition,
+        "vqgan": _pack_vqgan(model.vqgan),
+        "condition": stored,
     }
 
 
-def _build_condition(stored: dict) -> Condition:
-    if stored["kind"] == "none":
-        return NoCondition()
-    if stored["kind"] == "class":
-        return ClassCondition(stored["num_classes"])
-    if stored["kind"] == "coords":
-        return CoordinateCondition(stored["f"], stored["levels"])
-    return SpatialCondition(_build_vqgan(stored))
+def _build_condition(kind: str, **stored) -> Condition:
+    if kind == "spatial":
+        return SpatialCondition(_build_vqgan(stored))
+    return {"none": NoCondition, "class": ClassCondition, "coords": CoordinateCondition}[kind](**stored)
 
 
 def unpack_two_stage(content: dict, path: File) -> TwoStage:
     """The model of a checkpoint's content, in eval mode. Raises UserError for parts that were not made together."""
     with door(path):
-        vqgan, condition = _build_vqgan(content["vqgan"]), _build_condition(content["condition"])
-        with torch.device("meta"):
-            gpt = GPT(config_from(GPTConfig, content["gpt_config"]))
-        fit(gpt, content["gpt"])
-        return TwoStage(vqgan, condition, gpt, config_from(TwoStageConfig, content["config"])).eval()
+        vqgan, condition = _build_vqgan(content["vqgan"]), _build_condition(**content["condition"])
+        gpt = fill(empty(GPT, GPTConfig(**content["gpt_config"])), content["gpt"])
+        return TwoStage(vqgan, condition, gpt, TwoStageConfig(**content["config"])).eval()
 
 
 def save_model(path: str | Path, model: VQGAN | TwoStage) -> None:
     """Write a model alone, without what only training needs. `load` reads it back."""
     if isinstance(model, VQGAN):
-        save(path, "vqgan", config=asdict(model.config), model=model.state_dict())
+        save(path, "vqgan", **_pack_vqgan(model))
     else:
         save(path, "two_stage", **pack_two_stage(model))
 
@@ -247,7 +229,7 @@ def load(file: File, kind: str | None = None) -> VQGAN | TwoStage:
     if content["kind"] == "two_stage":
         return unpack_two_stage(content, file)
     if content["kind"] != "vqgan":
-        raise UserError(f"{name_of(file)} holds a {content['kind']}, not a vqgan or two_stage model")
+        raise UserError(f"{file} holds a {content['kind']}, not a vqgan or two_stage model")
     with door(file):
         return _build_vqgan(content)
 
@@ -260,19 +242,17 @@ def load_vqgan(path: File) -> VQGAN:
 def init_from(path: str | Path, model: VQGAN | TwoStage, **others: nn.Module) -> str:
     """Copy what fits of a checkpoint's weights, ours or official, into a new model. Returns a line that says what fits.
 
-    A VQGAN takes the first stage's weights, a TwoStage the transformer's (it has a first stage already). others:
-    `discriminator=D`, filled if the file has one. A tensor fits if it has the same place in the network (its official
-    name says which) and the same shape. If the codebooks differ in size, the first codes are copied; the rest keep
-    their values and count as dead, so call this before the first `revive_dead_codes`. Raises UserError if nothing fits.
+    A VQGAN takes those of a VQGAN, a TwoStage those of a transformer. others: `discriminator=D`, filled if the file has
+    one. A tensor fits if it has the same place in the network and the same shape. If the codebooks differ in size, the
+    first codes are copied; the rest count as dead, so call this before the first `revive_dead_codes`. Raises UserError
+    if nothing fits.
     """
     from . import official  # here, because it imports this module
 
-    part, module = ("gpt", model.gpt) if isinstance(model, TwoStage) else ("vqgan", model)
-    found, said = official.weights(path), []
-    for name, own in {part: module, **others}.items():
-        if name == part or found.get(name):
-            with door(path):
-                said.append(f"{name}: " + _take(own, found.get(name, {}), official.names(own)))
+    found, part = official.weights(path), "gpt" if isinstance(model, TwoStage) else "vqgan"
+    modules = {part: getattr(model, "gpt", model)} | {name: other for name, other in others.items() if found[name]}
+    with door(path):
+        said = [f"{name}: {_take(own, found[name], official.names(own))}" for name, own in modules.items()]
     return f"weights from {path}; " + "; ".join(said)
 
 
@@ -281,25 +261,24 @@ CODE_ROWS = ("quantizer.codebook.weight", "quantizer.recent_use", "head.weight",
 
 
 @torch.no_grad()
-def _take(module: nn.Module, found: dict[str, Tensor], names: dict[str, str]) -> str:
-    """Copy what fits and say what did and what did not. names: our key -> the one in `found`."""
-    own = module.state_dict()
-    new = {key: found[names.get(key, key)] for key in own if names.get(key, key) in found}
-    if "token_embedding.weight" in new:  # condition tokens come after the codes
-        for state in (own, new):
+def _take(module: nn.Module, found: dict[str, Tensor], official: dict[str, str]) -> str:
+    """Copy what fits and say what did and what did not. official: our key -> the official one."""
+    own, left, rows = module.state_dict(), [], ""
+    new = {key: found[name] for key in own for name in (official.get(key), key) if name in found}
+    if "token_embedding.weight" in new:
+        for state in (own, new):  # condition tokens come after the codes
             K, tokens = len(state["head.weight"]), state.pop("token_embedding.weight")
             state |= {"codes": tokens[:K], "condition tokens": tokens[K:]}
-    rows, left = "", []
     for key, tensor in own.items():
         if key in new and new[key].shape == tensor.shape:
             tensor.copy_(new[key])
         elif key in new and key in CODE_ROWS and new[key].shape[1:] == tensor.shape[1:]:
-            tensor[: len(new[key])] = new[key][: len(tensor)]
-            rows = f", the first {min(len(new[key]), len(tensor))} of {len(tensor)} codes"
+            K = min(len(new[key]), len(tensor))
+            tensor[:K] = new[key][:K]
+            rows = f", the first {K} of {len(tensor)} codes"
         else:
             left.append(key)
     if len(left) == len(own):
         raise ValueError("none of its weights has a place in this model")
-    more = f" and {len(left) - 8} more" if left[8:] else ""
-    unfit = f"; not in it or of another shape: {', '.join(left[:8])}{more}" if left else ""
+    unfit = f"; not in it or of another shape: {', '.join(left[:8])}{', ...' if left[8:] else ''}" if left else ""
     return f"{len(own) - len(left)} of {len(own)} tensors{rows}{unfit}"

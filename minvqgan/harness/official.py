@@ -8,8 +8,6 @@ configuration as the official constructors do. Every key of a file is used, know
 checkpoint loaded only in part gives images that are almost right, and the reason takes days to find.
 """
 
-import contextlib
-from collections import OrderedDict
 from math import isqrt
 from pathlib import Path
 
@@ -21,13 +19,12 @@ from ..gpt import GPT, GPTConfig
 from ..two_stage import TwoStage, TwoStageConfig
 from ..vqgan import VQGAN, VQGANConfig
 from . import checkpoint, flags, runtime
-from .runtime import UserError, first_line
+from .runtime import UserError
 
 # In a first stage's file beside the model: the discriminator, LPIPS, and random colours for showing label maps.
 UNNEEDED = ("loss.", "colorize")
 
-# Official class names, without their modules.
-FIRST_STAGES = ("VQModel", "VQNoDiscModel", "VQSegmentationModel", "GumbelVQ")
+# Official classes of orders, and ours.
 ORDER_NAMES = {
     "Identity": "row",
     "Subsample": "subsample",
@@ -38,34 +35,18 @@ ORDER_NAMES = {
 }
 
 
-class Inert:
-    """Stands in for every class that a file mentions. Its instances are plain dicts, the only objects that torch's safe
-    unpickler lets a file set attributes and items of."""
-
-    def __new__(cls, *args, **kwargs):
-        return OrderedDict()
-
-
-def _content(path: str | Path):
-    """What a file holds, mapped into memory: of a large file only what is used is read. Raises UserError.
-
-    Lightning saves pickled callbacks and hyperparameters beside the weights. They become `Inert`: nothing in the file
-    is imported or executed.
-    """
-    classes = []
-    with contextlib.suppress(*checkpoint.FILE_ERRORS):  # `unpickled` says what is wrong
-        classes = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-    with torch.serialization.safe_globals([(Inert, name) for name in classes]):
-        return checkpoint.unpickled(path, mmap=True)
-
-
 def read(path: str | Path) -> dict[str, Tensor]:
     """The `state_dict` of an official checkpoint. Raises UserError."""
-    content = _content(path)
+    content = checkpoint.unpickled(path, official=True)
     state = content.get("state_dict", content) if isinstance(content, dict) else None
     if not state or not isinstance(state, dict) or not all(isinstance(t, Tensor) for t in state.values()):
         raise UserError(f"{path} has no state_dict of tensors")
     return dict(state)
+
+
+def part(state: dict[str, Tensor], name: str) -> dict[str, Tensor]:
+    """The keys that begin with the part's name and a dot, without it."""
+    return {key.removeprefix(name + "."): t for key, t in state.items() if key.startswith(name + ".")}
 
 
 def class_name(node: dict) -> str:
@@ -78,27 +59,17 @@ def vqgan_config(
 ) -> VQGANConfig:
     """Our configuration from the official `ddconfig`, `n_embed` and `embed_dim`.
 
-    legacy: the published models were trained with beta on the codebook term. ours: further fields of VQGANConfig
-    (`input_kind`, `gumbel`). Raises ValueError for unknown fields, bad values, and what no published VQGAN uses
-    (double_z, out_ch unlike in_channels).
+    legacy: the published models were trained with beta on the codebook term. ours: further fields of VQGANConfig.
     """
-    dd = dict(ddconfig)
-    if dd.pop("double_z", False):
-        raise ValueError("double_z = True is a KL autoencoder, not a VQGAN")
-    if dd.pop("out_ch", dd["in_channels"]) != dd["in_channels"]:
-        raise ValueError("out_ch differs from in_channels; a VQGAN reconstructs its input")
+    dd = {k: tuple(v) if isinstance(v, list) else v for k, v in ddconfig.items() if k not in ("double_z", "out_ch")}
     dd |= {"image_size": dd.pop("resolution"), "norm_groups": 32, "codebook_size": n_embed, "code_dim": embed_dim}
-    return checkpoint.config_from(VQGANConfig, dd | {"beta": beta, "legacy": legacy} | ours)
+    return VQGANConfig(**dd, beta=beta, legacy=legacy, **ours)
 
 
 def first_stage_config(node: dict, key: str = "image") -> VQGANConfig:
     """From a yaml's {target, params} of a first stage. key: what the model reads (`image`, `depth`, `segmentation`),
-    unless params have an image_key. Raises ValueError for a model that is none of FIRST_STAGES."""
+    unless params have an image_key."""
     name, params = class_name(node), node["params"]
-    if name not in FIRST_STAGES:
-        raise ValueError(f"{name} is not one of {', '.join(FIRST_STAGES)}")
-    if params.get("remap"):
-        raise ValueError("remapped codebooks (remap) are not supported")
     kind = {"segmentation": "labels", "depth": "depth"}.get(params.get("image_key", key), "rgb")
     if name == "VQSegmentationModel":
         kind = "labels"
@@ -108,32 +79,25 @@ def first_stage_config(node: dict, key: str = "image") -> VQGANConfig:
     return vqgan_config(*sizes, input_kind=kind, gumbel=name == "GumbelVQ")
 
 
+MIDDLE = ["mid.block_1", "mid.attn_1", "mid.block_2"]
+
+
+def _level(way: str, level: int, blocks: int, c: VQGANConfig) -> list[str]:
+    """Official names of a level's modules, in order; way: `down` or `up`, which also names its change of resolution."""
+    parts = ("block", "attn") if c.image_size // 2**level in c.attn_resolutions else ("block",)
+    return [f"{way}.{level}.{part}.{i}" for i in range(blocks) for part in parts] + [f"{way}.{level}.{way}sample"]
+
+
 def _encoder_names(c: VQGANConfig) -> list[str]:
     """Official names of the modules in `Encoder.layers`, in order."""
-    names, resolution = ["conv_in"], c.image_size
-    for level in range(len(c.ch_mult)):
-        for block in range(c.num_res_blocks):
-            names.append(f"down.{level}.block.{block}")
-            if resolution in c.attn_resolutions:
-                names.append(f"down.{level}.attn.{block}")
-        if level < len(c.ch_mult) - 1:
-            names.append(f"down.{level}.downsample")
-            resolution //= 2
-    return names + ["mid.block_1", "mid.attn_1", "mid.block_2", "norm_out", "SiLU", "conv_out"]
+    levels = [name for i in range(len(c.ch_mult)) for name in _level("down", i, c.num_res_blocks, c)]
+    return ["conv_in", *levels[:-1], *MIDDLE, "norm_out", "SiLU", "conv_out"]  # the last level keeps its resolution
 
 
 def _decoder_names(c: VQGANConfig) -> list[str]:
     """Official names of the modules in `Decoder.layers`, in order."""
-    names, resolution = ["conv_in", "mid.block_1", "mid.attn_1", "mid.block_2"], c.image_size // c.f
-    for level in reversed(range(len(c.ch_mult))):
-        for block in range(c.num_res_blocks + 1):
-            names.append(f"up.{level}.block.{block}")
-            if resolution in c.attn_resolutions:
-                names.append(f"up.{level}.attn.{block}")
-        if level > 0:
-            names.append(f"up.{level}.upsample")
-            resolution *= 2
-    return names + ["norm_out"]
+    levels = [name for i in reversed(range(len(c.ch_mult))) for name in _level("up", i, c.num_res_blocks + 1, c)]
+    return ["conv_in", *MIDDLE, *levels[:-1], "norm_out"]
 
 
 def names(module: nn.Module) -> dict[str, str]:
@@ -179,58 +143,46 @@ def joined(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def weights(path: str | Path) -> dict[str, dict[str, Tensor]]:
-    """The tensors of a checkpoint, ours or official, under official names, for each of "vqgan", "gpt" and
-    "discriminator" that it has. Raises UserError."""
-    content = _content(path)
-    if not isinstance(content, dict) or content.get("format") != checkpoint.FORMAT:
-        state = read(path)
-
-        def part(prefix: str) -> dict[str, Tensor]:
-            return {key.removeprefix(prefix): t for key, t in state.items() if key.startswith(prefix)}
-
-        found = {"vqgan": first_stage(part("first_stage_model.") or state), "gpt": joined(part("transformer."))}
-        return found | {"discriminator": part("loss.discriminator.")}
-    model = checkpoint.load(path)
-    modules = {"vqgan": model.vqgan, "gpt": model.gpt} if isinstance(model, TwoStage) else {"vqgan": model}
-    found = {name: {names(m).get(key, key): t for key, t in m.state_dict().items()} for name, m in modules.items()}
-    disc = content.get("discriminator", {})
-    return found | {"discriminator": {key.replace("layers.", "main.", 1): t for key, t in disc.items()}}
+    """For --init: the tensors of a checkpoint, ours or official, of each of "vqgan", "gpt" and "discriminator" that it
+    has. Those of a VQGAN have official names, which say their place in the network. Raises UserError."""
+    content = checkpoint.unpickled(path, official=True)
+    if isinstance(content, dict) and content.get("format") == checkpoint.FORMAT:
+        model = checkpoint.load(path)
+        vqgan = getattr(model, "vqgan", model)
+        places = names(vqgan)
+        found = {"vqgan": {places.get(key, key): t for key, t in vqgan.state_dict().items()}}
+        return found | {name: content.get(name, {}) for name in ("gpt", "discriminator")}
+    state = read(path)
+    found = {"vqgan": first_stage(part(state, "first_stage_model") or state), "gpt": joined(part(state, "transformer"))}
+    return found | {"discriminator": part(state, "loss.discriminator")}
 
 
-def _fill(module: nn.Module, state: dict[str, Tensor]) -> None:
-    """The module takes over the official tensors, without a copy if they are float32 already. Raises ValueError that
-    names the first key without a counterpart, or of another shape."""
-    ours, own = {theirs: key for key, theirs in names(module).items()}, module.state_dict()
-    new = {ours.get(key, key): tensor for key, tensor in state.items()}
-    checkpoint.fit(module, {k: t.to(own[k].dtype) if k in own else t for k, t in new.items()}, assign=True)
+def _fill(module: nn.Module, state: dict[str, Tensor]) -> nn.Module:
+    """The module with the official tensors, in eval mode. Raises RuntimeError that names what does not fit."""
+    ours = {theirs: key for key, theirs in names(module).items()}
+    return checkpoint.fill(module, {ours.get(key, key): tensor for key, tensor in state.items()})
 
 
 def load_vqgan(state: dict[str, Tensor], config: VQGANConfig) -> VQGAN:
-    """A VQGAN from an official first stage's `state_dict`. Raises ValueError for the first key that does not fit."""
-    with torch.device("meta"):  # no memory and no initialisation: the file's tensors are used as they are
-        model = VQGAN(config)
-    _fill(model, first_stage(state))
-    return model.eval()
+    """A VQGAN from an official first stage's `state_dict`. Raises RuntimeError that names what does not fit."""
+    return _fill(checkpoint.empty(VQGAN, config), first_stage(state))
 
 
 def load_discriminator(module: nn.Module, state: dict[str, Tensor]) -> nn.Module:
     """Fill a `PatchDiscriminator` with the official NLayerDiscriminator's `state_dict` (keys main.*)."""
-    _fill(module, state)
-    return module
+    return _fill(module, state).train()
 
 
 def load_gpt(state: dict[str, Tensor], config: dict) -> GPT:
-    """A GPT from the official GPT's `state_dict` and its yaml's params. Raises ValueError for what does not fit.
+    """A GPT from the official GPT's `state_dict` and its yaml's params.
 
     There, codes and condition tokens share one range of numbers. Here, all of them count as codes.
     """
     if config.get("n_unmasked"):
         raise ValueError("n_unmasked > 0 (no causal mask on the condition) is not supported")
     sizes = {name: config[name] for name in ("block_size", "n_layer", "n_head", "n_embd")}
-    with torch.device("meta"):
-        gpt = GPT(GPTConfig(num_codes=config["vocab_size"], num_cond=0, dropout=0.0, **sizes))
-    _fill(gpt, joined(state))
-    return gpt.eval()
+    gpt = checkpoint.empty(GPT, GPTConfig(num_codes=config["vocab_size"], num_cond=0, dropout=0.0, **sizes))
+    return _fill(gpt, joined(state))
 
 
 def _condition(params: dict, config: VQGANConfig, state: dict[str, Tensor]) -> Condition:
@@ -252,20 +204,16 @@ def _condition(params: dict, config: VQGANConfig, state: dict[str, Tensor]) -> C
 
 
 def load_two_stage(state: dict[str, Tensor], params: dict) -> TwoStage:
-    """Both stages from an official Net2NetTransformer's `state_dict` and its yaml's params. Raises ValueError for the
-    first key that does not fit."""
-    parts = {name: {} for name in ("first_stage_model", "cond_stage_model", "transformer", "permuter")}
-    for key, tensor in state.items():
-        part, _, rest = key.partition(".")
-        if part not in parts:
-            raise ValueError(f"official key without a place here: {key}")
-        parts[part][rest] = tensor
+    """Both stages from an official Net2NetTransformer's `state_dict` and its yaml's params. Raises ValueError or
+    RuntimeError that names what does not fit."""
     config = first_stage_config(params["first_stage_config"], params.get("first_stage_key", "image"))
-    vqgan = load_vqgan(parts["first_stage_model"], config)
-    gpt = load_gpt(parts["transformer"], params["transformer_config"]["params"])
-    condition = _condition(params, config, parts["cond_stage_model"])
-    if parts["cond_stage_model"] and condition.kind != "spatial":
-        raise ValueError(f"official key without a place here: cond_stage_model.{next(iter(parts['cond_stage_model']))}")
+    vqgan = load_vqgan(part(state, "first_stage_model"), config)
+    gpt = load_gpt(part(state, "transformer"), params["transformer_config"]["params"])
+    condition = _condition(params, config, part(state, "cond_stage_model"))
+    used = ("first_stage_model", "transformer", "permuter") + ("cond_stage_model",) * (condition.kind == "spatial")
+    for key in state:
+        if key.split(".")[0] not in used:
+            raise ValueError(f"official key without a place here: {key}")
     # The latent map is square: block_size is 2T for a condition of T tokens, T or T + 1 for one of at most one token.
     n = isqrt(gpt.config.block_size // 2 if condition.is_map else gpt.config.block_size)
     permuter = class_name(params.get("permuter_config") or {"target": "Identity"})
@@ -276,29 +224,28 @@ def load_two_stage(state: dict[str, Tensor], params: dict) -> TwoStage:
     model = TwoStage(vqgan, condition, gpt, config).eval()
     # A permuter saves its order and the inverse; both must be those of its class.
     orders = {"forward_shuffle_idx": model.order, "backward_shuffle_idx": model.order.argsort()}
-    for key, tensor in parts["permuter"].items():
+    for key, tensor in part(state, "permuter").items():
         if key not in orders or not torch.equal(tensor.long(), orders[key]):
             raise ValueError(f"permuter.{key} is not the order of {permuter}")
     return model
 
 
 def read_config(path: str | Path) -> dict:
-    """The `model` part of an official yaml: {target, params}. Raises UserError, one line."""
+    """The `model` part of an official yaml: {target, params}. Raises UserError."""
     try:
         import yaml
     except ImportError:
         raise UserError("reading an official configuration needs PyYAML: pip install pyyaml") from None
-    try:
-        model = yaml.safe_load(Path(path).read_bytes())["model"]
-        return {"target": model["target"], "params": model["params"]}
-    except (yaml.YAMLError, *checkpoint.FILE_ERRORS) as error:
-        raise UserError(f"{path} is not the yaml of an official model ({first_line(error)[:80]})") from None
+    with checkpoint.door(path):
+        try:
+            return yaml.safe_load(Path(path).read_bytes())["model"]
+        except yaml.YAMLError as error:
+            raise ValueError(f"not a yaml: {error}") from None
 
 
 def load(path: str | Path, config: str | Path) -> VQGAN | TwoStage:
     """The model of an official checkpoint and its yaml, in eval mode, on the CPU. Raises UserError."""
-    model = read_config(config)
-    state = read(path)
+    model, state = read_config(config), read(path)
     with checkpoint.door(f"{path} with {config}"):
         if class_name(model) == "Net2NetTransformer":
             return load_two_stage(state, model["params"])
