@@ -1,5 +1,4 @@
-"""evaluate.py: its distances against scipy, torchmetrics, closed forms and slow definitions; the script as a user runs
-it."""
+"""evaluate.py: its distances against scipy, torchmetrics and definitions; the script as a user runs it."""
 
 import json
 import math
@@ -9,26 +8,18 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import scipy.linalg
+import scipy.stats
 import torch
 import torch_fidelity.feature_extractor_inceptionv3 as inception
-from helpers import ROOT, NoFloat64, assert_one_line_error, fixture, official_files, run_inside
+from helpers import ROOT, STAGE_ONE, STAGE_TWO, assert_one_line_error, fixture, official_files, run_inside
 from PIL import Image
-from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 from torchmetrics.image.fid import FrechetInceptionDistance
-from torchmetrics.image.inception import InceptionScore
 
 from minvqgan.harness import checkpoint, data, judges, metrics
 from minvqgan.harness.judges import Classifier, load_classifier, save_classifier
-
-STAGE_ONE = (
-    "train_vqgan.py --image-size 16 --ch 8 --ch-mult 1 2 --z-channels 8 --code-dim 4 --codebook-size 16 --batch-size 4 "
-    "--steps 4 --val-images 8 --val-every 4 --disc-channels 8 --out vqgan"
-).split()
-STAGE_TWO = "train_gpt.py --vqgan vqgan/last.pt --n-layer 1 --n-head 2 --n-embd 16 --batch-size 4 --steps 2".split()
-STAGE_TWO += "--val-images 8 --resize 20 --out gpt".split()  # crops: else the codes of 12,000 images are computed first
 
 
 @pytest.fixture(scope="module")
@@ -38,41 +29,19 @@ def clouds():
     return a, torch.randn(50, 8, generator=g) + 0.5
 
 
-class Features(nn.Module):
-    """Pictures (B, 3, H, W) uint8 -> their first d numbers, for torchmetrics, which wants pictures."""
-
-    def __init__(self, d: int):
-        super().__init__()
-        self.num_features = d
-
-    def forward(self, x):
-        return x.flatten(1)[:, : self.num_features].float()
-
-
-def as_pictures(features):
-    pictures = torch.zeros(len(features), 3, 4, 4, dtype=torch.uint8)
-    pictures.view(len(features), -1)[:, : features.shape[1]] = features
-    return pictures
-
-
-def test_frechet_distance_is_scipys_and_torchmetrics(clouds):
+def test_frechet_distance_is_scipys(clouds):
     a, b = clouds
     A, B = np.cov(a.double().numpy().T), np.cov(b.double().numpy().T)
     root = scipy.linalg.sqrtm(A @ B).real
     truth = ((a.double().mean(0) - b.double().mean(0)) ** 2).sum().item() + np.trace(A + B - 2 * root)
     assert metrics.frechet_distance(a, b) == pytest.approx(truth, rel=1e-8)
-    a, b = ((t * 20 + 128).clamp(0, 255).to(torch.uint8) for t in clouds)
-    theirs = FrechetInceptionDistance(feature=Features(8))
-    theirs.update(as_pictures(a), real=True)
-    theirs.update(as_pictures(b), real=False)
-    assert metrics.frechet_distance(a, b) == pytest.approx(theirs.compute().item(), rel=1e-4)
 
 
 def test_frechet_distance_by_hand():
     # One dimension: means 0 and 3, variances 1 and 4: 3^2 + (1 - 2)^2.
     a, b = torch.tensor([[-1.0], [0.0], [1.0]]), torch.tensor([[1.0], [3.0], [5.0]])
     assert metrics.frechet_distance(a, b) == pytest.approx(9 + 1)
-    # Fewer pictures than features: the covariances are singular.
+    # Fewer images than features: the covariances are singular.
     c = torch.randn(5, 20, generator=torch.Generator().manual_seed(0))
     assert metrics.frechet_distance(c, c) == pytest.approx(0, abs=1e-6)
     assert metrics.frechet_distance(c, c + 2) == pytest.approx(20 * 4)
@@ -80,48 +49,23 @@ def test_frechet_distance_by_hand():
         metrics.frechet_distance(c[:1], c)
 
 
-def test_inception_score_is_torchmetrics_and_by_hand(clouds):
+def test_inception_score_is_scipys_and_by_hand(clouds):
     assert metrics.inception_score(torch.eye(5).repeat(4, 1)) == pytest.approx(5)
     assert metrics.inception_score(torch.full((7, 5), 0.2)) == pytest.approx(1)
-    logits = (clouds[0] * 3).clamp(0, 255).to(torch.uint8)
-    theirs = InceptionScore(feature=Features(8), splits=1)
-    theirs.update(as_pictures(logits))
-    assert metrics.inception_score(logits.float().softmax(1)) == pytest.approx(theirs.compute()[0].item(), rel=1e-5)
+    p = clouds[0].double().softmax(1)
+    divergence = scipy.stats.entropy(p, p.mean(0, keepdim=True), axis=1)
+    assert metrics.inception_score(p) == pytest.approx(math.exp(divergence.mean()))
 
 
-def test_precision_recall_against_the_definition(clouds):
+def test_precision_recall_at_its_ends(clouds):
     real, fake = clouds
-    k = 3
-
-    def share(points, centres):
-        inside = 0
-        for p in points:
-            for c in centres:
-                radius = sorted(math.dist(c, other) for other in centres)[k]  # [0] is the point itself
-                if math.dist(p, c) <= radius:
-                    inside += 1
-                    break
-        return inside / len(points)
-
-    precision, recall = metrics.precision_recall(real, fake, k)
-    assert precision == pytest.approx(share(fake.tolist(), real.tolist()))
-    assert recall == pytest.approx(share(real.tolist(), fake.tolist()))
-    assert 0 < precision < 1 or 0 < recall < 1
     assert metrics.precision_recall(real, real) == (1, 1)
     assert metrics.precision_recall(real, real + 1000) == (0, 0)
     with pytest.raises(ValueError, match="k = 3"):
         metrics.precision_recall(real[:3], fake)
 
 
-def test_nearest_against_the_definition(clouds):
-    distance, index = metrics.nearest(*clouds)
-    for i, a in enumerate(clouds[0].tolist()):
-        all_distances = [math.dist(a, b) for b in clouds[1].tolist()]
-        assert distance[i].item() == pytest.approx(min(all_distances), rel=1e-4)
-        assert index[i] == all_distances.index(min(all_distances))
-
-
-def test_distances_are_made_in_blocks(monkeypatch):
+def test_distances_by_the_definition_and_in_blocks(monkeypatch):
     """They were collected in a list: 20 GB for two sets of 50,000 images."""
 
     class Largest(TorchDispatchMode):
@@ -140,8 +84,9 @@ def test_distances_are_made_in_blocks(monkeypatch):
     assert seen.numbers <= 2**14
     d = (a.double()[:, None] - b.double()).norm(dim=2)  # all N x M at once
     assert torch.equal(ours[1][1], d.argmin(1)) and torch.allclose(ours[1][0], d.amin(1).float())
-    inside = [torch.cdist(t.double(), t.double()).sort(1).values[:, 3] for t in (a, b)]
-    assert ours[0] == ((d <= inside[0][:, None]).any(0).double().mean(), (d <= inside[1]).any(1).double().mean())
+    radii = [torch.cdist(t.double(), t.double()).sort(1).values[:, 3] for t in (a, b)]  # [0] is the point itself
+    assert ours[0] == ((d <= radii[0][:, None]).any(0).double().mean(), (d <= radii[1]).any(1).double().mean())
+    assert all(0 < fraction < 1 for fraction in ours[0])
 
 
 def test_psnr_by_hand():
@@ -149,8 +94,6 @@ def test_psnr_by_hand():
     x = torch.zeros(2, 3, 4, 4)
     y = x + torch.tensor([0.2, 0.02])[:, None, None, None]
     assert metrics.psnr(x, y).tolist() == pytest.approx([20, 40], rel=1e-4)
-    theirs = peak_signal_noise_ratio(y, x, data_range=2.0, dim=(1, 2, 3), reduction="none")
-    assert torch.allclose(metrics.psnr(x, y), theirs, rtol=1e-5)
 
 
 def test_ssim_of_each_picture():
@@ -192,14 +135,15 @@ def test_inception_features_and_what_happens_without(monkeypatch):
 def models(tmp_path_factory):
     """A tiny first stage, a transformer on it, a classifier and a label model, of shapes."""
     folder = tmp_path_factory.mktemp("evaluate")
-    for words in (STAGE_ONE, STAGE_TWO):
-        done = run_inside(*words, cwd=folder)
+    for words, flags in (
+        (STAGE_ONE, "--out vqgan"),
+        (STAGE_TWO, "--vqgan vqgan/last.pt --resize 20 --out gpt"),  # crops: else 12,000 images are encoded first
+        (STAGE_ONE, "--input labels --num-labels 9 --out labels"),
+    ):
+        done = run_inside(*words, *flags.split(), cwd=folder)
         assert done.returncode == 0, done.stderr
-    flags = "--input labels --num-labels 9 --out labels".split()
-    assert run_inside(*STAGE_ONE[:-2], *flags, cwd=folder).returncode == 0
-    names = data.open_data("shapes", 16)[0].classes
     torch.manual_seed(0)
-    save_classifier(folder / "judge.pt", Classifier(names))
+    save_classifier(folder / "judge.pt", Classifier(data.open_data("shapes", 16)[0].classes))
     return folder
 
 
@@ -215,22 +159,12 @@ def test_a_first_stage(models):
     model = checkpoint.load_vqgan(models / "vqgan/last.pt")
     val_set = data.open_data("shapes", 16)[1]
     truth = metrics.evaluate_vqgan(model, data.held_out_batches(val_set, 50, 30), torch.device("cpu"))
-    for ours, theirs in (("l1", "l1"), ("psnr", "psnr"), ("codebook_usage", "usage")):
-        assert values[ours] == pytest.approx(truth[theirs], rel=1e-5)
-    assert values["codebook_perplexity"] == pytest.approx(truth["perplexity"], rel=1e-5)
+    for name in ("l1", "psnr", "usage", "perplexity"):
+        ours = values[f"codebook_{name}" if name in ("usage", "perplexity") else name]
+        assert ours == pytest.approx(truth[name], rel=1e-5)
     assert 0 < values["ssim"] < 1 and values["frechet_distance(judge)"] > 0 and "fid" not in values
     assert len(content["metrics"]["frechet_distance(judge)"]["splits"]) == 5
     assert "30 held-out images of shapes" in done.stdout and "l1" in done.stdout
-
-
-def test_reconstructions_are_measured_without_float64(models):
-    """On the device; Apple's GPUs have none."""
-    for name, sources in (("vqgan", ("image",)), ("labels", ("labels",))):
-        model = checkpoint.load_vqgan(models / name / "last.pt")
-        batches = data.held_out_batches(data.open_data("shapes", 16, sources=sources)[1], 4, 4)
-        with NoFloat64():
-            for x, x_hat, _, _ in metrics.reconstructions(model, batches, torch.device("cpu"), None):
-                assert x.dtype == x_hat.dtype == torch.float32
 
 
 def test_a_label_map_model(models):
@@ -329,12 +263,6 @@ def test_a_mirrored_copy_of_a_training_image_is_found(tmp_path, capsys):
             assert (grid[2:half] == grid[2 + half : 2 * half]).all()
 
 
-def test_a_missing_classifier_is_found_out_before_sampling(models, monkeypatch):
-    monkeypatch.setattr("minvqgan.two_stage.TwoStage.sample_indices", None)  # an error, if it were called
-    words = ["--gpt", "gpt/last.pt", "--features", "judge.pt", "--classifier", "nowhere.pt"]
-    assert_one_line_error(run_inside("evaluate.py", *words, cwd=models), "no checkpoint at nowhere.pt")
-
-
 @pytest.mark.parametrize("name, size", [("vqgan", (21, 35)), ("vqgan", (1, 1)), ("labels", (12, 9))])
 def test_images_of_any_size_to_codes_and_back(models, tmp_path, name, size):
     """The codes are those of the padded image, the three panels have the image's own size, PSNR is torchmetrics'."""
@@ -397,18 +325,18 @@ def test_an_official_model(models, tmp_path):
     assert values["nats_per_token"] > 0 and values["ln_K"] == pytest.approx(math.log(64))
 
 
-def test_mistakes(models):
+def test_mistakes(models, monkeypatch):
+    """Each is found before anything is sampled."""
+    monkeypatch.setattr("minvqgan.two_stage.TwoStage.sample_indices", None)  # an error, if it were called
     for words, answer in (
-        (("--gpt", "vqgan/last.pt"), ("holds a VQGAN",)),
-        (("--vqgan", "judge.pt"), ("classifier",)),
-        (("--vqgan", "vqgan/last.pt", "--features", "vqgan/last.pt"), ("not a classifier",)),
-        (("--vqgan", "vqgan/last.pt", "--gpt", "gpt/last.pt"), ("not allowed",)),
-        ((), ("--vqgan", "--gpt")),
-        (("--gpt", "gpt/last.pt", "--temperature", "-1"), ("temperature",)),
-        (("--gpt", "gpt/last.pt", "-n", "3", "--features", "judge.pt"), ("need 4 images, not 3", "-n")),
-        (
-            ("--vqgan", "vqgan/last.pt", "--images", "1", "--features", "judge.pt"),
-            ("need 4 images, not 1", "--images"),
-        ),
+        ("--gpt vqgan/last.pt", "holds a VQGAN"),
+        ("--vqgan judge.pt", "classifier"),
+        ("--vqgan vqgan/last.pt --features vqgan/last.pt", "not a classifier"),
+        ("--vqgan vqgan/last.pt --gpt gpt/last.pt", "not allowed"),
+        ("", "--vqgan"),
+        ("--gpt gpt/last.pt --temperature -1", "temperature"),
+        ("--gpt gpt/last.pt -n 3 --features judge.pt", "need 4 images, not 3: more -n"),
+        ("--vqgan vqgan/last.pt --images 1 --features judge.pt", "need 4 images, not 1"),
+        ("--gpt gpt/last.pt --features judge.pt --classifier nowhere.pt", "no checkpoint at nowhere.pt"),
     ):
-        assert_one_line_error(run_inside("evaluate.py", *words, cwd=models), *answer)
+        assert_one_line_error(run_inside("evaluate.py", *words.split(), cwd=models), answer)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from minvqgan import VQGAN, VQGANConfig
-from minvqgan.layers import Downsample, SelfAttention2d, Upsample, seeded
+from minvqgan.layers import SelfAttention2d, seeded
 from minvqgan.quantizer import VectorQuantizer
 
 SMALL = VQGANConfig(image_size=16, ch=8, ch_mult=(1, 2, 2), z_channels=8, code_dim=4, codebook_size=32)
@@ -40,14 +40,9 @@ def test_sizes_that_do_not_fit_are_named(vqgan):
         vqgan(torch.randn(1, 3, 18, 15))
     with pytest.raises(ValueError, match=r"expected images \(B, 3, H, W\)"):
         vqgan(torch.randn(1, 1, 16, 16))
-    with pytest.raises(ValueError, match=r"must lie in \[0, 32\)"):
-        vqgan.decode_indices(torch.full((1, 4, 4), 32))
 
 
-HALF_AND_DOUBLE = (torch.float16, torch.bfloat16, torch.float64)
-
-
-@pytest.mark.parametrize("dtype", HALF_AND_DOUBLE)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("extra", [{}, {"l2_norm": True}, {"rotation": True}, {"gumbel": True}], ids=str)
 def test_a_model_of_another_precision_is_that_of_float32_rounded(extra, dtype):
     torch.manual_seed(0)
@@ -74,10 +69,7 @@ def test_codes_are_searched_in_float32_in_a_model_of_half_precision():
     assert quantizer(z).indices.flatten().tolist() == [0, 1]
 
 
-INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.uint16, torch.int32, torch.uint32, torch.int64)
-
-
-@pytest.mark.parametrize("dtype", INTEGERS)
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.uint16, torch.int32, torch.uint32])
 def test_indices_of_any_integer_type(dtype):
     """256 codes in uint8: the number of codes, 256, is 0 in that type."""
     torch.manual_seed(0)
@@ -91,9 +83,9 @@ def test_indices_of_other_types_and_shapes_are_refused(vqgan):
     for wrong in (torch.zeros(1, 16), torch.zeros(1, 4, 4), torch.zeros(1, 4, 4, dtype=torch.bool)):
         with pytest.raises(ValueError, match=r"expected integer indices \(B, h, w\), got \(1, "):
             vqgan.decode_indices(wrong)
-    for wrong in (torch.full((1, 4, 4), -1, dtype=torch.int8), torch.full((1, 4, 4), 200, dtype=torch.uint8)):
-        with pytest.raises(ValueError, match=r"indices must lie in \[0, 32\), got (-1 to -1|200 to 200)"):
-            vqgan.decode_indices(wrong)
+    for number, dtype in ((-1, torch.int8), (200, torch.uint8), (32, torch.int64)):
+        with pytest.raises(ValueError, match=rf"indices must lie in \[0, 32\), got {number} to {number}"):
+            vqgan.decode_indices(torch.full((1, 4, 4), number, dtype=dtype))
 
 
 def test_images_in_0_to_1_are_warned_about(vqgan):
@@ -125,15 +117,13 @@ def test_initial_weights_depend_on_the_seed_alone():
     [
         ({"ch": 16, "norm_groups": 3}, "--norm-groups 3 does not divide a layer's 16 channels"),
         ({"ch_mult": (1, 1.5)}, "--ch-mult is 1.5, not a whole number"),
-        ({"ch_mult": (1, 0)}, "--ch-mult is 0, not a whole number from 1 to 1048576"),
         ({"ch_mult": [1, 2]}, "--ch-mult is [1, 2], not a tuple"),
         ({"ch_mult": (1,) * 13, "image_size": 4096}, "--ch-mult has 13 levels, not 1 to 12"),
         ({"image_size": 33}, "--image-size 33 is not divisible by f = 4; use 32 or 36"),
         ({"image_size": 2}, "--image-size 2 is not divisible by f = 4; use 4"),
-        ({"num_res_blocks": 101}, "--num-res-blocks is 101, not a whole number from 1 to 100"),
         ({"dropout": float("nan")}, "--dropout is nan, not a number from 0 to 1"),
         ({"beta": float("inf")}, "--beta is inf, not a number"),
-        ({"ch": True}, "--ch is True, not a whole number"),
+        ({"ch": 2**21}, "--ch is 2097152, not a whole number from 1 to 1048576"),
         ({"gumbel": 1}, "--gumbel is 1, not true or false"),
         ({"input_kind": "smell"}, "no VQGAN reads 3 channels of the kind 'smell'"),
     ],
@@ -152,10 +142,8 @@ def test_every_parameter_learns():
         x_hat, quantized = vqgan(x)
         ((x - x_hat).square().mean() + quantized.loss).backward()
         for name, p in vqgan.named_parameters():
-            if not name.endswith(
-                "k.bias"
-            ):  # softmax ignores a constant added to all scores: this gradient is exactly 0
-                assert p.grad is not None and p.grad.abs().max() > 0, name
+            # Softmax ignores a constant added to all scores: the gradient of k.bias is exactly 0.
+            assert name.endswith("k.bias") or p.grad.abs().max() > 0, name
 
 
 def test_one_batch_can_be_overfitted():
@@ -187,43 +175,16 @@ def test_attention_by_the_definition():
     assert torch.allclose(layer(x), x + layer.proj(out.view(2, 8, 3, 5)), atol=1e-12)
 
 
-def test_downsampling_pads_right_and_below_only():
-    """Padding on all sides gives the same shape and shifts every window by a pixel."""
-    layer = Downsample(1)
-    torch.nn.init.zeros_(layer.conv.weight)
-    torch.nn.init.zeros_(layer.conv.bias)
-    layer.conv.weight.data[0, 0, 0, 0] = 1  # reads the window's upper left pixel
-    x = torch.arange(16.0).view(1, 1, 4, 4)
-    assert torch.equal(layer(x), x[:, :, ::2, ::2])
-
-
-def test_upsampling_repeats_pixels():
-    layer = Upsample(1)
-    torch.nn.init.zeros_(layer.conv.weight)
-    torch.nn.init.zeros_(layer.conv.bias)
-    layer.conv.weight.data[0, 0, 1, 1] = 1  # the window's middle
-    x = torch.arange(4.0).view(1, 1, 2, 2)
-    assert torch.equal(layer(x)[0, 0], torch.tensor([[0.0, 0, 1, 1], [0, 0, 1, 1], [2, 2, 3, 3], [2, 2, 3, 3]]))
-
-
 def test_checkpointed_gradients_are_the_same_and_keep_less():
     torch.manual_seed(0)
     model = VQGAN(VQGANConfig(ch=16, ch_mult=(1, 1, 2))).train()
     x, found = torch.randn(2, 3, 32, 32), []
     for checkpoint_grad in (False, True):
-        model.decoder.checkpoint_grad = checkpoint_grad
-        model.zero_grad()
-        kept = 0
-
-        def keep(tensor):
-            nonlocal kept
-            kept += tensor.numel()
-            return tensor
-
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        model.decoder.checkpoint_grad, kept = checkpoint_grad, []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, kept=kept: kept.append(t.numel()) or t, lambda t: t):
             x_hat, quantized = model(x)
-        ((x_hat - x).square().mean() + quantized.loss).backward()
-        found.append((kept, x_hat.detach(), [p.grad.clone() for p in model.parameters()]))
+        loss = (x_hat - x).square().mean() + quantized.loss
+        found.append((sum(kept), x_hat.detach(), torch.autograd.grad(loss, list(model.parameters()))))
     (kept, x_hat, grads), (less, again, grads_again) = found
     assert less < 0.7 * kept
     assert torch.equal(x_hat, again)

@@ -1,7 +1,5 @@
 """The quantizer against brute force and against autograd by the definition."""
 
-import math
-
 import pytest
 import torch
 
@@ -25,20 +23,11 @@ def test_nearest_code_by_brute_force(monkeypatch):
     assert torch.equal(nearest_code(z, codebook), truth)
 
 
-def test_a_code_is_its_own_nearest():
-    quantizer = random_quantizer()
-    indices = torch.arange(20).view(1, 4, 5)
-    assert torch.equal(quantizer(quantizer.embed(indices)).indices, indices)
-
-
 def test_l2_norm_compares_directions():
     quantizer = random_quantizer(l2_norm=True)
     z = torch.randn(2, 5, 4, 4)
-    cosine = torch.einsum(
-        "bdhw,kd->bkhw",
-        z / z.norm(dim=1, keepdim=True),
-        quantizer.codebook.weight / quantizer.codebook.weight.norm(dim=1)[:, None],
-    )
+    codes = quantizer.codebook.weight / quantizer.codebook.weight.norm(dim=1, keepdim=True)
+    cosine = torch.einsum("bdhw,kd->bkhw", z / z.norm(dim=1, keepdim=True), codes)
     quantized = quantizer(z)
     assert torch.equal(quantized.indices, cosine.argmax(1))
     assert torch.allclose(quantized.z_q.norm(dim=1), torch.ones(2, 4, 4), atol=1e-6)
@@ -65,11 +54,10 @@ def test_beta_weighs_the_commitment_side_only(legacy):
     quantized.loss.backward()
     codes = quantizer.embed(quantized.indices).detach()
     on_latents, on_codes = (1.0, 0.25) if legacy else (0.25, 1.0)
-    n = z.numel()
-    assert torch.allclose(z.grad, on_latents * 2 * (z.detach() - codes) / n)
+    slope = 2 * (z.detach() - codes) / z.numel()
+    assert torch.allclose(z.grad, on_latents * slope)
     truth = torch.zeros(20, 5, dtype=torch.float64)
-    rows = (codes - z.detach()).permute(0, 2, 3, 1).reshape(-1, 5)
-    truth.index_add_(0, quantized.indices.flatten(), on_codes * 2 * rows / n)
+    truth.index_add_(0, quantized.indices.flatten(), -on_codes * slope.permute(0, 2, 3, 1).reshape(-1, 5))
     assert torch.allclose(quantizer.codebook.weight.grad, truth)
 
 
@@ -111,9 +99,7 @@ def test_counts_are_of_training_passes_and_move_with_the_model(make):
 def test_usage_and_perplexity_by_hand():
     assert codebook_stats(torch.tensor([5, 5, 0, 0])) == (0.5, pytest.approx(2.0))
     assert codebook_stats(torch.tensor([1, 0, 0, 0])) == (0.25, pytest.approx(1.0))
-    p = [0.5, 0.25, 0.25]
-    entropy = -sum(q * math.log(q) for q in p)
-    assert codebook_stats(torch.tensor([2, 1, 1, 0])) == (0.75, pytest.approx(math.exp(entropy)))
+    assert codebook_stats(torch.tensor([2, 1, 1, 0])) == (0.75, pytest.approx(2**1.5))  # an entropy of 1.5 bits
 
 
 def test_first_revival_places_every_code_on_a_latent():
@@ -123,23 +109,6 @@ def test_first_revival_places_every_code_on_a_latent():
     latents = z.permute(0, 2, 3, 1).reshape(-1, 5)
     for code in quantizer.codebook.weight:
         assert (latents == code).all(1).any()
-
-
-def test_revival_moves_dead_codes_and_leaves_the_living():
-    quantizer = random_quantizer(K=8, D=2)
-    angle = torch.arange(8) * 0.01  # eight codes close together; only the outermost win for distant latents
-    quantizer.codebook.weight.data = torch.stack([angle.cos(), angle.sin()], 1)
-    quantizer.recent_use.fill_(1 / 8)
-    z = 3 * torch.randn(16, 2, 4, 4)
-    for _ in range(400):
-        quantized = quantizer(z)
-    before = quantizer.codebook.weight.detach().clone()
-    counts = torch.bincount(quantized.indices.flatten(), minlength=8)
-    moved = quantizer.revive_dead_codes(z)
-    changed = (quantizer.codebook.weight != before).any(1)
-    dead = counts < 0.05 * counts.sum() / 8  # less than a twentieth of an equal share
-    assert torch.equal(changed, dead) and moved == dead.sum() > 0
-    assert (torch.bincount(quantizer(z).indices.flatten(), minlength=8) > 0).sum() > (counts > 0).sum()
 
 
 def test_use_is_a_running_mean_and_a_code_is_dead_below_a_twentieth_of_its_part():
@@ -187,7 +156,5 @@ def test_gumbel_loss_is_the_divergence_from_uniform():
     quantizer = GumbelQuantizer(4, 3, in_channels=2, kl_weight=0.5)
     z = torch.randn(2, 2, 3, 3)
     p = quantizer.proj(z).softmax(1)
-    truth = torch.distributions.kl_divergence(
-        torch.distributions.Categorical(p.permute(0, 2, 3, 1)), torch.distributions.Categorical(torch.ones(4) / 4)
-    ).mean()
-    assert torch.allclose(quantizer(z).loss, 0.5 * truth)
+    divergence = (p * (p / 0.25).log()).sum(1).mean()
+    assert torch.allclose(quantizer(z).loss, 0.5 * divergence)

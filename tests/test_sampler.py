@@ -9,7 +9,7 @@ from helpers import NoFloat64
 
 from minvqgan import sampler
 from minvqgan.gpt import GPT, GPTConfig
-from minvqgan.sampler import Sampling, choose, filter_logits
+from minvqgan.sampler import Sampling, choose
 
 
 def slow_top_p(p: dict[int, float], top_p: float) -> set[int]:
@@ -38,7 +38,7 @@ def slow_choice(logits: list[float], u: float, temperature: float, top_k: int | 
     raise AssertionError("u is above 1")
 
 
-@pytest.mark.parametrize("top_p", [None, 0.01, 0.3, 0.7, 0.95, 1.0])
+@pytest.mark.parametrize("top_p", [None, 1e-300, 0.01, 0.3, 0.7, 0.95, 1.0])
 @pytest.mark.parametrize("top_k", [None, 1, 3, 7, 11, 12, 50])
 def test_choice_by_the_slow_definition(top_k, top_p):
     """Logits all different, and of five values, so that many are equal, at the filters' borders too."""
@@ -49,31 +49,6 @@ def test_choice_by_the_slow_definition(top_k, top_p):
         codes = choose(logits, u, Sampling(temperature, top_k, top_p)).tolist()
         rows = zip(logits.tolist(), u.tolist(), strict=True)
         assert codes == [slow_choice(*row, temperature, top_k, top_p) for row in rows]
-
-
-@pytest.mark.parametrize("top_p", [1e-300, 0.01, 0.3, 0.7, 0.95, 1.0])
-def test_top_p_by_the_slow_definition(top_p):
-    torch.manual_seed(0)
-    logits = torch.randn(50, 12) * 2
-    kept = filter_logits(logits, None, top_p).isfinite()
-    for row, mask in zip(logits.double().softmax(1).tolist(), kept, strict=True):
-        assert set(mask.nonzero().flatten().tolist()) == slow_top_p(dict(enumerate(row)), top_p)
-
-
-def test_top_k_keeps_exactly_k_even_where_logits_are_equal():
-    logits = torch.tensor([[1.0, 3, 2, 3, 0], [1, 1, 1, 1, 1]])
-    kept = filter_logits(logits, 2, None).isfinite()
-    assert kept.tolist() == [[False, True, False, True, False], [True, True, False, False, False]]
-    assert filter_logits(logits, 9, None).isfinite().all()
-
-
-def test_frequencies_are_those_of_the_distribution():
-    logits = torch.tensor([[0.0, 1, 2, -1]])
-    u = (torch.arange(10_000) + 0.5) / 10_000
-    for temperature in (1.0, 0.5):
-        codes = choose(logits.expand(10_000, -1), u, Sampling(temperature))
-        frequency = torch.bincount(codes, minlength=4) / 10_000
-        assert torch.allclose(frequency, (logits[0] / temperature).softmax(0), atol=2e-4)
 
 
 def test_forbidden_codes_are_never_chosen_and_the_ends_of_u_are_safe():
@@ -113,28 +88,20 @@ def test_schedule_predicts_every_token_once_and_after_all_it_needs(size, n, stri
     for wave in (True, False):
         done = torch.zeros(h, w, dtype=torch.bool)
         for batch in sampler.schedule(h, w, n, wave=wave, stride=stride):
-            assert len({(segment.prefix, segment.length) for segment in batch}) == 1
-            for segment in batch:
-                assert 0 <= segment.top <= h - n and 0 <= segment.left <= w - n
-                for col in range(segment.col, segment.col + segment.length):
-                    assert (segment.top, segment.left) == (
-                        slow_left(segment.row, h, n, 1),
-                        slow_left(col, w, n, stride),
-                    )
-                assert not done[segment.row, segment.col : segment.col + segment.length].any()
-                assert done[segment.top : segment.row, segment.left : segment.left + n].all()
-                assert done[segment.row, segment.left : segment.col].all()
-            for segment in batch:
-                done[segment.row, segment.col : segment.col + segment.length] = True
+            assert len({(a.prefix, a.length) for a in batch}) == 1
+            for a in batch:
+                assert a.top == slow_left(a.row, h, n, 1)
+                assert {slow_left(a.col + i, w, n, stride) for i in range(a.length)} == {a.left}
+                assert not done[a.row, a.col : a.col + a.length].any()
+                assert done[a.top : a.row, a.left : a.left + n].all() and done[a.row, a.left : a.col].all()
+            for a in batch:
+                done[a.row, a.col : a.col + a.length] = True
         assert done.all()
 
 
-def test_a_stride_of_4_has_about_a_quarter_of_the_segments():
+def test_a_stride_of_4_has_about_a_quarter_of_the_segments_and_the_wave_half_of_the_batches():
     counts = {N: sum(map(len, sampler.schedule(64, 64, 16, stride=N))) for N in (1, 4)}
     assert 3.5 < counts[1] / counts[4] < 4.5
-
-
-def test_the_wave_is_shorter_than_the_reading_order():
     one_by_one, wave = (len(list(sampler.schedule(32, 32, 8, wave=wave))) for wave in (False, True))
     assert wave < one_by_one / 2
 
