@@ -132,10 +132,9 @@ def edited(path, target, **changes) -> None:
 
 
 def test_class_names_of_a_checkpoint_are_no_paths(house, tmp_path):
-    config = checkpoint.read(house / "class" / "best.pt")["config"]
-    edited(
-        house / "class" / "best.pt", tmp_path / "gpt.pt", config=config | {"classes": ["../../evil", f"{tmp_path}/x"]}
-    )
+    best = house / "class" / "best.pt"
+    config = checkpoint.read(best)["config"] | {"classes": ("../../evil", f"{tmp_path}/x")}
+    edited(best, tmp_path / "gpt.pt", config=config)
     done = run_inside("sample.py", "--gpt", tmp_path / "gpt.pt", "-n", "1", "--out", tmp_path / "1" / "2", cwd=house)
     assert done.returncode == 0, done.stderr[-2000:]
     assert len(list((tmp_path / "1" / "2").iterdir())) == 2 == len(list(tmp_path.rglob("*.png")))

@@ -226,12 +226,12 @@ def load(file: File, kind: str | None = None) -> VQGAN | TwoStage:
     """The model of a checkpoint, in eval mode, on the CPU. file: a path, or an open binary file that can seek. kind:
     "vqgan" or "two_stage", where only one will do. Raises UserError."""
     content = read(file, kind)
-    if content["kind"] == "two_stage":
-        return unpack_two_stage(content, file)
-    if content["kind"] != "vqgan":
-        raise UserError(f"{file} holds a {content['kind']}, not a vqgan or two_stage model")
     with door(file):
-        return _build_vqgan(content)
+        if content["kind"] == "vqgan":
+            return _build_vqgan(content)
+        if content["kind"] == "two_stage":
+            return unpack_two_stage(content, file)
+    raise UserError(f"{file} holds a {content['kind']}, not a vqgan or two_stage model")
 
 
 def load_vqgan(path: File) -> VQGAN:
