@@ -71,7 +71,6 @@ def main() -> None:
     args = parser.parse_args()
     runs = ROOT / "runs" / "notebooks"
     runs.mkdir(parents=True, exist_ok=True)
-    MADE.mkdir(exist_ok=True)
     for commands, data in ((SHAPES, "shapes"), (CIFAR, args.cifar), (SCENES, args.scenes)):
         for name, command in commands.items() if data else ():
             if not (runs / name / "last.pt").exists():
