@@ -45,7 +45,7 @@ def read(path: str | Path) -> dict[str, Tensor]:
 
 
 def part(state: dict[str, Tensor], name: str) -> dict[str, Tensor]:
-    """The keys that begin with the part's name and a dot, without it."""
+    """The tensors of a part of the model, such as "transformer", by their names within it."""
     return {key.removeprefix(name + "."): t for key, t in state.items() if key.startswith(name + ".")}
 
 
@@ -84,8 +84,8 @@ MIDDLE = ["mid.block_1", "mid.attn_1", "mid.block_2"]
 
 def _level(way: str, level: int, blocks: int, c: VQGANConfig) -> list[str]:
     """Official names of a level's modules, in order; way: `down` or `up`, which also names its change of resolution."""
-    parts = ("block", "attn") if c.image_size // 2**level in c.attn_resolutions else ("block",)
-    return [f"{way}.{level}.{part}.{i}" for i in range(blocks) for part in parts] + [f"{way}.{level}.{way}sample"]
+    kinds = ("block", "attn") if c.image_size // 2**level in c.attn_resolutions else ("block",)
+    return [f"{way}.{level}.{kind}.{i}" for i in range(blocks) for kind in kinds] + [f"{way}.{level}.{way}sample"]
 
 
 def _encoder_names(c: VQGANConfig) -> list[str]:
@@ -113,13 +113,13 @@ def names(module: nn.Module) -> dict[str, str]:
     layers |= {"decoder.conv_out": "decoder.conv_out", "to_code": "quant_conv", "from_code": "post_quant_conv"}
     layers |= {"quantizer.codebook": "quantize.embed" if module.config.gumbel else "quantize.embedding"}
     layers |= {"quantizer.proj": "quantize.proj"}
-    keys = {}
-    for key in module.state_dict():
-        layer = next((layer for layer in layers if key.startswith(layer + ".")), None)
-        if layer:
-            inner = key[len(layer) :].replace(".skip.", ".nin_shortcut.").replace(".proj.", ".proj_out.")
-            keys[key] = layers[layer] + inner
-    return keys
+    state = module.state_dict()
+    return {
+        key: theirs + key.removeprefix(ours).replace(".skip.", ".nin_shortcut.").replace(".proj.", ".proj_out.")
+        for ours, theirs in layers.items()
+        for key in state
+        if key.startswith(ours + ".")
+    }
 
 
 def first_stage(state: dict[str, Tensor]) -> dict[str, Tensor]:
