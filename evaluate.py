@@ -84,10 +84,7 @@ def open_sets(args, model: VQGAN | TwoStage, vqgan: VQGAN):
 def prepare_out(folder: Path) -> None:
     """Make the folder to write to. Raises UserError if files that are not ours would be overwritten."""
     path = folder / "metrics.json"
-    try:
-        ours = path.is_file() and json.loads(path.read_text()).keys() == {"flags", "metrics"}
-    except (ValueError, AttributeError):
-        ours = False
+    ours = path.is_file() and '\n  "metrics": {' in path.read_text(errors="replace")
     if not ours and (path.exists() or (folder / "neighbours.png").exists()):
         raise UserError(f"--out {folder} holds files of something else, which would be overwritten")
     folder.mkdir(parents=True, exist_ok=True)
@@ -97,12 +94,12 @@ def optional(load, name: str, device: torch.device):
     """A judge, or None if its weights cannot be downloaded: then one line says which numbers are missing."""
     try:
         judge = load(name)
+        return judge and judge.to(device)
     except UserError as error:
         if name not in ("vgg16", "inception"):
             raise
         print(f"without {name}: {error}")
         return None
-    return judge.to(device) if judge is not None else None
 
 
 def check_numbers(*numbers: int) -> None:
@@ -113,13 +110,14 @@ def check_numbers(*numbers: int) -> None:
 
 
 class Table:
-    """Named numbers with their spread: printed as lines, kept as JSON."""
+    """Named numbers with their spread, for metrics.json; each is printed as it comes."""
 
     def __init__(self):
         self.rows: dict[str, dict] = {}
 
     def add(self, name: str, value: float, spread: float | None = None, **more) -> None:
         self.rows[name] = {"value": value, "spread": spread, **more}
+        print(f"{name:<40}  {value:10.4f}{'' if spread is None else f' ± {spread:.4g}'}")
 
     def mean(self, name: str, values: torch.Tensor) -> None:
         """A mean over images, values (N,), with its standard error."""
@@ -129,11 +127,6 @@ class Table:
         """A number of a whole set, with its standard deviation over parts of the set."""
         values = torch.tensor([measure(part) for part in parts])
         self.add(name, measure(whole), values.std().item() if len(values) > 1 else None, splits=values.tolist())
-
-    def lines(self) -> list[str]:
-        width = max(map(len, self.rows))
-        text = {name: "" if row["spread"] is None else f" ± {row['spread']:.4g}" for name, row in self.rows.items()}
-        return [f"{name:<{width}}  {row['value']:10.4f}{text[name]}" for name, row in self.rows.items()]
 
 
 def split(images: torch.Tensor, n: int) -> list[torch.Tensor]:
@@ -361,7 +354,6 @@ def main(argv: list[str] | None = None) -> int:
     out = Path(args.out) / "metrics.json"
     with runtime.written_whole(out, "x") as file:
         json.dump({"flags": vars(args), "metrics": table.rows}, file, indent=2)
-    print("\n".join(table.lines()))
     print(f"written: {out}")
     return 0
 

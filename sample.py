@@ -79,18 +79,17 @@ def chosen_classes(text: str | None, names: tuple[str, ...]) -> list[int]:
 
 def pixel_size(wanted: tuple[int, int] | None, default: tuple[int, int], model: TwoStage) -> tuple[int, int]:
     """(H, W) of the images: divisible by f, and not below the training size. Raises UserError."""
-    f, order = model.vqgan.config.f, model.config.order
+    f = model.vqgan.config.f
     smallest = model.config.n * f
     if wanted is None:
-        return (smallest, smallest) if order != "row" else tuple(max(smallest, side // f * f) for side in default)
+        slides = model.config.order == "row"
+        return tuple(max(smallest, side // f * f) if slides else smallest for side in default)
     name = f"--size {wanted[0]}x{wanted[1]}"
     if any(side % f for side in wanted):
         fits = "x".join(str(max(smallest, round(side / f) * f)) for side in wanted)
         raise UserError(f"{name}: both sides must be divisible by f = {f}; {fits} works")
     if min(wanted) < smallest:
         raise UserError(f"{name} is below the {smallest}x{smallest} the model was trained on")
-    if wanted != (smallest, smallest) and order != "row":
-        raise UserError(f"{name}: a model that reads in {order} order samples {smallest}x{smallest} only")
     if wanted[0] > smallest and not model.condition.is_map:
         print(f"{name}: this model does not know where in an image it is; expect its upper part repeated downwards")
     return wanted
@@ -114,8 +113,9 @@ def cover(x: torch.Tensor, height: int, width: int, shrink: bool) -> torch.Tenso
 
 @dataclass
 class Start:
-    """What the images start from."""
+    """What the images start from, and where they go."""
 
+    folder: Path | None  # of single files; None: one grid
     height: int
     width: int
     classes: list[int | None]  # one row of the grid each; [None] for a model without classes
@@ -145,15 +145,12 @@ def prepare(args, model: TwoStage) -> Start:
     outputs = [Path(path) for path in (args.out, args.steps_gif) if path]
     given = {name: getattr(args, name) for name in ("gpt", "official_config", "classifier", "complete", "cond_image")}
     runtime.check_outputs([*outputs, *(outputs[0].iterdir() if outputs[0].is_dir() else [])], **given)
-    if Path(args.out).suffix.lower() in imagefiles.EXTENSIONS - {".png"}:
+    suffix = Path(args.out).suffix.lower()
+    if suffix in imagefiles.EXTENSIONS - {".png"}:
         raise UserError(f"--out {args.out}: name a .png for one grid, or a folder for single files")
     if args.steps_gif and Path(args.steps_gif).suffix.lower() != ".gif":
         raise UserError(f"--steps-gif {args.steps_gif}: the name must end in .gif")
     kind, side = model.condition.kind, model.config.n * model.vqgan.config.f
-    if args.stride > model.config.n:
-        raise UserError(f"--stride {args.stride} is more than the window's {model.config.n} columns")
-    if args.guidance != 1 and model.null is None:
-        raise UserError("--guidance needs a model trained with dropped conditions (train_gpt.py --drop-cond)")
     if args.classes and kind != "class":
         raise UserError(f"--classes: this model is conditioned on {kind}")
     if args.cond_image and kind != "spatial":
@@ -170,7 +167,8 @@ def prepare(args, model: TwoStage) -> Start:
         c_config = model.condition.vqgan.config
         c = data.open_image(args.cond_image, c_config.input_kind, c_config.in_channels)
         default = tuple(c.shape[2:])
-    start = Start(*pixel_size(args.size, default, model), classes)
+    folder = None if suffix == ".png" else Path(args.out)
+    start = Start(folder, *pixel_size(args.size, default, model), classes)
     if kind == "spatial":
         start.c = cover(c, start.height, start.width, shrink=False)
     elif kind != "class":
@@ -204,8 +202,7 @@ def main(argv: list[str] | None = None) -> int:
     runtime.check_memory(pixels * max(2 * count * C, 3 * ch * min(16, count)), what, advice)
     if rank == 0:
         print(f"{args.gpt} on {device} in {'bfloat16' if amp else 'float32'}")
-        folder = Path(args.out) if is_folder(args.out) else Path(args.out).parent
-        for path in (folder, Path(args.steps_gif or "x").parent):
+        for path in (start.folder or Path(args.out).parent, Path(args.steps_gif or "x").parent):
             path.mkdir(parents=True, exist_ok=True)
             if not os.access(path, os.W_OK):  # found out now and not after the sampling
                 raise UserError(f"cannot write to the folder {path}")
@@ -225,7 +222,10 @@ def main(argv: list[str] | None = None) -> int:
             else:
                 c = start.c.to(device).expand(len(numbers), *start.c.shape[1:])
             copies = None if given is None else given.expand(len(numbers), -1, -1)
-            indices = model.sample_indices(c, args.seed, numbers, (h, w), sampling, copies, start.keep)
+            try:
+                indices = model.sample_indices(c, args.seed, numbers, (h, w), sampling, copies, start.keep)
+            except ValueError as error:  # a --stride, --size or --guidance that this model does not have
+                raise UserError(str(error)) from None
             images += [model.vqgan.decode_indices(part).cpu() for part in indices.split(16)]
         images = torch.cat(images)
         if classifier is not None:
@@ -246,22 +246,18 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def is_folder(out: str) -> bool:
-    return Path(out).suffix.lower() != ".png"
-
-
 def write(args, model: TwoStage, rows: list[torch.Tensor], start: Start) -> None:
     """The grid or the single files, and the animation."""
     kind = model.vqgan.config.input_kind
     shown = [pictures.to_rgb(images, kind) for images in rows]
     if args.steps_gif:
         save_steps(Path(args.steps_gif), model, shown)
-    if is_folder(args.out):
-        names = file_names(class_names(model)) if start.classes != [None] else []
+    if start.folder:
+        names = file_names(class_names(model))
         for number, images in zip(start.classes, shown, strict=True):
             for i, image in enumerate(images):
                 name = f"{i:04d}.png" if number is None else f"{names[number]}_{i:04d}.png"
-                pictures.save(pictures.to_image(image), Path(args.out) / name)
+                pictures.save(pictures.to_image(image), start.folder / name)
         return
     if len(shown) == 1:  # one class or none: as square as possible
         shown = list(shown[0].split(math.ceil(len(shown[0]) ** 0.5)))

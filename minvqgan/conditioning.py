@@ -6,8 +6,8 @@
     spatial  a token for each latent: the codes of a second image,     p(s | label map, depth, edges, ...)
              from a VQGAN of its own
 
-Each kind says how many different tokens it has (`num_tokens`) and turns c into indices in [0, num_tokens). With
-`is_map` they are a map (B, h, w), aligned with the image's latents and cropped with them; otherwise they are (B, 1).
+Each turns c into indices in [0, num_tokens): with `is_map` a map (B, h, w), aligned with the image's latents and cut
+with them; otherwise (B, 1).
 
 Letters: B batch, H x W pixels, h x w latents, f = H / h.
 """
@@ -54,8 +54,7 @@ class ClassCondition(nn.Module):
 class CoordinateCondition(nn.Module):
     """c: (B, 1, H, W) in [0, 1], each pixel's place in the full image, see `coordinates` -> (B, H / f, W / f).
 
-    A crop alone does not say whether it shows sky or road; its coordinates do. A place is rounded to `levels` steps, as
-    in the official `CoordStage`.
+    A crop alone does not say whether it shows sky or road. Rounded to `levels` steps, as in the official `CoordStage`.
     """
 
     kind, is_map = "coords", True
@@ -85,10 +84,6 @@ class SpatialCondition(nn.Module):
         super().__init__()
         self.vqgan = vqgan.eval().requires_grad_(False)
         self.num_tokens, self.f = vqgan.config.codebook_size, vqgan.config.f
-
-    def train(self, mode: bool = True) -> "SpatialCondition":
-        """Stays in eval mode: the VQGAN of c is frozen like that of x."""
-        return super().train(False)
 
     def forward(self, c: Tensor) -> Tensor:
         return self.vqgan.encode_indices(c)

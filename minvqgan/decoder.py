@@ -2,9 +2,8 @@
 
     (B, z_channels, h, w) -> (B, C, H, W),   H = f * h,  W = f * w
 
-The mirror of the encoder (Tab. 7, with the same additions): convolution; residual block, attention, residual block;
-m + 1 levels from the lowest resolution up; norm, SiLU, convolution. As in the official code, each level has one
-residual block more than in E.
+The mirror of the encoder (Tab. 7, with the same additions). As in the official code, each level has one residual block
+more than in E.
 """
 
 from typing import TYPE_CHECKING
@@ -46,8 +45,8 @@ class Decoder(nn.Module):
         self.layers = nn.Sequential(*layers)
         # G_L, the last layer, has a name of its own because Eq. 7 measures the adaptive weight on its weights.
         self.conv_out = nn.Conv2d(channels, c.in_channels, 3, padding=1)
-        # True: keep only the maps between layers, and compute those inside again in the backward pass. A third more
-        # time for a fraction of the memory, most of which goes to the high resolutions at the end of G.
+        # True: keep only the maps between layers, and compute those inside again in the backward pass: a third more
+        # time for a fraction of the memory.
         self.checkpoint_grad = False
 
     def forward(self, z_q: Tensor) -> Tensor:

@@ -18,11 +18,8 @@ if TYPE_CHECKING:
 
 
 class Encoder(nn.Module):
-    """E; `VQGANConfig` explains each field.
-
-    `attn_resolutions` are sides of maps *at image_size*: levels of those sides get attention after each block. The
-    lowest resolution always has one attention layer.
-    """
+    """E. `attn_resolutions` are sides of maps *at image_size*: levels of those sides get attention after each block.
+    The lowest resolution always has one attention layer."""
 
     def __init__(self, config: "VQGANConfig"):
         super().__init__()

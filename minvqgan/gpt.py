@@ -38,11 +38,10 @@ class GPTConfig:
 
 
 class KVCache:
-    """Keys and values of the tokens read so far, for up to `length` tokens of `batch` sequences.
+    """Keys and values of the tokens read so far, for up to `length` tokens of `batch` sequences, without gradients.
 
-    Without it each new token would recompute those of all earlier ones: T forward passes of growing length for an image
-    instead of T of length one. Allocated once, because growing it by `cat` would copy everything at every token. For
-    sampling, without gradients. `like`: a weight, for the device and the precision.
+    Without it each new token would recompute those of all earlier ones. Allocated once, because growing it by `cat`
+    would copy everything at every token. `like`: a weight, for the device and the precision.
     """
 
     def __init__(self, config: GPTConfig, batch: int, length: int, like: Tensor):
@@ -76,8 +75,7 @@ class CausalSelfAttention(nn.Module):
             kv = cache.extend(layer, kv)  # (2, B, h, filled + t, C/h)
             if cache.filled and t > 1:  # several tokens after others: row i sees all up to filled + i
                 mask = torch.ones(t, kv.shape[3], dtype=torch.bool, device=x.device).tril(cache.filled)
-        # A single new token sees everything before it and needs no mask.
-        causal = mask is None and t > 1
+        causal = mask is None and t > 1  # a single new token sees everything before it
         y = attention(q, kv[0], kv[1], mask, self.dropout if self.training else 0.0, causal)  # (B, h, t, C/h)
         return self.proj(y.transpose(1, 2).reshape(B, t, C))
 
@@ -144,7 +142,7 @@ class GPT(nn.Module):
 def parameter_groups(gpt: GPT, weight_decay: float) -> list[dict]:
     """For AdamW: weight decay on the matrices of linear layers only, as in GPT-2 and the paper's code. An embedding's
     row would decay at every step but learn only when its token occurs; biases and norms gain nothing from it."""
-    matrices = {id(m.weight) for m in gpt.modules() if isinstance(m, nn.Linear)}
-    decayed = [p for p in gpt.parameters() if id(p) in matrices]
+    decayed = [m.weight for m in gpt.modules() if isinstance(m, nn.Linear)]
+    matrices = set(map(id, decayed))
     others = [p for p in gpt.parameters() if id(p) not in matrices]
     return [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]

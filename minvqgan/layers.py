@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 @contextlib.contextmanager
 def seeded(seed: int, name: str) -> Iterator[None]:
-    """`with seeded(0, "vqgan"): model = VQGAN(config)`: initial weights that depend on seed and name alone, and not on
-    what was built or drawn before. torch's random state is restored afterwards."""
+    """`with seeded(0, "vqgan"): model = VQGAN(config)`: initial weights depend on seed and name alone, not on what was
+    built or drawn before. torch's random state is restored afterwards."""
     state = torch.get_rng_state()
     torch.default_generator.manual_seed(zlib.crc32(f"{seed} {name}".encode()))
     try:
@@ -30,9 +30,9 @@ def seeded(seed: int, name: str) -> Iterator[None]:
 class GroupNorm(nn.GroupNorm):
     """GroupNorm of Wu & He 2018 (arXiv:1803.08494) with the eps = 1e-6 of the official code.
 
-    BatchNorm would need larger batches than fit at 256 pixels. GroupNorm subtracts the mean of each *group*: with one
-    or two channels in a group nothing carries a flat colour through the layer, and images wash out (18 dB at 2 channels
-    a group against 27 dB at 16, on 32-pixel images). Keep at least 16 channels a group.
+    BatchNorm would need larger batches than fit at 256 pixels. GroupNorm subtracts the mean of each *group*: with few
+    channels in a group nothing carries a flat colour through the layer, and images wash out (18 dB at 2 channels a
+    group, 27 dB at 16, on 32-pixel images). Keep at least 16.
     DEPARTURE: the official models have 32 groups throughout; our small presets have fewer, for this reason.
     """
 
@@ -58,8 +58,7 @@ class ResBlock(nn.Module):
         self.norm2 = GroupNorm(out_channels, norm_groups)
         self.dropout = nn.Dropout(dropout)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
-        # The identity wherever channels agree: a learned skip would remove the path that lets a deep stack start out
-        # close to a copy of its input.
+        # The identity where channels agree: a deep stack should start out close to a copy of its input.
         self.skip = nn.Identity() if in_channels == out_channels else nn.Conv2d(in_channels, out_channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -75,8 +74,7 @@ def attention(
 
     causal: row i sees columns up to i. mask (t, T): true where a row may look.
     """
-    # At least float32 on a CPU, where bfloat16 gains nothing up to 250 positions and its gradient is up to three times
-    # as slow.
+    # At least float32 on a CPU, where bfloat16 gains nothing and its gradient is up to three times as slow.
     dtype = torch.promote_types(k.dtype, torch.float32) if q.device.type == "cpu" else k.dtype
     with torch.autocast("cpu", enabled=False):
         return F.scaled_dot_product_attention(q.to(dtype), k.to(dtype), v.to(dtype), mask, dropout, causal).to(q.dtype)
@@ -86,7 +84,7 @@ class SelfAttention2d(nn.Module):
     """x + proj(softmax(q k^T / sqrt(C)) v) over all N = H*W positions, one head: (B, C, H, W) -> (B, C, H, W).
 
     A convolution sees a neighbourhood; here every position sees the whole image, at a cost of N^2. So it is used at the
-    lowest resolution (Sec. 3.1), and at others only where `attn_resolutions` names them.
+    lowest resolution (Sec. 3.1), and where `attn_resolutions` says so.
     """
 
     def __init__(self, channels: int, norm_groups: int):
@@ -99,8 +97,7 @@ class SelfAttention2d(nn.Module):
         h = self.norm(x)
         # Four dimensions, though there is one head: exporters know no other attention.
         q, k, v = (layer(h).view(B, 1, C, H * W).transpose(2, 3) for layer in (self.q, self.k, self.v))  # (B, 1, N, C)
-        out = attention(q, k, v)  # (B, 1, N, C)
-        return x + self.proj(out.transpose(2, 3).reshape(B, C, H, W))
+        return x + self.proj(attention(q, k, v).transpose(2, 3).reshape(B, C, H, W))
 
 
 class Downsample(nn.Module):

@@ -70,8 +70,8 @@ def reconstruction_loss(
 def hinge_loss(logits_real: Tensor, logits_fake: Tensor) -> Tensor:
     """L_D, hinge (Lim & Ye 2017, arXiv:1705.02894): logits (B, 1, h', w') of x and of x_hat -> scalar.
 
-    A D that gives the same logit to both, any constant in [-1, 1], costs exactly 1.0; one that is sure and wrong costs
-    more. Right logits beyond +-1 cost nothing, so a D that is sure and right stops growing.
+    A D that gives the same logit in [-1, 1] to both costs exactly 1.0; one that is sure and wrong more. Right logits
+    beyond +-1 cost nothing, so a D that is sure and right stops growing.
     DEPARTURE: the paper's Eq. 5 is the log loss; the official code trains with this one, and so do we.
     """
     return 0.5 * (F.relu(1 - logits_real).mean() + F.relu(1 + logits_fake).mean())
@@ -168,9 +168,7 @@ def stage_one_step(
 
     So each loss goes back to x_hat once. Both gradients then pass through the last layer alone, which gives the norms
     for lambda, and their weighted sum through the whole network. (The textbook runs the perceptual network and D
-    backward twice, and D forward three times.)
-
-    Losses are in float32 at least, also for a model in half precision (x is then in half precision, perceptual is not).
+    backward twice, and D forward three times.) Losses are in float32 at least, also for a model in half precision.
 
     DEPARTURE: the official code makes new reconstructions for D's step, with the weights just updated. Here D learns
     from those that G learned from, one step older.

@@ -1,7 +1,7 @@
 """One place for an option: a field of a dataclass that carries its help, its bounds and its choices.
 
-The training scripts make a flag of each such field (`harness/flags.py`). Every config calls `check` when it is made,
-whether from flags, a checkpoint or a notebook, so a new option is one line in its dataclass and one where it acts.
+The training scripts make a flag of each such field (`harness/flags.py`), so a new option is one line in its dataclass
+and one where it acts.
 """
 
 import math
@@ -11,14 +11,14 @@ from dataclasses import field, fields
 LARGEST = 2**20  # of any whole number in a config: products of a few of them still fit in 64 bits
 
 
-def option(default, help: str, least: float | None = None, most: float | None = None, choices: tuple = ()):
+def option(default, help: str, least: float = -math.inf, most: float = math.inf, choices: tuple = ()):
     """A dataclass field with what a flag needs. Its annotation is the type; bounds of a tuple hold for each item."""
     return field(default=default, metadata={"help": help, "least": least, "most": most, "choices": choices})
 
 
 def check(config) -> None:
-    """Called by `__post_init__` of each config. Raises ValueError, in one sentence that spells the field as its flag,
-    for a value of another type than the annotation, out of bounds, not finite, or not among the choices."""
+    """Called by `__post_init__` of each config, whether from flags, a checkpoint or a notebook. Raises ValueError for a
+    value of another type than the annotation, out of bounds, not finite, or not among the choices."""
     for f in fields(config):
         name, value, type_ = "--" + f.name.replace("_", "-"), getattr(config, f.name), f.type
         if typing.get_origin(type_) is tuple:
@@ -41,8 +41,7 @@ def _wanted(value, type_, bounds) -> str | None:
         return f"one of {', '.join(bounds['choices'])}"
     if type_ in (bool, str):
         return None
-    least, most = bounds.get("least"), bounds.get("most")
-    least = -math.inf if least is None else least
-    most = (LARGEST if type_ is int else math.inf) if most is None else most
+    least, most = bounds.get("least", -math.inf), bounds.get("most", math.inf)
+    most = min(most, LARGEST) if type_ is int else most
     inside = least <= value <= most and abs(value) < math.inf  # NaN is not
     return None if inside else f"{wanted} from {least} to {most}"

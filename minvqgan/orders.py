@@ -4,6 +4,8 @@ An order is a permutation: sequence[:, t] = raster[:, order[t]], where raster is
 all of these and chose row-major, which is also the only one for completion and the sliding window.
 """
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
@@ -20,25 +22,18 @@ def alternate(n: int) -> Tensor:
     return raster.flatten()
 
 
-def _bits(n: int) -> tuple[Tensor, Tensor, int]:
-    """Row and column of every raster position, and the number of binary digits that they need."""
-    position = row(n)
-    return position // n, position % n, max(1, (n - 1).bit_length())
-
-
-def z_curve(n: int) -> Tensor:
+def z_curve(n: int, digits: Iterable[int] | None = None) -> Tensor:
     """Square by square, the four quarters of each square before the next square (Morton order): the rank has the binary
-    digits of row and column, interleaved."""
-    rows, cols, m = _bits(n)
-    rank = sum(((cols >> k & 1) << 2 * k) + ((rows >> k & 1) << 2 * k + 1) for k in range(m))
+    `digits` of row and column, interleaved, lowest first."""
+    rows, cols = row(n) // n, row(n) % n
+    digits = range(n.bit_length()) if digits is None else digits
+    rank = sum(((cols >> k & 1) << 2 * i) + ((rows >> k & 1) << 2 * i + 1) for i, k in enumerate(digits))
     return rank.argsort()
 
 
 def subsample(n: int) -> Tensor:
     """Coarse to fine: every 2^k-th position before those between. The digits of the z-curve, most significant last."""
-    rows, cols, m = _bits(n)
-    rank = sum(((cols >> m - 1 - k & 1) << 2 * k) + ((rows >> m - 1 - k & 1) << 2 * k + 1) for k in range(m))
-    return rank.argsort()
+    return z_curve(n, reversed(range(n.bit_length())))
 
 
 def spiral_out(n: int) -> Tensor:

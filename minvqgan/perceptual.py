@@ -20,8 +20,7 @@ from torch.nn.utils import fuse_conv_bn_eval
 IMAGENET_SHIFT = (-0.030, -0.088, -0.188)
 IMAGENET_SCALE = (0.458, 0.448, 0.450)
 
-# relu1_2, relu2_2, relu3_3, relu4_3, relu5_3, the last layers before each pooling: their indices in torchvision's
-# VGG16.
+# relu1_2 to relu5_3, the last layers before each pooling: their indices in the VGG16 of torchvision.
 VGG16_TAPS = (3, 8, 15, 22, 29)
 
 
@@ -51,20 +50,16 @@ class VGG16Features(nn.Module):
 
 class SmallFeatures(nn.Module):
     """x (B, 3, H, W) in [-1, 1] -> three feature maps (B, C_l, H_l, W_l), C_l = 32, 64, 128 at 1, 1/2, 1/4 of H x W.
-
-    Like VGG, pairs of 3x3 convolutions with a tap before each pooling, at a fiftieth of its size.
-    """
+    Like VGG, pairs of 3x3 convolutions with a tap before each pooling, at a fiftieth of its size."""
 
     def __init__(self):
         super().__init__()
         self.stages = nn.ModuleList()
-        c_in = 3
-        for c in (32, 64, 128):
+        for c_in, c in ((3, 32), (32, 64), (64, 128)):
             layers: list[nn.Module] = []
             for c_from in (c_in, c):
                 layers += [nn.Conv2d(c_from, c, 3, padding=1), nn.BatchNorm2d(c), nn.ReLU()]
             self.stages.append(nn.Sequential(*layers))
-            c_in = c
 
     def forward(self, x: Tensor) -> list[Tensor]:
         features = []
@@ -126,7 +121,6 @@ class LPIPS(nn.Module):
             with torch.autocast(x.device.type, enabled=False):  # the network may be in bfloat16, but not the distance
                 # A product with w_l instead of `(w * d).sum(1)`: one pass over the largest maps, not two.
                 d = d.sum(1) if self.n_layers is None else d.movedim(1, -1) @ getattr(self, f"weight_{i}")
-            # d: (B, H_l, W_l)
-            distances.append(d.mean((1, 2)))  # (B,)
+            distances.append(d.mean((1, 2)))  # (B, H_l, W_l) -> (B,)
         total = torch.stack(distances).sum(0)
         return total if C == 3 else total.view(B, C).mean(1)

@@ -87,7 +87,7 @@ class VectorQuantizer(nn.Module):
     """q and Z.  forward: z (B, D, h, w) -> Quantized.
 
     beta, legacy: see `codebook_loss`. rotation: `rotation_trick` instead of `straight_through`. l2_norm: latents and
-    codes are both scaled to length 1, so that directions are compared (Yu et al. 2021, arXiv:2110.04627).
+    codes are scaled to length 1, so that directions are compared (Yu et al. 2021, arXiv:2110.04627).
     """
 
     recent_use: Tensor  # (K,)
@@ -140,7 +140,7 @@ class VectorQuantizer(nn.Module):
             return latents_to_codes + self.beta * codes_to_latents
         return codes_to_latents + self.beta * latents_to_codes
 
-    # No mixed precision in here: see `nearest_code`.
+    # No mixed precision: see `nearest_code`.
     @torch.autocast("cuda", enabled=False)
     @torch.autocast("mps", enabled=False)
     @torch.autocast("cpu", enabled=False)
@@ -152,31 +152,22 @@ class VectorQuantizer(nn.Module):
             flat = F.normalize(flat, dim=1)
         with torch.no_grad():
             indices = nearest_code(flat, codes)  # (N,)
-        if self.training:
-            self._track_use(indices)
+            if self.training:
+                counts = count_codes(indices, self.codebook_size)
+                self.counts += counts  # in place, as CUDA graphs need it
+                self.recent_use.lerp_((counts / counts.sum()).to(self.recent_use), 0.02)
         z_q = F.embedding(indices, codes)  # (N, D): a gather; a one-hot product would be N x K
         loss = self.codebook_loss(flat, z_q)
-        out = (rotation_trick if self.rotation else straight_through)(flat, z_q)
-
-        def to_map(rows: Tensor) -> Tensor:
-            return rows.view(B, h, w, D).permute(0, 3, 1, 2)  # (N, D) -> (B, D, h, w)
-
-        z_q = to_map(out).to(self.codebook.weight.dtype)
-        return Quantized(z_q, indices.view(B, h, w), loss, to_map(flat.detach()))
-
-    @torch.no_grad()
-    def _track_use(self, indices: Tensor) -> None:
-        counts = count_codes(indices, self.codebook_size)
-        self.counts += counts  # in place, as CUDA graphs need it
-        self.recent_use.lerp_((counts / counts.sum()).to(self.recent_use), 0.02)
+        z_q = (rotation_trick if self.rotation else straight_through)(flat, z_q)
+        z_q, z = (rows.view(B, h, w, D).permute(0, 3, 1, 2) for rows in (z_q, flat.detach()))  # (B, D, h, w)
+        return Quantized(z_q.to(self.codebook.weight.dtype), indices.view(B, h, w), loss, z)
 
     @torch.no_grad()
     def revive_dead_codes(self, z: Tensor, threshold: float = 0.05) -> int:
         """Move codes that are hardly ever chosen to latents of the current batch; returns how many.
 
         z: (B, D, h, w), `Quantized.z`. A code is dead when its recent fraction of the latents is below `threshold` / K,
-        a twentieth of what it would be if all were chosen equally often. Before the first step all are dead: the same
-        call initialises the codebook from data.
+        a twentieth of an equal part. Before the first step all are dead: the call initialises the codebook from data.
         DEPARTURE: neither the paper nor its code does this, and there many codes are never used. (Cf. the random
         restarts of Jukebox, Dhariwal et al. 2020, arXiv:2005.00341.)
         """

@@ -5,15 +5,16 @@ All randomness is one uniform number u for each code, drawn in advance: the code
 distribution passes u. So a seed gives the same image in any batch, with or without the cache, and in whatever order a
 large image is filled.
 
-bfloat16 (`gpt.bfloat16()`) and float32 give different images for one seed. Within one precision the batch size does
-not matter, with one exception: in bfloat16 on a CPU a batch of one differs where a window slides or most is given.
+bfloat16 (`gpt.bfloat16()`) and float32 give different images for one seed. Within one precision the batch size does not
+matter, except that in bfloat16 on a CPU a batch of one differs where a window slides or most is given.
 
 Letters: B batch, K codes, R condition tokens, T image tokens, h x w latents, n x n the window.
 """
 
+import itertools
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -23,39 +24,34 @@ from .gpt import GPT, KVCache
 
 @dataclass(frozen=True)
 class Sampling:
-    """How codes are drawn. The defaults sample from the model's distribution as it is. Raises ValueError for settings
-    that leave nothing to draw."""
+    """How codes are drawn. The defaults sample from the model's distribution as it is."""
 
     temperature: float = 1.0  # below 1 sharpens; 0 takes the most likely code
     top_k: int | None = None  # only the k most likely codes
     top_p: float | None = None  # only the most likely codes that together have this probability
-    # Above 1 exaggerates what c changes. For models trained with dropped conditions (Ho & Salimans 2022,
-    # arXiv:2207.12598).
-    guidance: float = 1.0
+    guidance: float = 1.0  # above 1 exaggerates what c changes (Ho & Salimans 2022, arXiv:2207.12598)
     stride: int = 1  # columns by which a sliding window moves, see `window_start`
     wave: bool = True  # False: one segment at a time, for the same codes
     use_cache: bool = True  # False: everything is recomputed for each code, for the same codes
     on_token: Callable[[int], None] | None = None  # called with the number of codes just drawn, for a progress bar
 
     def __post_init__(self):
-        if not self.temperature >= 0:  # so that NaN is refused too
-            raise ValueError(f"temperature {self.temperature} is not 0 or more")
-        if self.top_k is not None and self.top_k < 1:
-            raise ValueError(f"top_k {self.top_k} leaves no code")
-        if self.top_p is not None and not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p {self.top_p} is not in (0, 1]")
-        if not abs(self.guidance) < float("inf"):
-            raise ValueError(f"guidance {self.guidance} is not a finite number")
-        if self.stride < 1:
-            raise ValueError(f"a window cannot move by {self.stride} columns")
+        for fits, name in (
+            (self.temperature >= 0, "temperature"),  # NaN is not
+            (self.top_k is None or self.top_k >= 1, "top_k"),
+            (self.top_p is None or 0 < self.top_p <= 1, "top_p"),
+            (abs(self.guidance) < float("inf"), "guidance"),
+            (self.stride >= 1, "stride"),
+        ):
+            if not fits:
+                raise ValueError(f"{name} {getattr(self, name)} leaves nothing to draw")
 
 
 def uniforms(seed: int, numbers: Sequence[int], count: int) -> Tensor:
     """u for `count` codes of each image, (len(numbers), count). Image number i of a seed has a generator of its own, so
     its batch and the number of images do not matter. Seeds share no images, as far as 32 bits tell them apart."""
     seeds = (zlib.crc32(f"{seed} {i}".encode()) for i in numbers)
-    rows = [torch.rand(count, generator=torch.Generator().manual_seed(s)) for s in seeds]
-    return torch.stack(rows)
+    return torch.stack([torch.rand(count, generator=torch.Generator().manual_seed(s)) for s in seeds])
 
 
 def filter_logits(logits: Tensor, top_k: int | None, top_p: float | None) -> Tensor:
@@ -165,23 +161,19 @@ class Segment:
 
 def row_segments(row: int, first: int, h: int, w: int, n: int, stride: int = 1) -> list[Segment]:
     """The columns of a row from `first` on, cut into segments."""
-    segments: list[Segment] = []
-    for col in range(first, w):
-        left = window_start(col, w, n, stride)
-        if segments and segments[-1].left == left:
-            segments[-1] = replace(segments[-1], length=segments[-1].length + 1)
-        else:
-            segments.append(Segment(row, col, 1, window_start(row, h, n), left, n))
+    segments = []
+    for left, group in itertools.groupby(range(first, w), lambda col: window_start(col, w, n, stride)):
+        columns = list(group)
+        segments.append(Segment(row, columns[0], len(columns), window_start(row, h, n), left, n))
     return segments
 
 
 def schedule(h: int, w: int, n: int, start: int = 0, wave: bool = True, stride: int = 1) -> Iterator[list[Segment]]:
     """All segments of an h x w image from raster position `start` on, in batches that can be predicted at once.
 
-    A segment needs every token of its window that comes before it in reading order: in its own row all to the left, in
-    the rows above all up to the window's right edge. So each row follows half a window, n / 2 columns, behind the one
-    above, and about 2 w / n rows advance together as a slanted wave front. The segments of a batch have equal prefix
-    and length. wave=False: one at a time, in reading order.
+    A segment needs all tokens of its window that come before it in reading order: in the rows above up to the window's
+    right edge. So each row follows half a window, n / 2 columns, behind the one above, and about 2 w / n rows advance
+    together as a slanted wave front. The segments of a batch have equal prefix and length. wave=False: one at a time.
     """
     waiting = [row_segments(i, max(0, start - i * w), h, w, n, stride) for i in range(h)]
     done = [min(w, max(0, start - i * w)) for i in range(h)]  # columns finished in each row
@@ -223,7 +215,7 @@ def slide(
 
 def reject(scores: Tensor, rate: float) -> Tensor:
     """Rejection sampling (Sec. 4.4). scores (n,): a classifier's, for what was asked. Returns the indices of the best
-    fraction `rate` in (0, 1] of the images, best first; one at least. Raises ValueError for another rate."""
+    fraction `rate` of the images, best first; one at least. Raises ValueError for a rate outside (0, 1]."""
     if not 0 < rate <= 1:
         raise ValueError(f"an acceptance rate of {rate} is not in (0, 1]")
     return scores.argsort(descending=True, stable=True)[: max(1, round(rate * len(scores)))]

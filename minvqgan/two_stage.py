@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import sampler
-from .conditioning import Condition, NoCondition, coordinates
+from .conditioning import Condition, coordinates
 from .gpt import GPT
 from .options import check, option
 from .orders import ORDERS
@@ -108,8 +108,6 @@ class TwoStage(nn.Module):
             sampling the model will read its own mistakes.
         drop_cond: fraction of the sequences read without c, so that the model also learns p(s), which guidance needs.
             DEPARTURE: the paper has no guidance (Ho & Salimans 2022, arXiv:2207.12598).
-
-        Raises ValueError for drop_cond in a model without a token for it.
         """
         s, r = s.long(), r.flatten(1).long()  # (B, T), (B, R)
         s_in = s
@@ -152,8 +150,8 @@ class TwoStage(nn.Module):
         """New codes (B, h, w) for c.
 
         seed, numbers: of `sampler.uniforms`, by default images 0 to B - 1. size: (h, w), by default that of c's map or
-        the training size. given (B, h, w): codes of which the first `keep` in the model's order stay. Raises ValueError
-        for a size below the training size, or above it in another order than row.
+        the training size; larger ones need row order. given (B, h, w): codes of which the first `keep` in the model's
+        order stay. Raises ValueError.
         """
         n, sampling = self.config.n, sampling or Sampling()
         r = self.condition_tokens(c)
@@ -169,7 +167,7 @@ class TwoStage(nn.Module):
             new = sampler.continue_tokens(self.gpt, r.flatten(1), s, u[:, keep:], sampling, self.null)
             return self.to_map(torch.cat([s, new], 1))
         if self.config.order != "row":
-            raise ValueError(f"the order {self.config.order} is bound to {n} x {n} latents; only row order slides")
+            raise ValueError(f"the {self.config.order} order has {n} x {n} latents; only row order slides")
         return sampler.slide(self.gpt, r, given, u.view(-1, h, w), n, sampling, keep, self.null)
 
     def sample(self, c: Tensor | None = None, n: int = 1, seed: int = 0, **how) -> Tensor:
@@ -195,7 +193,7 @@ class TwoStage(nn.Module):
     def default_condition(self, count: int, size: tuple[int, int] | None = None) -> Tensor:
         """c for `count` images of `size` latents, if it needs no choice: nothing, or the coordinates of all pixels."""
         device = self.order.device
-        if isinstance(self.condition, NoCondition):
+        if self.condition.kind == "none":
             return torch.zeros(count, 1, device=device)
         if self.condition.kind != "coords":
             raise ValueError(f"this model needs a condition ({self.condition.kind})")

@@ -5,8 +5,8 @@
     indices (B, h, w) int64  the number of each code: what stage two models
     x_hat   (B, C, H, W)
 
-A 1x1 convolution on either side of the quantizer maps E's z_channels to the D dimensions of a code, and back for G.
-With D below z_channels the nearest code is searched in fewer dimensions, and more codes are used (arXiv:2110.04627).
+A 1x1 convolution on either side of the quantizer maps E's z_channels to the D dimensions of a code, and back for G: in
+few dimensions more codes are used (arXiv:2110.04627).
 """
 
 import warnings
@@ -114,17 +114,15 @@ class VQGAN(nn.Module):
     @torch.no_grad()
     def encode_indices(self, x: Tensor) -> Tensor:
         """x (B, C, H, W) in [-1, 1] -> indices (B, h, w) int64 in [0, K)."""
-        # On the CPU only: a GPU would have to be waited for.
         if not torch.compiler.is_compiling() and x.device.type == "cpu" and self.config.input_kind != "labels":
-            warn_of_range(x)
+            warn_of_range(x)  # not on a GPU, which would have to be waited for
         return self.encode(x).indices
 
     @torch.no_grad()
     def decode_indices(self, indices: Tensor) -> Tensor:
-        """indices (B, h, w), of any integer type -> x_hat (B, C, H, W). Raises ValueError for another shape or type, or
-        an index outside [0, K)."""
+        """indices (B, h, w), of any integer type -> x_hat (B, C, H, W). Raises ValueError for others."""
         K, dtype = self.config.codebook_size, indices.dtype
-        if indices.ndim != 3 or dtype.is_floating_point or dtype.is_complex or dtype == torch.bool:
+        if indices.ndim != 3 or dtype.is_floating_point or dtype == torch.bool:
             raise ValueError(f"expected integer indices (B, h, w), got {tuple(indices.shape)} of {dtype}")
         indices = indices.long()  # before comparing: 256 is 0 in uint8
         if not torch.compiler.is_compiling() and indices.numel() and (indices.min() < 0 or indices.max() >= K):

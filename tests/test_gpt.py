@@ -49,8 +49,8 @@ def test_cached_equals_full(gpt, parts):
     logits = torch.cat([gpt(piece, cache) for piece in tokens.split(parts, 1)], 1)
     assert torch.allclose(logits, gpt(tokens), atol=1e-5)
     cache = KVCache(gpt.config, 2, 12, gpt.position_embedding)
-    last = [gpt(piece, cache, last_only=True)[:, 0] for piece in tokens.split(parts, 1)]
-    assert torch.allclose(last[-1], gpt(tokens)[:, -1], atol=1e-5)
+    *_, last = (gpt(piece, cache, last_only=True) for piece in tokens.split(parts, 1))
+    assert torch.allclose(last, logits[:, -1:], atol=1e-5)
 
 
 def test_too_many_tokens(gpt):
@@ -59,13 +59,12 @@ def test_too_many_tokens(gpt):
 
 
 def test_configs_that_no_transformer_can_have():
-    sizes = {"num_codes": 4, "num_cond": 1, "block_size": 4}
     with pytest.raises(ValueError, match="--n-head 3 does not divide --n-embd 8"):
-        GPTConfig(**sizes, n_head=3, n_embd=8)
+        GPTConfig(4, 1, 4, n_head=3, n_embd=8)
     with pytest.raises(ValueError, match="--n-layer is 0, not a whole number from 1 to 1000"):
-        GPTConfig(**sizes, n_layer=0)
+        GPTConfig(4, 1, 4, n_layer=0)
     with pytest.raises(ValueError, match="a transformer cannot have 4 codes, -1 condition tokens"):
-        GPTConfig(**sizes | {"num_cond": -1})
+        GPTConfig(4, -1, 4)
 
 
 def test_decay_on_matrices_only(gpt):

@@ -1,7 +1,5 @@
 """The objective of stage one against autograd by the definition: the losses, lambda, the step; and D."""
 
-import math
-
 import pytest
 import torch
 from helpers import NoFloat64
@@ -35,11 +33,13 @@ class TwoLayers(torch.nn.Module):
         return [h, self.b(h).relu()]
 
 
+CONFIG = VQGANConfig(image_size=16, ch=8, ch_mult=(1, 2), z_channels=8, code_dim=4, codebook_size=16)
+
+
 @pytest.fixture
 def parts():
     torch.manual_seed(0)
-    config = VQGANConfig(image_size=16, ch=8, ch_mult=(1, 2), z_channels=8, code_dim=4, codebook_size=16)
-    vqgan = VQGAN(config).double()
+    vqgan = VQGAN(CONFIG).double()
     disc = PatchDiscriminator(3, channels=8, num_layers=2).double()
     return vqgan, disc, LPIPS(TwoLayers()).double(), torch.rand(3, 3, 16, 16, dtype=torch.float64) * 2 - 1
 
@@ -138,13 +138,13 @@ def test_gs_loss_leaves_nothing_in_d_and_ds_loss_nothing_in_g(parts):
 def test_label_maps_and_vqvae(parts):
     """Cross-entropy of a one-hot map and its logits, and the squared error, by the definition."""
     x = parts[-1]
-    one_hot = torch.nn.functional.one_hot(torch.arange(9).view(1, 3, 3) % 3, 3).permute(0, 3, 1, 2).double()
+    one_hot = torch.eye(3, dtype=torch.float64)[torch.arange(9).view(1, 3, 3) % 3].permute(0, 3, 1, 2)
     logits = torch.randn(1, 3, 3, 3, dtype=torch.float64)
-    by_hand = -(logits.log_softmax(1) * one_hot).sum(1).mean()
-    config = ObjectiveConfig(loss="labels")
-    assert reconstruction_loss(one_hot, logits, config)["rec_loss"] == pytest.approx(by_hand.item())
-    config = ObjectiveConfig(loss="vqvae")
-    assert reconstruction_loss(x, 0 * x, config)["rec_loss"] == pytest.approx((x**2).mean().item())
+    for loss, truth, pair in (
+        ("labels", -(logits.log_softmax(1) * one_hot).sum(1).mean(), (one_hot, logits)),
+        ("vqvae", (x**2).mean(), (x, 0 * x)),
+    ):
+        assert reconstruction_loss(*pair, ObjectiveConfig(loss))["rec_loss"] == pytest.approx(truth.item())
 
 
 def test_lambda_by_hand():
@@ -158,42 +158,23 @@ def test_lambda_by_hand():
 def test_losses_by_hand():
     real, fake = torch.tensor([2.0, 0.5, -1.0]), torch.tensor([-3.0, 0.0, 0.5])
     assert hinge_loss(real, fake) == pytest.approx(0.5 * ((0 + 0.5 + 2) / 3 + (0 + 1 + 1.5) / 3))
-    d = lambda logit: 1 / (1 + math.exp(-logit))  # noqa: E731
-    truth = -sum(math.log(d(r)) for r in (2.0, 0.5, -1.0)) / 3 - sum(math.log(1 - d(f)) for f in (-3.0, 0.0, 0.5)) / 3
-    assert log_loss(real, fake) == pytest.approx(truth / 2)
+    p_real, p_fake = (1 / (1 + (-logits).exp()) for logits in (real, fake))
+    assert log_loss(real, fake) == pytest.approx((-p_real.log().mean() - (1 - p_fake).log().mean()).item() / 2)
     assert generator_loss(fake) == pytest.approx(2.5 / 3)
-    assert generator_loss(fake, "log") == pytest.approx(-sum(math.log(d(f)) for f in (-3.0, 0.0, 0.5)) / 3)
+    assert generator_loss(fake, "log") == pytest.approx(-p_fake.log().mean().item())
 
 
-def test_d_can_tell_apart_what_differs_in_texture():
-    torch.manual_seed(0)
-    disc = PatchDiscriminator(3, channels=8, num_layers=2)
-    opt = torch.optim.Adam(disc.parameters(), 2e-3, betas=(0.5, 0.9))
-    for _ in range(60):
-        sharp = torch.randn(8, 3, 16, 16).sign() * 0.5
-        blurred = torch.nn.functional.avg_pool2d(sharp, 3, 1, 1)
-        loss = hinge_loss(disc(sharp), disc(blurred))
-        opt.zero_grad()
-        loss.backward()
-        opt.step()
-    assert loss < 0.2
-
-
-def test_patch_size_is_what_the_docstring_says():
+def test_patch_and_smallest_image_are_what_the_docstring_says():
     """The pixels that one logit depends on, counted by its gradient."""
     for num_layers, patch in ((2, 34), (3, 70)):
         disc = PatchDiscriminator(1, channels=4, num_layers=num_layers).eval()
+        smallest = 3 * 2**num_layers
+        assert disc(torch.randn(2, 1, smallest, smallest)).numel() > 0
         x = torch.randn(1, 1, 128, 128, requires_grad=True)
         logits = disc(x)
         logits[0, 0, logits.shape[2] // 2, logits.shape[3] // 2].backward()
         rows = x.grad[0, 0].abs().sum(1).nonzero()
         assert rows.max() - rows.min() + 1 == patch
-
-
-def test_smallest_image_of_d():
-    for num_layers in (2, 3):
-        size = 2 ** (num_layers + 2)
-        assert PatchDiscriminator(3, 4, num_layers)(torch.randn(2, 3, size, size)).numel() > 0
 
 
 def test_ramp():
@@ -214,32 +195,21 @@ def test_with_bfloat16_losses_are_float32(parts):
 def test_a_step_in_another_precision(dtype):
     """Gradients have the direction of those in float32; losses are float32 at least."""
     grads = []
-    config = VQGANConfig(image_size=16, ch=8, ch_mult=(1, 2), z_channels=8, code_dim=4, codebook_size=16)
     for other in (torch.float32, dtype):
         torch.manual_seed(0)
-        vqgan, disc = VQGAN(config).train().to(other), PatchDiscriminator(3, 8, 2).to(other)
+        vqgan, disc = VQGAN(CONFIG).train().to(other), PatchDiscriminator(3, 8, 2).to(other)
         perceptual = LPIPS(TwoLayers()).to(torch.promote_types(other, torch.float32))
         x = (torch.rand(3, 3, 16, 16) * 2 - 1).to(other)
         terms, _ = stage_one_step(vqgan, disc, perceptual, x, ObjectiveConfig())
-        assert {value.dtype for value in terms.values()} <= {torch.promote_types(other, torch.float32), other}
         assert terms["rec_loss"].dtype == torch.promote_types(other, torch.float32)
         grads.append(torch.cat([p.grad.float().flatten() for p in vqgan.decoder.parameters()]))
     assert torch.nn.functional.cosine_similarity(*grads, dim=0) > 0.98
 
 
-def test_hinge_loss_of_a_d_that_cannot_tell():
-    """Any constant logit in [-1, 1] costs exactly 1, a D that is sure and wrong more, one that is sure and right 0."""
-    for logit in (-1.0, -0.3, 0.0, 1.0):
-        assert hinge_loss(torch.full((4,), logit), torch.full((4,), logit)) == 1
-    assert hinge_loss(torch.full((4,), -2.0), torch.full((4,), 2.0)) == 3
-    assert hinge_loss(torch.full((4,), 5.0), torch.full((4,), -5.0)) == 0
-
-
 def test_nothing_is_float64_in_training_and_validation():
     """Every operation on the device, of a step and of the held-out numbers, is watched."""
     torch.manual_seed(0)
-    config = VQGANConfig(image_size=16, ch=8, ch_mult=(1, 2), z_channels=8, code_dim=4, codebook_size=16)
-    vqgan, disc, perceptual = VQGAN(config).train(), PatchDiscriminator(3, 8, 2), LPIPS(TwoLayers())
+    vqgan, disc, perceptual = VQGAN(CONFIG).train(), PatchDiscriminator(3, 8, 2), LPIPS(TwoLayers())
     x = torch.rand(3, 3, 16, 16) * 2 - 1
     with NoFloat64():
         stage_one_step(vqgan, None, None, x, ObjectiveConfig(loss="labels"), adv_fraction=None)

@@ -6,14 +6,7 @@ from helpers import fixture, relative_error
 
 from minvqgan.discriminator import PatchDiscriminator
 from minvqgan.harness import official
-from minvqgan.objective import (
-    ObjectiveConfig,
-    generator_loss,
-    hinge_loss,
-    last_layer_gradients,
-    log_loss,
-    stage_one_step,
-)
+from minvqgan.objective import ObjectiveConfig, generator_loss, hinge_loss, log_loss, stage_one_step
 from minvqgan.quantizer import GumbelQuantizer
 
 TOLERANCE = 1e-5
@@ -34,12 +27,15 @@ def build(fx, legacy):
 def test_encoder_quantizer_and_decoder(fx):
     vqgan, _ = build(fx, legacy=True)
     quantized = vqgan.encode(fx["x"])
-    assert relative_error(vqgan.latents(fx["x"]), fx["latent"]) < TOLERANCE
     assert torch.equal(quantized.indices, fx["indices"])
-    assert relative_error(quantized.z_q, fx["quant"]) < TOLERANCE
-    assert relative_error(quantized.loss, fx["vq_loss"]) < TOLERANCE
-    assert relative_error(vqgan.decode(quantized.z_q), fx["x_rec"]) < TOLERANCE
-    assert relative_error(vqgan.decode_indices(fx["indices"]), fx["x_rec"]) < TOLERANCE
+    for ours, name in (
+        (vqgan.latents(fx["x"]), "latent"),
+        (quantized.z_q, "quant"),
+        (quantized.loss, "vq_loss"),
+        (vqgan.decode(quantized.z_q), "x_rec"),
+        (vqgan.decode_indices(fx["indices"]), "x_rec"),
+    ):
+        assert relative_error(ours, fx[name]) < TOLERANCE, name
 
 
 @pytest.mark.parametrize("variant", ["paper", "legacy"])
@@ -84,18 +80,6 @@ def test_one_pass_step_gives_the_official_lambda_and_gradients(fx):
         assert relative_error(parameter.grad, fx["grads"][name]) < TOLERANCE, name
 
 
-def test_norms_of_lambda_are_the_official_ones(fx):
-    """|grad_{G_L} L_rec| and |grad_{G_L} L_GAN|, from the gradients at x_hat."""
-    vqgan, disc = build(fx, legacy=False)
-    disc.train()
-    x_hat, _ = vqgan(fx["x"])
-    leaf = x_hat.detach().requires_grad_()
-    losses = ((fx["x"] - leaf).abs().mean(), generator_loss(disc(leaf)))
-    rec, gan = last_layer_gradients(vqgan, x_hat, *(torch.autograd.grad(loss, leaf)[0] for loss in losses))
-    assert relative_error(rec.norm(), fx["grad_norm_rec"]) < TOLERANCE
-    assert relative_error(gan.norm(), fx["grad_norm_gan"]) < TOLERANCE
-
-
 def test_gumbel_quantizer():
     fx = fixture("gumbel")
     state = {key.replace("embed", "codebook"): t for key, t in fx["state_dict"].items()}
@@ -123,12 +107,7 @@ def test_every_official_configuration_has_our_architecture():
     dd |= {"ch_mult": [1, 1, 2, 2, 4], "num_res_blocks": 2, "attn_resolutions": [4, 16], "dropout": 0.0}
     config = official.vqgan_config(dd, n_embed=32, embed_dim=8)
     names = official._encoder_names(config)
-    assert [n for n in names if n and "attn" in n] == [
-        "down.2.attn.0",
-        "down.2.attn.1",
-        "down.4.attn.0",
-        "down.4.attn.1",
-        "mid.attn_1",
-    ]
+    attention = "down.2.attn.0 down.2.attn.1 down.4.attn.0 down.4.attn.1 mid.attn_1".split()
+    assert [n for n in names if n and "attn" in n] == attention
     assert len([n for n in names if n and ".block." in n]) == 5 * 2
     assert len([n for n in official._decoder_names(config) if ".block." in n]) == 5 * 3

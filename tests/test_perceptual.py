@@ -29,22 +29,15 @@ def both():
     return LPIPS(VGG16Features(vgg.features), judges.lpips_weights()), theirs
 
 
-def test_equal_to_the_lpips_package(both):
+def test_value_and_gradient_equal_to_the_lpips_package(both):
     ours, theirs = both
-    x, y = torch.rand(3, 3, 64, 48) * 2 - 1, torch.rand(3, 3, 64, 48) * 2 - 1
-    with torch.no_grad():
-        truth = theirs(x, y).flatten()
-        assert ((ours(x, y) - truth).abs() / truth).max() < 1e-6
-
-
-def test_gradient_equal_to_the_lpips_package(both):
-    x, y = torch.rand(2, 3, 32, 32) * 2 - 1, torch.rand(2, 3, 32, 32) * 2 - 1
-    grads = []
-    for network in both:
-        leaf = y.clone().requires_grad_()
-        network(x, leaf).sum().backward()
-        grads.append(leaf.grad)
-    assert (grads[0] - grads[1]).abs().max() < 1e-5 * grads[1].abs().max()
+    x, y = torch.rand(3, 3, 64, 48) * 2 - 1, (torch.rand(3, 3, 64, 48) * 2 - 1).requires_grad_()
+    distance, truth = ours(x, y), theirs(x, y).flatten()
+    assert ((distance - truth).abs() / truth).max() < 1e-6
+    (grad,), (true_grad,) = (torch.autograd.grad(d.sum(), y) for d in (distance, truth))
+    assert (grad - true_grad).abs().max() < 1e-5 * true_grad.abs().max()
+    with pytest.raises(ValueError, match="shapes"):
+        ours(x, y[:1])
 
 
 @pytest.mark.parametrize("size", [0.0, 1e-12, 1e-9, 1e-6])
@@ -78,21 +71,6 @@ def test_frozen_and_always_in_eval_mode(both):
     assert ours(x, x) == 0
 
 
-def test_without_learned_weights_every_channel_counts_one():
-    torch.manual_seed(0)
-    conv = nn.Conv2d(3, 4, 3)
-
-    class OneLayer(nn.Module):
-        def forward(self, x):
-            return [conv(x)]
-
-    x, y = torch.randn(2, 3, 8, 8), torch.randn(2, 3, 8, 8)
-    fx, fy = (f / f.norm(dim=1, keepdim=True) for f in (conv(x), conv(y)))
-    assert torch.allclose(LPIPS(OneLayer())(x, y), (fx - fy).square().sum(1).mean((1, 2)))
-    with pytest.raises(ValueError, match="shapes"):
-        LPIPS(OneLayer())(x, y[:1])
-
-
 def test_weights_of_other_names_are_refused(monkeypatch, tmp_path):
     """The bug of a much-used tutorial: unknown names, strict=False, training on noise."""
     (tmp_path / "weights" / "v0.1").mkdir(parents=True)
@@ -121,9 +99,6 @@ def test_vgg_file_of_the_cache_is_read_strictly(monkeypatch, tmp_path):
     torch.save({"features.0.weight": torch.zeros(1)}, tmp_path / "checkpoints" / name)
     with pytest.raises(UserError, match="could not be loaded"):
         judges.vgg16_lpips()
-    (tmp_path / "checkpoints" / name).write_bytes(b"half a file")
-    with pytest.raises(UserError, match="could not be loaded"):
-        judges.vgg16_lpips()
 
 
 def test_a_classifier_of_torchvision_sees_what_it_was_trained_on(monkeypatch):
@@ -143,19 +118,16 @@ def test_a_classifier_of_ours_serves_as_feature_network(tmp_path, network):
     classifier = load_classifier(tmp_path / "c.pt")
     distance = judges.load_perceptual(str(tmp_path / "c.pt"), image_size=32)
     x, y = torch.rand(2, 2, 3, 32, 32)
-    truth = 0
     with torch.no_grad():
         maps = [classifier.features(image) for image in (x, y)]
-        for a, b in zip(*maps, strict=True):
-            a, b = (f / f.norm(dim=1, keepdim=True).clamp_min(1e-10) for f in (a, b))
-            truth = truth + (a - b).square().sum(1).mean((1, 2))
+        pairs = ([F.normalize(f, dim=1) for f in pair] for pair in zip(*maps, strict=True))
+        truth = sum((a - b).square().sum(1).mean((1, 2)) for a, b in pairs)
         assert torch.allclose(distance(x, y), truth, rtol=1e-5)
         # Only with the learned weights is it LPIPS, and may be called so.
         assert torch.equal(metrics.image_metrics(x, y, distance)["perceptual"], distance(x, y))
         learned = LPIPS(distance.features, [torch.ones(c) for c in (32, 64, 128)])
         assert torch.allclose(metrics.image_metrics(x, y, learned)["lpips"], truth, rtol=1e-5)
-        logits = classifier.head(maps[0][-1].mean((2, 3)))
-        assert torch.allclose(classifier(x), logits, atol=1e-5)
+        assert torch.allclose(classifier(x), classifier.head(maps[0][-1].mean((2, 3))), atol=1e-5)
 
 
 def test_a_judge_is_trained_on_crops_and_replaces_no_other_file(tmp_path):
@@ -175,26 +147,24 @@ def test_a_judge_is_trained_on_crops_and_replaces_no_other_file(tmp_path):
 
 
 def test_the_small_network_comes_with_the_package():
-    """It serves sides of 32, 64 and 256, gray images, and is told apart from LPIPS by its name."""
-    path = judges.SMALL
-    assert path.stat().st_size < 2**20 and (path.parent / "README.md").exists()
+    """It serves sides of 32 and 64, and gray images."""
+    assert judges.SMALL.stat().st_size < 2**20 and (judges.SMALL.parent / "README.md").exists()
     distance = judges.load_perceptual("small", 32)
     rng = torch.Generator().manual_seed(0)
-    for shape in ((2, 3, 32, 32), (2, 1, 64, 64), (1, 3, 256, 256)):
+    for shape in ((2, 3, 32, 32), (2, 1, 64, 64)):
         x = F.interpolate(torch.rand(*shape[:2], 8, 8, generator=rng) * 2 - 1, shape[2:], mode="bicubic")
         noisy = x + 0.1 * torch.randn(shape, generator=rng)
         with torch.no_grad():
             assert torch.equal(distance(x, x), torch.zeros(len(x)))
             assert (distance(x, noisy) > 0.01).all() and (distance(x, noisy) < distance(x, noisy.flip(2))).all()
-    assert "perceptual" in metrics.image_metrics(x, noisy, distance)
 
 
 def test_folding_batch_norm_changes_no_feature():
     torch.manual_seed(0)
     features = SmallFeatures()
     features(torch.randn(8, 3, 16, 16))  # running statistics other than 0 and 1
-    for norm in (m for m in features.modules() if isinstance(m, torch.nn.BatchNorm2d)):
-        torch.nn.init.uniform_(norm.weight, 0.5, 2), torch.nn.init.uniform_(norm.bias, -1, 1)
+    for norm in (m for m in features.modules() if isinstance(m, nn.BatchNorm2d)):
+        nn.init.uniform_(norm.weight, 0.5, 2), nn.init.uniform_(norm.bias, -1, 1)
     x = torch.randn(2, 3, 16, 16)
     with torch.no_grad():
         truth = features.eval()(x)

@@ -1,5 +1,7 @@
 """Both stages as one: the official models' numbers for every kind of condition, and the sliding window."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from helpers import fixture, official_files, relative_error
@@ -37,8 +39,8 @@ def test_official_numbers(kind, tmp_path):
     given = s.view(2, 16, 16)
     completed = model.sample_indices(fx["c"], sampling=GREEDY, given=given, keep=128).flatten(1)
     assert torch.equal(completed[:, :128], s[:, :128])
-    n = fx["completion_from_128"].shape[1] - 128 if fx["completion_from_128"].shape[1] > 128 else 0
-    assert n and torch.equal(completed[:, : 128 + n], fx["completion_from_128"])
+    n = fx["completion_from_128"].shape[1]
+    assert n > 128 and torch.equal(completed[:, :n], fx["completion_from_128"])
 
 
 @pytest.mark.parametrize("wave", [False, True])
@@ -51,22 +53,24 @@ def test_official_sliding_window(kind, wave, tmp_path):
     assert torch.equal(indices, fx["slide_greedy"])
 
 
-def make_model(kind="none", order="row", guided=False, n=4, classes=3):
+CONFIG = VQGANConfig(image_size=8, ch=8, ch_mult=(1, 2), z_channels=8, code_dim=4, codebook_size=16)
+
+
+def make_model(kind="none", order="row", guided=False):
     torch.manual_seed(0)
-    config = VQGANConfig(image_size=8, ch=8, ch_mult=(1, 2), z_channels=8, code_dim=4, codebook_size=16)
     condition = {
         "none": lambda: NoCondition(),
-        "class": lambda: ClassCondition(classes),
+        "class": lambda: ClassCondition(3),
         "coords": lambda: CoordinateCondition(f=2, levels=31),
-        "spatial": lambda: SpatialCondition(VQGAN(config)),
+        "spatial": lambda: SpatialCondition(VQGAN(CONFIG)),
     }[kind]()
-    R = condition_length(condition, n)
-    gpt = GPT(GPTConfig(16, condition.num_tokens + guided, R + n * n, n_layer=2, n_head=2, n_embd=16))
+    length = condition_length(condition, 4) + 16
+    gpt = GPT(GPTConfig(16, condition.num_tokens + guided, length, n_layer=2, n_head=2, n_embd=16))
     torch.nn.init.normal_(gpt.position_embedding)
     for block in gpt.blocks:  # weights large enough that what stands before matters
         torch.nn.init.normal_(block.attention.qkv.weight, std=0.4)
     torch.nn.init.normal_(gpt.head.weight, std=0.5)
-    return TwoStage(VQGAN(config), condition, gpt, TwoStageConfig(n, order, guided)).eval()
+    return TwoStage(VQGAN(CONFIG), condition, gpt, TwoStageConfig(4, order, guided)).eval()
 
 
 def condition_for(kind, count, h=4, w=4):
@@ -153,19 +157,8 @@ def test_bfloat16_samples_the_same_image_in_any_batch(guidance):
     assert len({tuple(row.tolist()) for row in together}) == 4
 
 
-def test_bfloat16_costs_little():
-    """KL divergence of the next code's distribution from that in float32, in nats."""
-    torch.manual_seed(0)
-    model = make_model("none")
-    tokens = torch.randint(0, 16, (64, 16))
-    with torch.no_grad():
-        exact = model.gpt(tokens).log_softmax(2)
-        rounded = model.gpt.bfloat16()(tokens).float().log_softmax(2)
-    assert 0 < (exact.exp() * (exact - rounded)).sum(2).mean() < 0.01
-
-
 @pytest.mark.parametrize("stride", [1, 2, 3, 4])
-@pytest.mark.parametrize("size", [(4, 9), (9, 4), (5, 5), (7, 10), (11, 6)])
+@pytest.mark.parametrize("size", [(4, 4), (4, 9), (9, 4), (5, 5), (7, 10), (11, 6)])
 @pytest.mark.parametrize("kind", ["none", "coords", "spatial"])
 def test_wave_equals_one_by_one_equals_the_definition(kind, size, stride):
     """The definition: for each position in reading order the whole window, recomputed, and the logits at its place."""
@@ -187,15 +180,6 @@ def test_wave_equals_one_by_one_equals_the_definition(kind, size, stride):
             s[:, i, j] = (p.cumsum(1) <= u[:, i * w + j, None]).sum(1)
     for wave in (True, False):
         assert torch.equal(model.sample_indices(c, size=size, sampling=Sampling(wave=wave, stride=stride)), s)
-
-
-def test_window_equal_to_the_grid_is_plain_sampling():
-    model = make_model("coords")
-    c = condition_for("coords", 2)
-    u = sampler.uniforms(5, [3, 4], 16).view(2, 4, 4)
-    s = torch.zeros(2, 4, 4, dtype=torch.long)
-    slid = sampler.slide(model.gpt, model.condition_tokens(c), s, u, 4, Sampling())
-    assert torch.equal(slid, model.sample_indices(c, 5, [3, 4]))
 
 
 @pytest.mark.parametrize("size", [(4, 4), (7, 10)])
@@ -220,16 +204,15 @@ def test_images_and_mistakes():
     completed, given = model.complete(images, 0.5, torch.tensor([0, 2])), model.vqgan.encode_indices(images)
     codes = model.sample_indices(torch.tensor([0, 2]), given=given, keep=8)  # two of the four rows
     assert torch.equal(completed, model.vqgan.decode_indices(codes)) and not torch.equal(codes, given)
-    with pytest.raises(ValueError, match="needs a condition"):
-        model.sample(n=2)
-    with pytest.raises(ValueError, match=r"classes must lie in \[0, 3\), got 3 to 3"):
-        model.sample(torch.tensor([3]))
-    with pytest.raises(ValueError, match="dropped conditions"):
-        model.sample(torch.tensor([0]), sampling=Sampling(guidance=2.0))
-    with pytest.raises(ValueError, match="fewer than the 4 x 4"):
-        model.sample(torch.tensor([0]), size=(3, 8))
-    with pytest.raises(ValueError, match="a stride of 5 is not between 1 and 4"):
-        model.sample(torch.tensor([0]), size=(6, 8), sampling=Sampling(stride=5))
+    for match, c, how in (
+        ("needs a condition", None, {}),
+        (r"classes must lie in \[0, 3\), got 3 to 3", 3, {}),
+        ("dropped conditions", 0, {"sampling": Sampling(guidance=2.0)}),
+        ("fewer than the 4 x 4", 0, {"size": (3, 8)}),
+        ("a stride of 5 is not between 1 and 4", 0, {"size": (6, 8), "sampling": Sampling(stride=5)}),
+    ):
+        with pytest.raises(ValueError, match=match):
+            model.sample(None if c is None else torch.tensor([c]), **how)
     with pytest.raises(ValueError, match="the condition covers 4 x 4 latents, the image has 6 x 6"):
         make_model("coords").sample_indices(condition_for("coords", 1), size=(6, 6))
 
@@ -275,20 +258,18 @@ def test_codes_and_classes_of_any_integer_type():
 
 def test_parts_that_were_not_made_for_each_other():
     model = make_model("class")
-    coarser = VQGAN(VQGANConfig(image_size=8, ch=8, ch_mult=(1, 1, 1), z_channels=8, code_dim=4, codebook_size=16))
-    larger = VQGAN(VQGANConfig(image_size=8, ch=8, ch_mult=(1, 2), z_channels=8, code_dim=4, codebook_size=17))
+    coarser, larger = VQGAN(replace(CONFIG, ch_mult=(1, 1, 1))), VQGAN(replace(CONFIG, codebook_size=17))
+    spatial = {"gpt": make_model("spatial").gpt, "condition": SpatialCondition(coarser)}
     for match, parts in (
         ("a sequence of 25 tokens does not fit the transformer's 17", {"config": TwoStageConfig(5)}),
         ("needs 16 codes and 20 tokens in all", {"condition": ClassCondition(4)}),
         ("needs 17 codes", {"vqgan": larger}),
         ("2 class names for 3 classes", {"config": TwoStageConfig(4, classes=("a", "b"))}),
+        ("the condition is downsampled by 4, the image by 2", spatial),
     ):
         own = {"vqgan": model.vqgan, "condition": model.condition, "gpt": model.gpt, "config": model.config}
         with pytest.raises(ValueError, match=match):
             TwoStage(**own | parts)
-    gpt = make_model("spatial").gpt
-    with pytest.raises(ValueError, match="the condition is downsampled by 4, the image by 2"):
-        TwoStage(model.vqgan, SpatialCondition(coarser), gpt, TwoStageConfig(4))
     with pytest.raises(ValueError, match="cannot have 0 x 0 codes"):
         TwoStageConfig(0)
     with pytest.raises(ValueError, match="--order is 'random', not one of row, "):
