@@ -3,7 +3,7 @@
     python results/sampling.py --gpt notebooks/checkpoints/cifar_gpt.pt --data cifar10_split --judges C.pt R.pt
 
 As many new images for each setting as there are held-out images, with the same seeds. Rejection keeps the images that
-the package's small network is surest of, which is none of the judges (judging.py).
+a classifier is surest of which is none of the judges (judging.py): the package's small network, or --rejector.
 """
 
 import torch
@@ -65,13 +65,14 @@ def main(argv: list[str] | None = None) -> int:
     add_flags(p, "sampling")
     add_judges(p, images=1000)
     p.add_argument("--gpt", required=True, help="a class-conditional transformer")
+    p.add_argument("--rejector", default=SMALL, help="classifier for rejection, none of the judges")
     args = p.parse_args(argv)
     device, model = runtime.pick_device(args.device), checkpoint.load(args.gpt)
     if not isinstance(model, TwoStage) or model.condition.kind != "class":
         raise UserError(f"{args.gpt} is not a class-conditional transformer")
     if args.images < model.condition.num_tokens:
         raise UserError(f"--images {args.images} are fewer than the model's {model.condition.num_tokens} classes")
-    model, rejector = model.to(device), load_classifier(SMALL).to(device)
+    model, rejector = model.to(device), load_classifier(args.rejector).to(device)
     judges = Judges(args, device, model.config.n * model.vqgan.config.f)
     # The best that any transformer could reach: the held-out images themselves through the first stage.
     x_hat = in_parts(lambda x: model.vqgan(x)[0], judges.x, device)

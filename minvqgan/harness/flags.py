@@ -32,7 +32,8 @@ class Parser(argparse.ArgumentParser):
         known, others = super().parse_known_args(args, namespace)
         for action in self._actions:
             value = getattr(known, action.dest, None)
-            if isinstance(value, str) and not value.strip():  # --out "$FOLDER" with no such variable
+            # --out "$FOLDER" with no such variable
+            if isinstance(value, str) and not value.strip() and value != action.default:
                 self.error(f"argument {action.option_strings[0]}: the name is empty")
         return known, others
 
