@@ -43,7 +43,7 @@ PRESETS = {
         --image-size 64 --ch 32 --ch-mult 1 2 4 4 --num-res-blocks 1 --attn-resolutions --norm-groups 2 --dropout 0
         --z-channels 128 --codebook-size 1024 --code-dim 16 --beta 0.25 --no-legacy --revive-every 20
         --batch-size 32 --steps 20000 --lr 4e-4 --disc-lr 8e-5 --warmup 0.01 --lr-decay 0.4 --flip
-        --perceptual small --perceptual-weight 0.3 --disc-loss hinge --disc-weight 0.3 --max-lambda 0.05 --delta 1e-6
+        --perceptual small --perceptual-weight 0.3 --disc-loss hinge --disc-weight 0.5 --max-lambda 0.1 --delta 1e-6
         --loss vqgan --fixed-lambda 0 --no-l2-norm --no-rotation --no-gumbel
         --disc-start 0.4 --disc-warmup 0.1 --disc-ramp 0.1 --disc-channels 64 --disc-layers 2
         --log-every 50 --val-every 1000 --save-every 1000""",

@@ -10,9 +10,7 @@ minvqgan/__init__.py, and the line beside each from its own.
 
 import argparse
 import ast
-import base64
 import importlib.util
-import json
 import re
 import shutil
 import sys
@@ -71,13 +69,13 @@ and from the numbers an image again:
 
 ![](way.png)
 
-*{way}.*
+*A photograph, its 8 x 8 codes, the transformer's prediction in the middle of them, new codes, and their image.*
 
 A transformer learns which number follows which. It then draws new maps, and the decoder makes images of them:
 
-![](samples.png)
+![](samples_scenes.png)
 
-*New images, drawn code by code: airplane, automobile, bird, cat, deer, dog, frog, horse, ship, truck.*
+*New images, drawn code by code: buildings, forests, glaciers, mountains, sea, streets.*
 
 <p><a href="playground.html">Here is a page to play with</a>: change an image's codes and see what they draw, encode an
 image of your own, and watch the transformer draw new ones.</p>
@@ -112,16 +110,6 @@ def contents(pages: list[str], caption: str = "") -> str:
     return "\n".join(["\n```{toctree}", ":hidden:", f":caption: {caption}" if caption else "", "", *pages, "```\n"])
 
 
-def saved_figure(notebook: Path, caption: str) -> tuple[str, bytes]:
-    """The saved figure whose caption begins so -> (its caption, PNG)."""
-    outputs = (output for cell in json.loads(notebook.read_text())["cells"] for output in cell.get("outputs", ()))
-    for output in outputs:
-        alt = output.get("metadata", {}).get("image/png", {}).get("alt", "")
-        if alt.startswith(caption):
-            return alt, base64.b64decode(output["data"]["image/png"])
-    raise ValueError(f"{notebook} has no figure {caption!r}")
-
-
 def write_pages(folder: Path) -> None:
     """What Sphinx reads: the notebooks as they are, the start page, the reading order, a page for each file of it."""
     notebooks = sorted((ROOT / "notebooks").glob("[0-9]*.ipynb"))
@@ -129,11 +117,10 @@ def write_pages(folder: Path) -> None:
         shutil.copy(path, folder)
     sidebar = contents(["Overview <self>", *(path.stem for path in notebooks)], "Notebooks")
     sidebar += contents(["reading_order"], "Code")
-    way, png = saved_figure(ROOT / "notebooks" / "00_tour.ipynb", "Images, their code maps")
-    (folder / "way.png").write_bytes(png)
-    shutil.copy(ROOT / "figures" / "samples_cifar.png", folder / "samples.png")
+    for name in ("way", "samples_scenes"):
+        shutil.copy(ROOT / "figures" / f"{name}.png", folder)
     readme = (ROOT / "notebooks" / "README.md").read_text().replace("# The notebooks", "## The notebooks", 1)
-    (folder / "index.md").write_text(FRONT.format(way=way) + readme + sidebar)
+    (folder / "index.md").write_text(FRONT + readme + sidebar)
     (folder / "site.css").write_text(CSS)
 
     text = "# Reading order of the modules\n\n"
@@ -142,9 +129,9 @@ def write_pages(folder: Path) -> None:
         text += f"1. [`{name}`](code_{path.stem}.md): {about}\n"
         listing = f"`````{{code-block}} python\n:linenos:\n\n{path.read_text()}`````\n"
         (folder / f"code_{path.stem}.md").write_text(f"# {path.name}\n\n{listing}")
-    readme = (ROOT / "README.md").read_text()
-    table = readme[readme.index("| paper | what |") : readme.index("`minvqgan/harness/` is")]
-    text += "\n## From the paper to the code\n\n" + table.replace("](notebooks/", "](")
+    readme = (ROOT / "minvqgan" / "README.md").read_text()
+    table = readme[readme.index("| paper | what |") : readme.index("To follow")]
+    text += "\n## From the paper to the code\n\n" + table.replace("](../notebooks/", "](")
     (folder / "reading_order.md").write_text(text + contents([f"code_{path.stem}" for path in reading_order()]))
 
 
@@ -172,7 +159,7 @@ def build(out: Path) -> None:
         if app.statuscode:
             sys.exit(2)  # its warnings are printed
         shutil.copytree(html, out, dirs_exist_ok=True)
-    playground.write(playground.default_checkpoint(), out / "playground.html")
+    playground.write(playground.CIFAR, out / "playground.html")
     print(f"open {out / 'index.html'}")
 
 

@@ -47,13 +47,10 @@ def way(model: TwoStage, x: Tensor, c: Tensor, path) -> None:
         p, likeliest = model.gpt(tokens, last_only=True)[0, 0].softmax(0).topk(8)
     n, codes = model.config.n, model.to_map(s)
     fig, axes = subplots(1, 5, (13, 2.9))
-    new = model.sample(c, seed=3, sampling=HOW)
-    shown = [(x, "a photograph x"), (pictures.code_map(model.vqgan, codes, 8), f"{n} x {n} codes s = q(E(x))"), None]
-    shown += [
-        (pictures.code_map(model.vqgan, model.vqgan.encode_indices(new), 8), "new codes"),
-        (new, "a new image G(s)"),
-    ]
-    for axis, item in zip(axes[0], shown, strict=True):
+    drawn = model.sample_indices(c, seed=3, sampling=HOW)
+    new = [(pictures.code_map(model.vqgan, drawn, 8), "new codes"), (model.vqgan.decode_indices(drawn), "a new image")]
+    own = [(x, "a photograph x"), (pictures.code_map(model.vqgan, codes, 8), f"{n} x {n} codes s = q(E(x))")]
+    for axis, item in zip(axes[0], [*own, None, *new], strict=True):
         if item is None:
             axis.barh(range(8), p.tolist()[::-1], color="#0072B2")
             axis.set_yticks(range(8), [str(i) for i in likeliest.tolist()[::-1]], fontsize=7)

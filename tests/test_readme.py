@@ -25,7 +25,9 @@ from minvqgan.objective import ObjectiveConfig
 from minvqgan.two_stage import TwoStageConfig
 from minvqgan.vqgan import VQGANConfig
 
-PAGES = [path for name in ("", "minvqgan/harness/") if (path := ROOT / name / "README.md").exists()]
+PAGES = [
+    path for name in ("", "minvqgan/", "minvqgan/harness/", "results/") if (path := ROOT / name / "README.md").exists()
+]
 README = PAGES[0].read_text()
 
 # What stands for the sizes that nobody trains in a test.
@@ -41,6 +43,7 @@ SMALL = {
 SPECIAL = {
     "--resume": "--steps 4",
     "--size 256x512": "-n 1 --size 20x24",
+    "--size 64x512": "-n 1 --size 64x72",
     "--size 512x1024": "-n 1 --size 36x36",
     "--classes 207,281": "-n 1 --classes 1,3",
     "evaluate.py --vqgan runs/vqgan/last.pt": SMALL["evaluate.py"] + " --features none",
@@ -161,7 +164,8 @@ def test_what_it_points_to_is_there():
     for page in PAGES:
         for target in re.findall(r"\]\(((?!http)[^)#]+)\)", page.read_text()):
             assert (page.parent / target).exists(), target
-    table = README[README.index("| paper | what |") :].split("\n\n")[0]
+    table = PAGES[1].read_text()
+    table = table[table.index("| paper | what |") :].split("\n\n")[0]
     names = [name for row in table.strip().splitlines()[2:] for name in re.findall(r"`([\w.]+)`", row.split("|")[3])]
     assert len(names) > 20
     module = None
