@@ -9,9 +9,10 @@ trained on windows of at most 8 x 8 and slides over what is larger.
 
 from pathlib import Path
 
+import judging
 import torch
 import torch.nn.functional as F
-from judging import Judges, add_flags, add_judges, in_parts, same_settings, seconds, strips, train_first_stage, write
+from judging import in_parts, seconds
 from torch import Tensor
 
 from minvqgan import Sampling
@@ -51,7 +52,7 @@ def first_stage(args, f: int, train_set):
         return Palette(x.permute(0, 2, 3, 1).reshape(-1, 3))
     out = args.runs / f"vqgan_f{f}"
     if args.train:
-        train_first_stage(args, out, args.vqgan_steps, f"--ch-mult {CH_MULT[f]} {args.flags}")
+        judging.train_first_stage(args, out, args.vqgan_steps, f"--ch-mult {CH_MULT[f]} {args.flags}")
     return checkpoint.load_vqgan(out / "last.pt").to(memory_format=torch.channels_last)
 
 
@@ -65,14 +66,9 @@ def transformer(args, f: int, num_classes: int, codes, held_out, device) -> tupl
     torch.manual_seed(0)
     gpt = GPT(GPTConfig(K, num_classes, WINDOW**2, n_layer=4, n_head=4, n_embd=128)).to(device)
 
-    def loss(maps: Tensor, classes: Tensor, top: int | None = None) -> Tensor:
-        left = top
-        if top is None:
-            top, left = torch.randint(side - n + 1, (2,)).tolist()
-        s = maps[:, top : top + n, left : left + n].flatten(1)  # (B, n * n)
-        with torch.autocast(device.type, torch.bfloat16, enabled=args.amp):
-            logits = gpt(torch.cat([K + classes[:, None], s[:, :-1]], 1))  # (B, n * n, K)
-        return F.cross_entropy(logits.float().flatten(0, 1), s.flatten())
+    def loss(maps: Tensor, classes: Tensor, place: tuple[int, int] | None = None) -> Tensor:
+        top, left = place or torch.randint(side - n + 1, (2,)).tolist()
+        return judging.gpt_loss(gpt, maps[:, top : top + n, left : left + n].flatten(1), classes, args.amp)
 
     if path.exists():
         gpt.load_state_dict(torch.load(path, weights_only=True))
@@ -80,8 +76,8 @@ def transformer(args, f: int, num_classes: int, codes, held_out, device) -> tupl
         with torch.enable_grad():
             fit.fit_tokens(gpt, loss, codes, args.steps)
         torch.save(gpt.state_dict(), path)
-    parts = zip(*(t.split(250) for t in held_out), strict=True)
-    return gpt.eval(), sum(loss(m, c, (side - n) // 2).item() * len(m) for m, c in parts) / len(held_out[0])
+    middle, parts = ((side - n) // 2,) * 2, zip(*(t.split(250) for t in held_out), strict=True)
+    return gpt.eval(), sum(loss(m, c, middle).item() * len(m) for m, c in parts) / len(held_out[0])
 
 
 def draw(gpt: GPT, side: int, classes: Tensor) -> Tensor:
@@ -97,8 +93,7 @@ def draw(gpt: GPT, side: int, classes: Tensor) -> Tensor:
 @torch.no_grad()
 def main(argv: list[str] | None = None) -> int:
     p = flags.Parser(description=__doc__)
-    add_flags(p, "context")
-    add_judges(p, images=300)
+    judging.add_flags(p, "context", images=300)
     p.add_argument("--runs", type=Path, default=Path("runs/context"), help="folder of the models")
     p.add_argument("--train", action="store_true", help="train the first-stage models that are missing")
     p.add_argument("--vqgan-steps", type=flags.positive, default=700, help="of each first-stage model")
@@ -107,16 +102,13 @@ def main(argv: list[str] | None = None) -> int:
     args = p.parse_args(argv)
     device = runtime.pick_device(args.device)
     args.amp = runtime.pick_amp(None, device)
-    same_settings(args.runs, data=args.data, flags=args.flags, vqgan_steps=args.vqgan_steps, steps=args.steps)
+    judging.same_settings(args.runs, data=args.data, flags=args.flags, vqgan_steps=args.vqgan_steps, steps=args.steps)
     train_set, val_set = data.open_data(args.data, 32)
-    judges = Judges(args, device, 32)
+    judges = judging.Judges(args, device, 32)
     rows, shown = [{"f": "real images", **judges.floor()}], {}
     for f in (1, *CH_MULT):
         stage = first_stage(args, f, train_set).to(device)
-        codes, held_out = (
-            [t.to(device) for t in fit.codes_of(stage, images, count)]
-            for images, count in ((train_set, len(train_set)), (val_set, 1000))
-        )
+        codes, held_out = judging.codes_of(stage, train_set, val_set, 1000, device)
         gpt, nats = transformer(args, f, len(train_set.classes), codes, held_out, device)
         side = codes[0].shape[1]
         x_hat = in_parts(lambda x, stage=stage: stage.decode_indices(stage.encode_indices(x)), judges.x, device)
@@ -131,8 +123,8 @@ def main(argv: list[str] | None = None) -> int:
         rows.append(row | judges.measure(samples, classes))
         print(rows[-1], flush=True)
         shown[f"f = {f}"] = [x_hat[:: max(1, args.images // SHOWN)][:SHOWN], samples[:SHOWN]]
-    write(args.table, rows)
-    strips(args.figure, shown, ["reconstructions of held-out images", "samples, a class each"])
+    judging.write(args.table, rows)
+    judging.strips(args.figure, shown, ["reconstructions of held-out images", "samples, a class each"])
     return 0
 
 

@@ -23,10 +23,14 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import default_collate
 
+from minvqgan.course import fit
+from minvqgan.gpt import GPT
 from minvqgan.harness import checkpoint, data, flags
 from minvqgan.harness.judges import features_of, load_features, match_classes
 from minvqgan.harness.metrics import frechet_distance, precision_recall
@@ -36,28 +40,27 @@ from minvqgan.harness.runtime import UserError
 ROOT = Path(__file__).parent.parent
 
 
-def add_flags(p: flags.Parser, name: str) -> None:
-    """The flags of all scripts here; `name` is that of the table and the figure."""
+def add_flags(p: flags.Parser, name: str, images: int = 0) -> None:
+    """The flags of the scripts here. name: of the table and the figure. images: that are judged."""
     p.add_argument("--data", required=True, help="as in train_vqgan.py; with train/ and val/")
     p.add_argument("--table", type=Path, default=ROOT / "results" / f"{name}.csv", help="file to write")
     p.add_argument("--figure", type=Path, default=ROOT / "figures" / f"{name}.png", help="file to write")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, mps")
-
-
-def add_judges(p: flags.Parser, images: int) -> None:
-    p.add_argument("--judges", nargs="+", required=True, help="classifiers' files; the first knows the data's classes")
-    p.add_argument("--images", type=flags.positive, default=images, help="held-out images")
+    if images:
+        judges = "classifiers' files; the first knows the data's classes"
+        p.add_argument("--judges", nargs="+", required=True, help=judges)
+        p.add_argument("--images", type=flags.positive, default=images, help="held-out images")
 
 
 def same_settings(runs: Path, **settings) -> None:
     """Writes down in the folder `runs` how its models are made. Raises UserError if they were made in another way."""
-    settings, path = {name: str(value) for name, value in settings.items()}, runs / "settings.json"
+    path = runs / "settings.json"
     if not path.exists():
         runs.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(settings))
+        path.write_text(json.dumps(settings, default=str))
     there = json.loads(path.read_text())
     for name, asked in settings.items():
-        if there.get(name) != asked:
+        if str(there.get(name)) != str(asked):
             raise UserError(f"{runs} holds models made with {name} = {there.get(name)}, not {asked}; use other --runs")
 
 
@@ -78,6 +81,20 @@ def train_first_stage(args, out: Path, steps: int, words: str) -> None:
 def in_parts(function: Callable[[Tensor], Tensor], x: Tensor, device: torch.device, size: int = 100) -> Tensor:
     """function(x), a few rows at a time on the device: (N, ...) on the CPU."""
     return torch.cat([function(part.to(device)).cpu() for part in x.split(size)])
+
+
+def codes_of(vqgan, train_set, val_set, count: int, device: torch.device) -> list[list[Tensor]]:
+    """(maps of codes (N, h, w), classes (N,)) of the training set and of `count` held-out images, on the device."""
+    wanted = ((train_set, len(train_set)), (val_set, count))
+    return [[t.to(device) for t in fit.codes_of(vqgan, images, n)] for images, n in wanted]
+
+
+def gpt_loss(gpt: GPT, s: Tensor, classes: Tensor, amp: bool) -> Tensor:
+    """-log p(s | c), s (B, T) after the classes (B,): the mean over all codes."""
+    tokens = torch.cat([gpt.config.num_codes + classes[:, None], s[:, :-1]], 1)  # (B, T)
+    with torch.autocast(s.device.type, torch.bfloat16, enabled=amp):
+        logits = gpt(tokens)  # (B, T, K)
+    return F.cross_entropy(logits.float().flatten(0, 1), s.flatten())
 
 
 def seconds(device: torch.device) -> float:
@@ -141,16 +158,10 @@ def write(path: Path, rows: list[dict]) -> None:
         table.writerows({k: f"{v:.4g}" if isinstance(v, float) else v for k, v in row.items()} for row in rows)
 
 
-def subplots(rows: int, columns: int, size: tuple[float, float]):
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=size, layout="constrained")
-    return figure, figure.subplots(rows, columns, squeeze=False)
-
-
 def strips(path: Path, shown: dict[str, list[Tensor]], titles: list[str]) -> None:
     """A row for each name, a column for each title: images (n, 3, S, S) side by side."""
-    figure, axes = subplots(len(shown), len(titles), (10.5 if len(titles) == 1 else 13, 1.3 / len(titles) * len(shown)))
+    size = (10.5 if len(titles) == 1 else 13, 1.3 / len(titles) * len(shown))
+    figure, axes = plt.subplots(len(shown), len(titles), figsize=size, layout="constrained", squeeze=False)
     for row, (name, columns) in zip(axes, shown.items(), strict=True):
         for axis, images in zip(row, columns, strict=True):
             strip = to_pixels(torch.cat(list(images), 2)).permute(1, 2, 0).numpy()

@@ -9,10 +9,11 @@
 the checkpoints. What the judges can tell: judging.py.
 """
 
+import itertools
 from pathlib import Path
 
+import judging
 import torch
-from judging import Judges, add_flags, add_judges, in_parts, same_settings, strips, train_first_stage, write
 
 from minvqgan.harness import checkpoint, flags, metrics, runtime
 from minvqgan.harness.runtime import UserError
@@ -27,14 +28,10 @@ LOSSES = {
 }
 
 
-def folder(runs: Path, loss: str, seed: int) -> Path:
-    return runs / f"{loss.replace(' + ', '_').replace(' ', '_')}_{seed}"
-
-
-def parse_flags(argv: list[str] | None):
+@torch.no_grad()
+def main(argv: list[str] | None = None) -> int:
     p = flags.Parser(description=__doc__)
-    add_flags(p, "losses")
-    add_judges(p, images=2500)
+    judging.add_flags(p, "losses", images=2500)
     p.add_argument("--runs", type=Path, default=Path("runs/losses"), help="folder of the run folders")
     p.add_argument("--size", type=flags.size, default=32, help="side of the images")
     p.add_argument("--resize", type=flags.size, help="as in train_vqgan.py")
@@ -43,35 +40,30 @@ def parse_flags(argv: list[str] | None):
     p.add_argument("--steps", type=flags.positive, default=1800, help="of each training")
     p.add_argument("--seeds", type=flags.natural, nargs="+", default=[0], help="of the trainings")
     p.add_argument("--flags", type=str, default="", help="more flags for each training")
-    return p.parse_args(argv)
-
-
-@torch.no_grad()
-def main(argv: list[str] | None = None) -> int:
-    args = parse_flags(argv)
-    device, models = runtime.pick_device(args.device), [(loss, seed) for seed in args.seeds for loss in LOSSES]
+    args = p.parse_args(argv)
+    device, models = runtime.pick_device(args.device), {}  # their files, by (loss, seed)
+    for loss, seed in itertools.product(LOSSES, args.seeds):
+        models[loss, seed] = args.runs / f"{loss.replace(' + ', '_').replace(' ', '_')}_{seed}" / "last.pt"
     if args.train:
-        same_settings(args.runs, data=args.data, size=args.size, resize=args.resize, flags=args.flags)
-        for loss, seed in models:
+        judging.same_settings(args.runs, data=args.data, size=args.size, resize=args.resize, flags=args.flags)
+        for (loss, seed), path in models.items():
             words = f"--image-size {args.size} --resize {args.resize or args.size} --seed {seed} {LOSSES[loss]}"
-            train_first_stage(args, folder(args.runs, loss, seed), args.steps, f"{words} {args.flags}")
-    if not any((folder(args.runs, *model) / "last.pt").exists() for model in models):
+            judging.train_first_stage(args, path.parent, args.steps, f"{words} {args.flags}")
+    models = {name: path for name, path in models.items() if path.exists()}
+    if not models:
         raise UserError(f"there is no model in {args.runs}; --train makes them")
-    judges = Judges(args, device, args.size, args.resize, args.crops)
+    judges = judging.Judges(args, device, args.size, args.resize, args.crops)
     some = torch.linspace(0, len(judges.x) - 1, 8).long()  # of all classes: images are sorted by class
     rows, shown = [{"loss": "real images", **judges.floor()}], {"real": [judges.x[some]]}
-    for loss, seed in sorted(models, key=lambda model: list(LOSSES).index(model[0])):
-        path = folder(args.runs, loss, seed) / "last.pt"
-        if not path.exists():
-            continue
+    for (loss, seed), path in models.items():
         model = checkpoint.load_vqgan(path).to(device)
-        x_hat = in_parts(lambda x, model=model: model(x)[0], judges.x, device)
+        x_hat = judging.in_parts(lambda x, model=model: model(x)[0], judges.x, device)
         errors = {name.upper(): e.mean().item() for name, e in metrics.image_metrics(judges.x, x_hat, None).items()}
         rows.append({"loss": loss, "seed": seed, **errors, **judges.measure(x_hat, judges.c)})
         shown.setdefault(loss, [x_hat[some]])
         print(rows[-1], flush=True)
-    write(args.table, rows)
-    strips(args.figure, shown, [""])
+    judging.write(args.table, rows)
+    judging.strips(args.figure, shown, [""])
     return 0
 
 

@@ -6,8 +6,9 @@ As many new images for each setting as there are held-out images, with the same 
 a classifier is surest of which is none of the judges (judging.py): the package's small network, or --rejector.
 """
 
+import matplotlib.pyplot as plt
 import torch
-from judging import Judges, add_flags, add_judges, in_parts, subplots, write
+from judging import Judges, add_flags, in_parts, write
 from torch import Tensor
 
 from minvqgan import Sampling
@@ -47,23 +48,22 @@ def figure(rows: list[dict], names: list[str], path) -> None:
     """For each judge: Fréchet distance over class accuracy, and recall over precision; a curve for each family."""
     pairs = [("class accuracy", f"Fréchet ({name})") for name in names]
     pairs += [(f"precision ({name})", f"recall ({name})") for name in names]
-    fig, axes = subplots(1, len(pairs), (4 * len(pairs), 3.4))
+    fig, axes = plt.subplots(1, len(pairs), figsize=(4 * len(pairs), 3.4), layout="constrained")
     plain = next(row for row in rows if row["sampling"] == "as it is")
-    for axis, (across, up) in zip(axes[0], pairs, strict=True):
+    for axis, (across, up) in zip(axes, pairs, strict=True):
         for family in list(FAMILIES)[1:]:
             points = [plain] + [row for row in rows if row["sampling"] == family]
             axis.plot([q[across] for q in points], [q[up] for q in points], "o-", ms=3, label=family)
         axis.plot(plain[across], plain[up], "ko", label="as it is")
         axis.set(xlabel=across, ylabel=up)
-    axes[0][0].legend(fontsize=7)
+    axes[0].legend(fontsize=7)
     fig.savefig(path, dpi=110)
 
 
 @torch.no_grad()
 def main(argv: list[str] | None = None) -> int:
     p = flags.Parser(description=__doc__)
-    add_flags(p, "sampling")
-    add_judges(p, images=1000)
+    add_flags(p, "sampling", images=1000)
     p.add_argument("--gpt", required=True, help="a class-conditional transformer")
     p.add_argument("--only", nargs="+", default=list(FAMILIES), choices=FAMILIES, help="settings to measure")
     p.add_argument("--rejector", default=SMALL, help="classifier for rejection, none of the judges")

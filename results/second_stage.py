@@ -12,9 +12,11 @@ import csv
 from functools import partial
 from pathlib import Path
 
+import judging
+import matplotlib.pyplot as plt
 import torch
 import torch.nn.functional as F
-from judging import ROOT, add_flags, same_settings, seconds, subplots, write
+from judging import ROOT, seconds, write
 from torch import Tensor
 
 from minvqgan.course import fit
@@ -34,15 +36,12 @@ def build(kind: str, K: int, n: int, classes: int) -> torch.nn.Module:
     return GPT(GPTConfig(K, classes, n * n, n_layer=4, n_head=4, n_embd=128))
 
 
-def loss(model, order: Tensor, K: int, amp: bool, maps: Tensor, classes: Tensor) -> Tensor:
+def loss(model, order: Tensor, amp: bool, maps: Tensor, classes: Tensor) -> Tensor:
     """-log p(s | c) of maps (B, n, n), the mean over all codes."""
+    if not isinstance(model, PixelSNAIL):
+        return judging.gpt_loss(model, maps.flatten(1)[:, order], classes, amp)
     with torch.autocast(maps.device.type, torch.bfloat16, enabled=amp):
-        if isinstance(model, PixelSNAIL):
-            logits = model(maps, classes)  # (B, K, n, n)
-        else:
-            s = maps.flatten(1)[:, order]  # (B, T)
-            logits = model(torch.cat([K + classes[:, None], s[:, :-1]], 1)).flatten(0, 1)  # (B * T, K)
-            maps = s.flatten()
+        logits = model(maps, classes)  # (B, K, n, n)
     return F.cross_entropy(logits.float(), maps)
 
 
@@ -56,7 +55,7 @@ def train(
     torch.manual_seed(seed)
     n = codes[0].shape[1]
     model = build(kind, K, n, classes).to(device)
-    of = partial(loss, model, ORDERS[order](n).to(device), K, args.amp)
+    of = partial(loss, model, ORDERS[order](n).to(device), args.amp)
     about = {"model": kind, "order": order, "lr": lr, "seed": seed, "steps": steps}
     about["parameters"] = sum(p.numel() for p in model.parameters())
     rows, began = [], seconds(device)
@@ -66,10 +65,10 @@ def train(
         if step % max(1, steps // POINTS) and step != steps:
             return
         now = seconds(device)
+        model.eval()
         with torch.no_grad():
-            model.eval()
             parts = [of(m, c).item() * len(m) for m, c in zip(*(t.split(250) for t in held_out), strict=True)]
-            model.train()
+        model.train()
         rows.append({**about, "step": step, "seconds": now - began, "nats": sum(parts) / len(held_out[0])})
         began += seconds(device) - now  # measuring does not count
 
@@ -85,8 +84,8 @@ def last(rows: list[dict]) -> float:
 
 def figure(curves: dict[str, list], orders: dict[str, list], path: Path) -> None:
     """Nats over steps and over seconds, both seeds and lengths of each model; nats of all orders."""
-    fig, axes = subplots(1, 3, (12, 3.2))
-    for ax, across, label in zip(axes[0], ("step", "seconds"), ("steps", "seconds of training"), strict=False):
+    fig, axes = plt.subplots(1, 3, figsize=(12, 3.2), layout="constrained")
+    for ax, across, label in zip(axes, ("step", "seconds"), ("steps", "seconds of training"), strict=False):
         for number, (name, runs) in enumerate(curves.items()):
             for i, rows in enumerate(runs):
                 places, nats = [float(r[across]) for r in rows], [float(r["nats"]) for r in rows]
@@ -94,15 +93,15 @@ def figure(curves: dict[str, list], orders: dict[str, list], path: Path) -> None
         ax.set(xlabel=label, ylabel="held-out nats per code")
         ax.legend()
     for i, runs in enumerate(orders.values()):
-        axes[0][2].plot([i] * len(runs), [last(rows) for rows in runs], "o", color="C0")
-    axes[0][2].set_xticks(range(len(orders)), list(orders), rotation=20)
-    axes[0][2].set(ylabel="held-out nats per code", xlabel="order; one dot per seed")
+        axes[2].plot([i] * len(runs), [last(rows) for rows in runs], "o", color="C0")
+    axes[2].set_xticks(range(len(orders)), list(orders), rotation=20)
+    axes[2].set(ylabel="held-out nats per code", xlabel="order; one dot per seed")
     fig.savefig(path, dpi=110)
 
 
 def main(argv: list[str] | None = None) -> int:
     p = flags.Parser(description=__doc__)
-    add_flags(p, "second_stage")
+    judging.add_flags(p, "second_stage")
     p.add_argument("--orders", type=Path, default=ROOT / "results" / "orders.csv", help="file to write")
     p.add_argument("--vqgan", required=True, help="the first-stage model whose codes are read")
     p.add_argument("--resize", type=flags.size, help="as in train_vqgan.py")
@@ -114,25 +113,24 @@ def main(argv: list[str] | None = None) -> int:
     args = p.parse_args(argv)
     device = runtime.pick_device(args.device)
     args.amp = runtime.pick_amp(None, device)
-    same_settings(args.runs, data=args.data, vqgan=args.vqgan, images=args.images, device=device.type)
+    judging.same_settings(args.runs, data=args.data, vqgan=args.vqgan, images=args.images, device=device.type)
     vqgan = checkpoint.load_vqgan(args.vqgan).to(device, memory_format=torch.channels_last)
     train_set, val_set = data.open_data(args.data, vqgan.config.image_size, args.resize)
-    codes, held_out = (
-        [t.to(device) for t in fit.codes_of(vqgan, images, count)]
-        for images, count in ((train_set, len(train_set)), (val_set, args.images))
-    )
+    codes, held_out = judging.codes_of(vqgan, train_set, val_set, args.images, device)
     run = partial(train, args, device, codes, held_out, vqgan.config.codebook_size, len(train_set.classes))
 
-    every, curves, best = [], {}, {}
+    table, curves, best, first = [], {}, {}, args.seeds[0]
     for kind, rates in RATES.items():
-        tried = {lr: run(kind, "row", lr, args.seeds[0], args.steps) for lr in rates}
-        best[kind] = min(tried, key=lambda lr, tried=tried: last(tried[lr]))
+        tried = {lr: run(kind, "row", lr, first, args.steps) for lr in rates}
+        best[kind] = min(rates, key=lambda lr, tried=tried: last(tried[lr]))
         curves[kind] = [run(kind, "row", best[kind], seed, args.steps) for seed in args.seeds]
-        curves[kind].append(run(kind, "row", best[kind], args.seeds[0], args.long))
-        every += [*tried.values(), *curves[kind][1:]]
-    reads = partial(run, "transformer", lr=best["transformer"], steps=args.steps)
-    orders = {name: [reads(order=name, seed=seed) for seed in args.seeds] for name in ORDERS}
-    write(args.table, [row for rows in every for row in rows])
+        curves[kind].append(run(kind, "row", best[kind], first, args.long))
+        table += [row for rows in [*tried.values(), *curves[kind][1:]] for row in rows]
+    orders = {
+        name: [run("transformer", name, best["transformer"], seed, args.steps) for seed in args.seeds]
+        for name in ORDERS
+    }
+    write(args.table, table)
     ends = [{"order": name, "seed": r[-1]["seed"], "nats": last(r)} for name, runs in orders.items() for r in runs]
     write(args.orders, ends)
     figure(curves, orders, args.figure)

@@ -23,20 +23,18 @@ def main(argv: list[str] | None = None) -> int:
     args = p.parse_args(argv)
     if args.out.exists():
         raise UserError(f"{args.out} is there already; choose another --out")
-    folders = sorted(folder for folder in args.data.glob("*") if folder.is_dir())
-    images = {folder.name: sorted(path for path in folder.iterdir() if path.is_file()) for folder in folders}
-    if not images:
-        raise UserError(f"{args.data} has no subfolders, one for each class")
-    for name, paths in images.items():  # before anything is written
+    drawn, copies = random.Random(0), []
+    for folder in sorted(folder for folder in args.data.glob("*") if folder.is_dir()):
+        paths = sorted(path for path in folder.iterdir() if path.is_file())
         if len(paths) <= args.held_out:
-            raise UserError(f"{args.data / name} has {len(paths)} images, too few to hold {args.held_out} out")
-    drawn = random.Random(0)
-    for name, paths in images.items():
+            raise UserError(f"{folder} has {len(paths)} images, too few to hold {args.held_out} out")
         held_out = set(drawn.sample(paths, args.held_out))
-        for part in ("train", "val"):
-            (args.out / part / name).mkdir(parents=True)
-        for path in paths:
-            shutil.copy(path, args.out / ("val" if path in held_out else "train") / name)
+        copies += [(path, args.out / ("val" if path in held_out else "train") / folder.name) for path in paths]
+    if not copies:
+        raise UserError(f"{args.data} has no subfolders, one for each class")
+    for path, folder in copies:
+        folder.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, folder)
     return 0
 
 

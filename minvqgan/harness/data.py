@@ -29,7 +29,6 @@ from .runtime import UserError, say
 
 SOURCE_OF = {"rgb": "image", "gray": "image", "edges": "image", "lowres": "image", "labels": "labels", "depth": "depth"}
 KINDS = tuple(SOURCE_OF)
-LOWRES_FACTOR = 4
 CACHE_BYTES = 2**29  # drawn shapes and decoded small images are kept in memory up to this, by all workers together
 
 
@@ -50,7 +49,7 @@ def to_input(batch: dict, kind: str, num_labels: int | None = None) -> Tensor:
     if kind in ("rgb", "depth"):
         return x
     if kind == "lowres":
-        small = F.interpolate(x, size=[max(1, side // LOWRES_FACTOR) for side in x.shape[2:]], mode="area")
+        small = F.interpolate(x, size=[max(1, side // 4) for side in x.shape[2:]], mode="area")
         return F.interpolate(small, size=x.shape[2:], mode="bilinear", align_corners=False)
     gray = (x * x.new_tensor([0.299, 0.587, 0.114])[:, None, None]).sum(1, keepdim=True)  # ITU-R BT.601
     if kind == "gray":
@@ -58,15 +57,6 @@ def to_input(batch: dict, kind: str, num_labels: int | None = None) -> Tensor:
     sobel = x.new_tensor([[-1, 0, 1], [-2, 0, 2], [-1, 0, 1]]) / 4
     gradients = F.conv2d(F.pad(gray, (1, 1, 1, 1), mode="replicate"), torch.stack([sobel, sobel.T])[:, None])
     return (gradients.norm(dim=1, keepdim=True) * 2 - 1).clamp(-1, 1)
-
-
-def crop_place(width: int, height: int, S: int, seed: int, draw: int | None, flip: bool) -> tuple[int, int, bool]:
-    """(left, top, mirrored) of an S x S crop, a function of (seed, draw); draw None: the centre, not mirrored."""
-    if draw is None:
-        return (width - S) // 2, (height - S) // 2, False
-    rng = np.random.default_rng((seed, draw))
-    left, top = int(rng.integers(width - S + 1)), int(rng.integers(height - S + 1))
-    return left, top, flip and rng.random() < 0.5
 
 
 class Images(Dataset):
@@ -78,32 +68,33 @@ class Images(Dataset):
     Subclasses have `read(index)` -> ({source: array}, class): one image as `imagefiles.read` gives it, not yet cut.
     """
 
-    def __init__(self, what: str, classes, S: int, resize: int, seed: int, flip: bool, coords: bool, fixed: bool):
-        self.what, self.classes, self.image_size, self.resize, self.seed = what, classes, S, resize, seed
+    def __init__(self, what: str, n: int, classes, S: int, resize: int, seed: int, flip: bool, coords: bool, fixed):
+        self.what, self.n, self.classes, self.image_size, self.resize, self.seed = what, n, classes, S, resize, seed
         self.flip, self.coords, self.fixed = flip, coords, fixed
         self.kept: dict[int, tuple] = {}
         self.room = CACHE_BYTES  # bytes left for it
+
+    def __len__(self) -> int:
+        return self.n
 
     def identity(self) -> str:
         """What the images depend on, for codes that are kept."""
         return f"{self.what} {len(self)} {self.image_size} {self.resize} {self.flip} {self.coords}"
 
-    def _whole(self, index: int) -> tuple[dict[str, np.ndarray], int]:
-        if index in self.kept:
-            return self.kept[index]
-        arrays, number = self.read(index)
-        taken = sum(a.nbytes for a in arrays.values())
-        if taken <= self.room:
-            self.kept[index] = arrays, number
-            self.room -= taken
-        return arrays, number
-
     def __getitem__(self, key: tuple[int, int | None]) -> dict:
         index, draw = key
-        arrays, number = self._whole(index)
+        arrays, number = self.kept.get(index) or self.read(index)
+        taken = sum(a.nbytes for a in arrays.values())
+        if taken <= self.room and index not in self.kept:
+            self.kept[index] = arrays, number
+            self.room -= taken
         height, width = next(iter(arrays.values())).shape[-2:]
         S = self.image_size
-        left, top, flip = crop_place(width, height, S, self.seed, draw, self.flip)
+        left, top, flip = (width - S) // 2, (height - S) // 2, False
+        if draw is not None:
+            rng = np.random.default_rng((self.seed, draw))
+            left, top = int(rng.integers(width - S + 1)), int(rng.integers(height - S + 1))
+            flip = self.flip and rng.random() < 0.5
         out: dict = {"class": number}
         for source, a in arrays.items():
             a = a[..., top : top + S, left : left + S]
@@ -118,16 +109,13 @@ class FolderImages(Images):
     """Images from files, as `folders.open_folder` found them."""
 
     def __init__(self, root: str, rows: list[folders.Row], sources: tuple[str, ...], num_labels: int | None, *how):
-        super().__init__("", *how)  # a folder may be moved
+        super().__init__("", len(rows), *how)  # a folder may be moved
         self.root, self.sources, self.num_labels = root, sources, num_labels
         # Arrays and not lists: a million Python strings would take 0.2 GB in every process.
         self.files = np.array([[os.fsencode(path) for path in row.paths] for row in rows])  # (N, sources)
         number_of = {name: number for number, name in enumerate(self.classes)}
         self.class_of = np.array([number_of[row.name] for row in rows], dtype=np.int32)
         self.bad = torch.zeros(len(rows), dtype=torch.bool).share_memory_()  # one for all of a loader's processes
-
-    def __len__(self) -> int:
-        return len(self.files)
 
     def paths(self, index: int) -> dict[str, str]:
         files = self.files[index]
@@ -148,37 +136,26 @@ class FolderImages(Images):
             if self.bad[i]:
                 continue
             try:
-                return self._read(self.paths(i)), int(self.class_of[i])
+                how, paths = (self.resize, self.num_labels), self.paths(i)
+                arrays = {source: imagefiles.read(path, source, *how) for source, path in paths.items()}
+                if len({a.shape[-2:] for a in arrays.values()}) > 1:
+                    raise UserError(f"{' and '.join(paths.values())} differ in shape: a pair must show the same scene")
+                return arrays, int(self.class_of[i])
             except UserError:
                 raise
             except Exception as error:  # Pillow raises a dozen kinds for broken files, struct.error among them
                 if not self.bad[i]:  # else another process has just said so
                     self.bad[i] = True
-                    names = " + ".join(self.paths(i).values())
-                    say(f"skipped {names}: {error} ({int(self.bad.sum())} unreadable so far)")
+                    say(f"skipped {' + '.join(paths.values())}: {error} ({int(self.bad.sum())} unreadable so far)")
         raise UserError(f"not one of {len(self)} images could be read")
-
-    def _read(self, paths: dict[str, str]) -> dict[str, np.ndarray]:
-        arrays = {source: imagefiles.read(path, source, self.resize) for source, path in paths.items()}
-        if len({a.shape[-2:] for a in arrays.values()}) > 1:
-            raise UserError(f"{' and '.join(paths.values())} differ in shape: a pair must show the same scene")
-        if "labels" in arrays and self.num_labels:
-            wrong = arrays["labels"][(arrays["labels"] < 0) | (arrays["labels"] >= self.num_labels)]
-            if wrong.size:
-                most = f"--num-labels {self.num_labels} allows 0 to {self.num_labels - 1}"
-                raise UserError(f"{paths['labels']}: holds label {wrong.max()}, but {most}")
-        return arrays
 
 
 class ShapesImages(Images):
     """The built-in images. They are those of seed 0 whatever the training's seed, so that runs can be compared."""
 
     def __init__(self, indices: range, sources: tuple[str, ...], *how):
-        super().__init__(f"shapes {indices} {sources}", shapes.KINDS, *how)
+        super().__init__(f"shapes {indices} {sources}", len(indices), shapes.KINDS, *how)
         self.indices, self.sources = indices, sources
-
-    def __len__(self) -> int:
-        return len(self.indices)
 
     def read(self, index: int) -> tuple[dict[str, np.ndarray], int]:
         scene = shapes.draw(0, self.indices[index], self.resize, self.resize)
@@ -189,11 +166,8 @@ class TorchvisionImages(Images):
     """A torchvision dataset of (PIL image, class) pairs, cut and flipped like files are."""
 
     def __init__(self, wrapped, *how):
-        super().__init__(type(wrapped).__name__, *how)
+        super().__init__(type(wrapped).__name__, len(wrapped), *how)
         self.wrapped = wrapped
-
-    def __len__(self) -> int:
-        return len(self.wrapped)
 
     def read(self, index: int) -> tuple[dict[str, np.ndarray], int]:
         image, number = self.wrapped[index]
@@ -277,8 +251,8 @@ def open_data(
 
 def check_outside(out: str, name: str) -> None:
     """Raises UserError for a run folder among the images: resumed, it would train on its own images."""
-    root = Path(os.path.expanduser(name))
-    if name != "shapes" and root.is_dir() and Path(os.path.realpath(out)).is_relative_to(os.path.realpath(root)):
+    root = Path(name).expanduser()
+    if name != "shapes" and root.is_dir() and Path(out).resolve().is_relative_to(root.resolve()):
         raise UserError(f"--out {out} lies in --data {name}, and its images would join the training; choose another")
 
 
@@ -318,23 +292,23 @@ def begin_worker(worker: int) -> None:
     loader.dataset.room //= loader.num_workers
 
 
-def train_loader(
-    dataset, batch_size: int, seed: int, start: int, workers: int, rank: int = 0, world: int = 1, pin: bool = False
-):
-    """Endless batches for one process. start: the number of images that all processes together have seen before."""
+def loader(dataset, batch_size: int, keys, workers: int = 0, pin: bool = False) -> DataLoader:
+    """Batches of the images at these keys."""
     # A generator of its own: a loader draws a seed when it starts. Taken from the global generator, it would make a
     # resumed run differ from an uninterrupted one.
-    own = torch.Generator().manual_seed(seed)
-    sampler = Stream(len(dataset), seed, start, rank, world)
-    how = {"num_workers": workers, "worker_init_fn": begin_worker, "pin_memory": pin, "generator": own}
-    return iter(DataLoader(dataset, batch_size, sampler=sampler, **how))
+    how = {"worker_init_fn": begin_worker, "pin_memory": pin, "generator": torch.Generator().manual_seed(0)}
+    return DataLoader(dataset, batch_size, sampler=keys, num_workers=workers, **how)
+
+
+def train_loader(dataset, batch_size: int, seed: int, start: int, workers: int, rank=0, world=1, pin=False):
+    """Endless batches for one process. start: the number of images that all processes together have seen before."""
+    return iter(loader(dataset, batch_size, Stream(len(dataset), seed, start, rank, world), workers, pin))
 
 
 def held_out_batches(dataset, batch_size: int, limit: int) -> Iterator[dict]:
     """`limit` held-out images, centre-cropped, always the same: evenly spread, because they are sorted by class."""
     count = min(limit, len(dataset))
-    keys = [(i * len(dataset) // count, None) for i in range(count)]
-    yield from DataLoader(dataset, batch_size, sampler=keys, generator=torch.Generator().manual_seed(0))
+    return iter(loader(dataset, batch_size, [(i * len(dataset) // count, None) for i in range(count)]))
 
 
 def open_image(path: str | Path, kind: str, num_labels: int) -> Tensor:
@@ -343,11 +317,9 @@ def open_image(path: str | Path, kind: str, num_labels: int) -> Tensor:
         raise UserError(f"no image at {path}")
     source = SOURCE_OF[kind]
     try:
-        image = imagefiles.to_tensor(imagefiles.read(path, source))
+        image = imagefiles.to_tensor(imagefiles.read(path, source, num_labels=num_labels))
     except UserError:
         raise
     except Exception as error:  # Pillow raises a dozen kinds of error for broken files
         raise UserError(f"{path} cannot be read as an image ({error})") from None
-    if source == "labels" and (image.min() < 0 or image.max() >= num_labels):
-        raise UserError(f"{path}: holds label {image.max()}, the model knows 0 to {num_labels - 1}")
     return to_input({source: image[None]}, kind, num_labels)

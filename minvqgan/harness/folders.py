@@ -26,11 +26,12 @@ HELD_OUT = 0.05
 
 
 class Row(NamedTuple):
-    """One image: its name without the ending (a pair's files share it), its class, and its files by source."""
+    """One image: its name without the ending (a pair's files share it), its class, its files by source."""
 
     stem: str
     name: str
     paths: tuple[str, ...]
+    square: bool
 
 
 def _listed(names, most: int = 3) -> str:
@@ -73,32 +74,31 @@ def _find(root: str, notes: list[str]) -> list[str]:
     return sorted(found, key=lambda path: path.split("/"))
 
 
-def _readable(root: str, paths: list[str], notes: list[str]) -> tuple[list[str], bool]:
-    """(the files whose header is that of an image, are all of them square?) Broken pixels behind a good header are met
-    in training."""
-    good, bad, deep, square = [], [], [], True
+def _readable(root: str, paths: list[str], notes: list[str]) -> dict[str, bool]:
+    """The files whose header is that of an image, and whether each is square. Broken pixels behind a good header are
+    met in training."""
+    good, bad, deep = {}, [], []
     for path in paths:
         try:
             with open_image(os.path.join(root, path)) as image:
-                square = square and image.width == image.height
                 if image.mode.startswith("I;16") and len(deep) < 10:
                     deep.append(int(np.asarray(image).max()))
-            good.append(path)
+                good[path] = image.width == image.height
         except Exception:  # Pillow raises a dozen kinds for broken files, struct.error among them
             bad.append(path)
     if bad:
         notes.append(f"skipped as unreadable: {len(bad)} ({_listed(bad)})")
     if deep and 255 < max(deep) < 4096:
         notes.append(f"16-bit images hold nothing above {max(deep)}: if they have 12 bits, multiply them by 16")
-    return good, square
+    return good
 
 
 def _class_of(path: str) -> str:
     return path.partition("/")[0] if "/" in path else ""
 
 
-def _rows(root: str, base: str, paths: list[str], sources: tuple[str, ...], notes: list[str]) -> tuple[list[Row], bool]:
-    """(images, are all square?) of the folder `base` in root ("" or ending in "/"); paths: relative to it."""
+def _rows(root: str, base: str, paths: list[str], sources: tuple[str, ...], notes: list[str]) -> list[Row]:
+    """The images of the folder `base` in root ("" or ending in "/"); paths: relative to it."""
     where, subfolders = os.path.join(root, base), Counter(map(_class_of, paths))
     if "images" in subfolders and subfolders.keys() & {"labels", "depth"}:
         return _pairs(where, base, paths, sources, notes)
@@ -116,24 +116,23 @@ def _rows(root: str, base: str, paths: list[str], sources: tuple[str, ...], note
         deeper = sorted({path.split("/")[1] for path in paths if path.count("/") > 1})
         hint = f"; --data {where}{_class_of(paths[0])} has the classes {_listed(deeper)}" if len(deeper) > 1 else ""
         notes.append("one subfolder, hence one class" + hint)
-    good, square = _readable(where, paths, notes)
-    name = _class_of if has_classes else lambda path: ""
-    return [Row(os.path.splitext(path)[0], name(path), (base + path,)) for path in good], square
+    return [
+        Row(os.path.splitext(path)[0], _class_of(path) if has_classes else "", (base + path,), square)
+        for path, square in _readable(where, paths, notes).items()
+    ]
 
 
-def _pairs(where: str, base: str, paths: list[str], sources, notes: list[str]) -> tuple[list[Row], bool]:
-    files, all_square = {}, True
+def _pairs(where: str, base: str, paths: list[str], sources: tuple[str, ...], notes: list[str]) -> list[Row]:
+    files = []  # for each source: {stem: (path, square)}
     for source in sources:
         folder = PAIRED[source] + "/"
-        good, square = _readable(where, [path for path in paths if path.startswith(folder)], notes)
-        files[source] = {os.path.splitext(path.removeprefix(folder))[0]: path for path in good}
-        all_square = all_square and square
-    first = files[sources[0]]
-    for source in sources[1:]:
-        for stem in sorted(first.keys() ^ files[source].keys()):
-            lonely, folders = first.get(stem) or files[source][stem], " and ".join(PAIRED[s] for s in sources)
-            raise UserError(f"{where}{lonely} has no partner of the same name in {folders}")
-    return [Row(stem, "", tuple(base + files[s][stem] for s in sources)) for stem in sorted(first)], all_square
+        good = _readable(where, [path for path in paths if path.startswith(folder)], notes)
+        files.append({os.path.splitext(path.removeprefix(folder))[0]: (path, good[path]) for path in good})
+    for lonely in sorted(set.union(*map(set, files)) - set.intersection(*map(set, files))):
+        path = next(f[lonely][0] for f in files if lonely in f)
+        raise UserError(f"{where}{path} has no partner of the same name in {' and '.join(PAIRED[s] for s in sources)}")
+    found = [(stem, *zip(*(f[stem] for f in files), strict=True)) for stem in sorted(files[0])]
+    return [Row(stem, "", tuple(base + path for path in names), all(square)) for stem, names, square in found]
 
 
 def _parts(paths: list[str], notes: list[str]) -> list[str]:
@@ -154,18 +153,15 @@ def _parts(paths: list[str], notes: list[str]) -> list[str]:
     return [name + "/" for name in parts]
 
 
-def is_held_out(rows: list[Row]) -> np.ndarray:
-    """(N,) bools: 5 % of the images, by a hash of their names alone. So they are the same for every seed and script,
-    and no image moves when others come or go. One is held out at least, and a class keeps one for training."""
-    hashes = [hashlib.sha256(os.fsencode(row.stem)).digest()[:4] for row in rows]
-    numbers = np.array([int.from_bytes(digits, "big") for digits in hashes]) / 2**32
-    order = np.argsort(-numbers, kind="stable")
-    last = order[np.unique([rows[i].name for i in order], return_index=True)[1]]  # of each class
-    free = ~np.isin(np.arange(len(rows)), last)
-    chosen = free & (numbers < HELD_OUT)
-    if not chosen.any():
-        chosen[np.where(free, numbers, 2).argmin()] = True
-    return chosen
+def held_out(rows: list[Row]) -> set[int]:
+    """Numbers of 5 % of the images, by a hash of their names alone. So they are the same for every seed and script, and
+    no image moves when others come or go. One is held out at least, and a class keeps one for training."""
+    digests = [hashlib.sha256(os.fsencode(row.stem)).digest()[:4] for row in rows]
+    place = [int.from_bytes(digest, "big") / 2**32 for digest in digests]  # in [0, 1)
+    order = sorted(range(len(rows)), key=place.__getitem__, reverse=True)
+    kept = {rows[i].name: i for i in reversed(order)}  # the last image of each class
+    free = [i for i in range(len(rows)) if kept[rows[i].name] != i] or [0]
+    return {i for i in free if place[i] < HELD_OUT} or {min(free, key=place.__getitem__)}
 
 
 def open_folder(root: str, sources: tuple[str, ...]) -> tuple[list[Row], list[Row], tuple[str, ...], bool]:
@@ -176,24 +172,24 @@ def open_folder(root: str, sources: tuple[str, ...]) -> tuple[list[Row], list[Ro
     for base in _parts(paths, notes):
         inside = [path.removeprefix(base) for path in paths if path.startswith(base)]
         found.append(_rows(root, base, inside, sources, notes))
-        if not found[-1][0]:
+        if not found[-1]:
             looked_for = f"looked for {', '.join(sorted(EXTENSIONS))}"
             raise UserError("; ".join([f"no readable image in {os.path.join(root, base)} ({looked_for})", *notes]))
-    rows, known = found[0][0], {row.name for row in found[0][0]}
+    rows, known = found[0], {row.name for row in found[0]}
     if len(found) == 2:
-        train, val, how = rows, [row for row in found[1][0] if row.name in known], f"from {base}"
-        strange = sorted({row.name for row in found[1][0]} - known)
+        train, val, how = rows, [row for row in found[1] if row.name in known], f"from {base}"
+        strange = sorted({row.name for row in found[1]} - known)
         if strange:
             notes.append(f"ignored: held-out images of classes without training images: {_listed(strange)}")
     elif len(rows) < 2:
         raise UserError(f"{root} holds one image; at least two are needed, one of them held out")
     else:
-        chosen, how = is_held_out(rows), "chosen by their names"
-        train, val = ([row for row, out in zip(rows, chosen, strict=True) if out == want] for want in (False, True))
+        chosen, how = held_out(rows), "chosen by their names"
+        train, val = ([row for i, row in enumerate(rows) if (i in chosen) == want] for want in (False, True))
     classes = tuple(sorted(known, key=int if all(name.isdecimal() for name in known) else None))
     if os.environ.get("RANK", "0") == "0":
         counts = Counter(row.name for row in train + val)
         listed = _listed([f"{name} {counts[name]}" for name in classes], 10)
         kinds = f"{len(classes)} classes ({listed})" if known != {""} else "no classes"
         say("; ".join([f"{root}: {len(train)} training images, {kinds}; {len(val)} held out, {how}", *notes]))
-    return train, val, classes, all(square for _, square in found)
+    return train, val, classes, all(row.square for row in train + val)

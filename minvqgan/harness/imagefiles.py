@@ -1,11 +1,12 @@
 """Reading one image file. Every odd mode ends as 8-bit RGB, as one channel in [-1, 1], or as an array of labels."""
 
+import contextlib
 import time
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, features
+from PIL import Image, ImageOps, features
 from torch import Tensor
 
 from .runtime import UserError
@@ -17,11 +18,6 @@ if "avif" in features.modules and features.check("avif"):  # not in every build 
     FORMATS, EXTENSIONS = [*FORMATS, "AVIF"], EXTENSIONS | {".avif"}
 if features.check("jpg_2000"):
     FORMATS, EXTENSIONS = [*FORMATS, "JPEG2000"], EXTENSIONS | {".jp2", ".j2k", ".jpx"}
-
-# How to turn an image upright, by its EXIF orientation: a phone held upright stores the image lying on its side.
-T = Image.Transpose
-TURNS = {2: T.FLIP_LEFT_RIGHT, 3: T.ROTATE_180, 4: T.FLIP_TOP_BOTTOM, 5: T.TRANSPOSE, 6: T.ROTATE_270}
-TURNS |= {7: T.TRANSVERSE, 8: T.ROTATE_90}
 
 
 def open_image(path: str | Path) -> Image.Image:
@@ -35,23 +31,25 @@ def open_image(path: str | Path) -> Image.Image:
     return Image.open(path, formats=FORMATS)
 
 
-def read(path: str | Path, source: str, resize: int | None = None) -> np.ndarray:
+def read(path: str | Path, source: str, resize: int | None = None, num_labels: int | None = None) -> np.ndarray:
     """An image file: "image" as (3, H, W) uint8, "depth" as (1, H, W) float32 in [-1, 1], "labels" as (H, W) int32.
 
-    resize: scale the shorter side to this. Raises UserError for label maps of another kind, and whatever Pillow raises.
+    resize: scale the shorter side to this. num_labels: labels must be below it. Raises UserError for what is no label
+    map, and whatever Pillow raises.
     """
     image = open_image(path)
     if source == "image" and resize and image.format == "JPEG":
         image.draft(None, (2 * resize, 2 * resize))  # large photos are decoded at a fraction of their size
     image.load()  # before the metadata, so that what is raised here is about the pixels
-    try:
-        turn = TURNS.get(image.getexif().get(0x0112))
-    except Exception:  # broken metadata around good pixels
-        turn = None
-    image = image if turn is None else image.transpose(turn)
-    if source == "labels" and image.mode not in ("L", "P", "1") and not image.mode.startswith("I"):
-        raise UserError(f"{path}: a label map has one channel of indices, this image is {image.mode}")
-    image = {"image": _rgb, "depth": _depth, "labels": _labels}[source](image)
+    with contextlib.suppress(Exception):  # broken metadata around good pixels
+        ImageOps.exif_transpose(image, in_place=True)  # a phone held upright stores the image lying on its side
+    if source == "image":
+        image = _rgb(image)
+    elif source == "depth":
+        unit = _deep_to_unit(image) if _is_deep(image) else np.asarray(image.convert("L"), dtype=np.float32) / 255
+        image = Image.fromarray(unit * 2 - 1)
+    else:
+        image = _labels(image, path, num_labels)
     return to_array(fit(image, resize) if resize else image)
 
 
@@ -83,14 +81,15 @@ def _rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def _depth(image: Image.Image) -> Image.Image:
-    unit = _deep_to_unit(image) if _is_deep(image) else np.asarray(image.convert("L"), dtype=np.float32) / 255
-    return Image.fromarray(unit * 2 - 1)
-
-
-def _labels(image: Image.Image) -> Image.Image:
+def _labels(image: Image.Image, path: str | Path, num_labels: int | None) -> Image.Image:
     """The indices themselves; a palette is ignored."""
-    return Image.fromarray(np.asarray(image).astype(np.int32))
+    if image.mode not in ("L", "P", "1") and not image.mode.startswith("I"):
+        raise UserError(f"{path}: a label map has one channel of indices, this image is {image.mode}")
+    a = np.asarray(image).astype(np.int32)
+    if num_labels and (a.min() < 0 or a.max() >= num_labels):
+        most = f"--num-labels {num_labels} allows 0 to {num_labels - 1}"
+        raise UserError(f"{path}: holds label {a.min() if a.min() < 0 else a.max()}, but {most}")
+    return Image.fromarray(a)
 
 
 def fit(image: Image.Image, resize: int) -> Image.Image:

@@ -34,13 +34,10 @@ ROTATIONS = ("0", "90", "180", "270")
 class ResidualBlock(nn.Module):
     """x + f(x), f: (BatchNorm, GELU, 3x3 convolution) twice."""
 
-    def __init__(self, channels: int):
+    def __init__(self, c: int):
         super().__init__()
-        layers = []
-        for _ in range(2):
-            conv = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
-            layers += [nn.BatchNorm2d(channels), nn.GELU(), conv]
-        self.layers = nn.Sequential(*layers)
+        first, second = (nn.Conv2d(c, c, 3, padding=1, bias=False) for _ in range(2))
+        self.layers = nn.Sequential(nn.BatchNorm2d(c), nn.GELU(), first, nn.BatchNorm2d(c), nn.GELU(), second)
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.layers(x)
@@ -52,10 +49,9 @@ class ResidualFeatures(nn.Module):
     def __init__(self):
         super().__init__()
         self.stages = nn.ModuleList()
-        for c_in, c, blocks in ((3, 32, 1), (32, 64, 2), (64, 128, 2)):
-            first = nn.Conv2d(c_in, c, 3, stride=1 if c_in == 3 else 2, padding=1)
-            middle = (ResidualBlock(c) for _ in range(blocks))
-            self.stages.append(nn.Sequential(first, *middle, nn.BatchNorm2d(c), nn.GELU()))
+        for c_in, c, stride, blocks in ((3, 32, 1, 1), (32, 64, 2, 2), (64, 128, 2, 2)):
+            layers = [nn.Conv2d(c_in, c, 3, stride, padding=1), *(ResidualBlock(c) for _ in range(blocks))]
+            self.stages.append(nn.Sequential(*layers, nn.BatchNorm2d(c), nn.GELU()))
 
     def forward(self, x: Tensor) -> list[Tensor]:
         features = []
@@ -77,12 +73,8 @@ class Classifier(nn.Module):
         self.features = NETWORKS[network]()
         self.head = nn.Linear(128, len(classes))
 
-    def embed(self, x: Tensor) -> Tensor:
-        """The mean of the last feature map, (B, 128)."""
-        return self.features(x)[-1].mean((2, 3))
-
     def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.embed(x))
+        return self.head(self.features(x)[-1].mean((2, 3)))
 
 
 class Judge(nn.Module):
@@ -97,12 +89,11 @@ class Judge(nn.Module):
         self.name, self.net = name, net
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        if isinstance(self.net, Classifier):
-            features = self.net.embed(x)
-            logits = self.net.head(features)
-        else:
+        if not isinstance(self.net, Classifier):
             features, logits = self.net(to_pixels(x))
-        return features, logits.softmax(1)
+            return features, logits.softmax(1)
+        features = self.net.features(x)[-1].mean((2, 3))
+        return features, self.net.head(features).softmax(1)
 
 
 @torch.no_grad()
@@ -119,38 +110,30 @@ def downloading(what: str, url: str, otherwise: str = "") -> Iterator[None]:
         yield
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
         place = Path(torch.hub.get_dir()) / "checkpoints" / Path(url).name
-        reason = " ".join(str(error).split())[:80]
-        raise UserError(
-            f"the weights of {what} could not be loaded ({reason}): download {url} to {place}{otherwise}"
-        ) from None
+        problem = f"the weights of {what} could not be loaded ({runtime.first_line(error)[:80]})"
+        raise UserError(f"{problem}: download {url} to {place}{otherwise}") from None
 
 
 def load_classifier(name: str | Path) -> nn.Module:
-    """The classifier of a file that `save_classifier` wrote, or torchvision's of this name, in eval mode:
-    x (B, 3, H, W) in [-1, 1] -> logits (B, len(.classes)). Raises UserError."""
+    """The classifier of a file that `save_classifier` wrote, or torchvision's of this name with ImageNet weights, in
+    eval mode: x (B, 3, H, W) in [-1, 1] -> logits (B, len(.classes)). Raises UserError."""
     if not Path(name).exists():
-        import torchvision
+        from torchvision import models
+        from torchvision.transforms.v2 import Normalize
 
-        if str(name) in torchvision.models.list_models(module=torchvision.models):
-            return torchvision_classifier(str(name))
+        if str(name) in models.list_models(module=models):
+            weights = models.get_model_weights(str(name)).DEFAULT
+            with downloading(str(name), weights.url):
+                net = models.get_model(str(name), weights=weights)
+            # Images are clamped, brought to [0, 1], then scaled and normalised as in its training.
+            model = nn.Sequential(nn.Hardtanh(), Normalize([-1], [2]), weights.transforms(), net)
+            model.classes = tuple(weights.meta["categories"])
+            return model.eval()
     content = checkpoint.read(name, "classifier")
     if content["network"] not in NETWORKS:
         raise UserError(f"{name} holds an unknown network: {content['network'][:40]!r}")
     model = Classifier(tuple(content["classes"]), content["network"])
     checkpoint.restore(content, {"model": model}, name)
-    return model.eval()
-
-
-def torchvision_classifier(name: str) -> nn.Module:
-    """With ImageNet weights; images are scaled and normalised as in its training."""
-    from torchvision.models import get_model, get_model_weights
-    from torchvision.transforms.v2 import Normalize
-
-    weights = get_model_weights(name).DEFAULT
-    with downloading(name, weights.url):
-        net = get_model(name, weights=weights)
-    model = nn.Sequential(nn.Hardtanh(), Normalize([-1], [2]), weights.transforms(), net)  # to [0, 1] first
-    model.classes = tuple(weights.meta["categories"])
     return model.eval()
 
 
@@ -187,7 +170,7 @@ def lpips_weights() -> list[Tensor]:
     The names are checked: a widely used tutorial loaded other names with strict=False and trained on noise.
     """
     spec = find_spec("lpips")  # finds the folder without importing the package, which would load scipy and more
-    if spec is None or not spec.submodule_search_locations:
+    if spec is None:
         raise UserError("the package lpips is not installed; its weights are needed for --perceptual vgg16")
     path = Path(spec.submodule_search_locations[0]) / "weights" / "v0.1" / "vgg.pth"
     state = torch.load(path, map_location="cpu", weights_only=True)
@@ -232,15 +215,6 @@ def match_classes(known: tuple[str, ...], asked: tuple[str, ...]) -> list[int]:
     raise UserError(f"the classifier does not know the class {missing!r} ({', '.join(known[:10])})")
 
 
-def shifted(x: Tensor) -> Tensor:
-    """x (B, C, H, W), each image moved by up to an eighth of its side and continued by its mirror image."""
-    H, W = x.shape[2:]
-    most = min(H, W) // 8
-    wide = F.pad(x, (most,) * 4, mode="reflect")
-    places = torch.randint(0, 2 * most + 1, (len(x), 2)).tolist()
-    return torch.stack([wide[i, :, top : top + H, left : left + W] for i, (top, left) in enumerate(places)])
-
-
 def task_of(batch: dict, rotations: bool) -> tuple[Tensor, Tensor]:
     """A batch of a dataset -> images (B, 3, S, S) and their labels (B,): classes, or quarters by which they are turned
     here."""
@@ -249,13 +223,6 @@ def task_of(batch: dict, rotations: bool) -> tuple[Tensor, Tensor]:
     quarters = torch.randint(0, 4, batch["class"].shape)
     pairs = zip(batch["image"], quarters.tolist(), strict=True)
     return torch.stack([torch.rot90(image, k, (1, 2)) for image, k in pairs]), quarters
-
-
-@torch.no_grad()
-def accuracy(model: nn.Module, pairs: Iterable[tuple[Tensor, Tensor]], device: torch.device) -> float:
-    """Fraction of the images (B, 3, S, S) whose label (B,) the model predicts."""
-    right = [(model(x.to(device)).argmax(1).cpu() == label).float() for x, label in pairs]
-    return torch.cat(right).mean().item()
 
 
 def parse_flags(argv: list[str] | None):
@@ -277,6 +244,7 @@ def parse_flags(argv: list[str] | None):
 
 @runtime.global_state_restored()
 def main(argv: list[str] | None = None) -> int:
+    from torchvision.transforms.v2 import RandomCrop
     from tqdm import tqdm
 
     args = parse_flags(argv)
@@ -293,11 +261,13 @@ def main(argv: list[str] | None = None) -> int:
     model = Classifier(classes, args.network).to(device, memory_format=torch.channels_last)
     opt = torch.optim.AdamW(model.parameters(), args.lr, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(opt, args.lr, total_steps=args.steps)
+    # Moves an image by up to an eighth of its side, continued by its mirror image.
+    shift = RandomCrop(args.image_size, padding=args.image_size // 8, padding_mode="reflect")
     batches = data.train_loader(train_set, args.batch_size, args.seed, 0, workers=0)
     bar = tqdm(range(args.steps), dynamic_ncols=True, disable=None)
     for _ in bar:
         x, label = task_of(next(batches), rotations)
-        x = shifted(x).to(device).contiguous(memory_format=torch.channels_last)
+        x = torch.stack([shift(image) for image in x]).to(device).contiguous(memory_format=torch.channels_last)
         with torch.autocast(device.type, torch.bfloat16, enabled=amp):
             logits = model(x)
         loss = F.cross_entropy(logits.float(), label.to(device))
@@ -306,8 +276,10 @@ def main(argv: list[str] | None = None) -> int:
         opt.step()
         schedule.step()
         bar.set_postfix(loss=f"{loss.item():.3f}")
-    held_out = (task_of(batch, rotations) for batch in data.held_out_batches(val_set, 100, 5000))
-    right = accuracy(model.eval(), held_out, device)
+    model.eval()
+    pairs = (task_of(batch, rotations) for batch in data.held_out_batches(val_set, 100, 5000))
+    with torch.no_grad():
+        right = torch.cat([model(x.to(device)).argmax(1).cpu() == label for x, label in pairs]).double().mean().item()
     save_classifier(args.out, model, accuracy=right, flags=vars(args))
     print(f"{right:.1%} of the held-out images recognised: {args.out}")
     return 0

@@ -16,19 +16,14 @@ def to_pixels(x: Tensor) -> Tensor:
     return ((x.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
 
 
-def _distinct_colours(n: int) -> Tensor:
-    """n colours in [-1, 1], (n, 3): hues in steps of the golden ratio, three lightnesses."""
-    i = torch.arange(n)
-    hue = (i * 0.618034) % 1
-    rgb = ((hue[:, None] * 6 + torch.tensor([0.0, 4.0, 2.0])) % 6 - 3).abs().sub(1).clamp(0, 1)
-    light = torch.tensor([1.0, 0.75, 0.55])[i % 3, None]
-    return (0.15 + 0.85 * rgb) * light * 2 - 1
-
-
 def to_rgb(x: Tensor, kind: str) -> Tensor:
     """Images or reconstructions of an input kind, (B, C, H, W) -> (B, 3, H, W) in [-1, 1] to look at."""
-    if kind == "labels":
-        return _distinct_colours(x.shape[1]).to(x.device)[x.argmax(1)].permute(0, 3, 1, 2)
+    if kind == "labels":  # label i: hues in steps of the golden ratio, three lightnesses
+        i = torch.arange(x.shape[1], device=x.device)
+        hues = [((i * 0.618034 % 1 * 6 + shift) % 6 - 3).abs().sub(1).clamp(0, 1) for shift in (0, 4, 2)]
+        light = x.new_tensor([1.0, 0.75, 0.55], dtype=torch.float32)[i % 3, None]
+        colours = (0.15 + 0.85 * torch.stack(hues, 1)) * light * 2 - 1  # (L, 3)
+        return colours[x.argmax(1)].permute(0, 3, 1, 2)
     return x.float().clamp(-1, 1).expand(-1, 3 if x.shape[1] == 1 else -1, -1, -1)
 
 
@@ -72,7 +67,6 @@ def save(image: Image.Image, path: Path) -> None:
 
 
 def save_grid(path: Path, rows: list[Tensor]) -> None:
-    """Write rows of images, each (n, 3, H, W) in [-1, 1], as one PNG."""
     save(grid(rows), path)
 
 

@@ -32,17 +32,13 @@ def _regular(n: int, inner: float = 1.0) -> np.ndarray:
     return np.stack([radius * np.cos(angle), radius * np.sin(angle)], 1)
 
 
-def _cross(arm: float = 0.36) -> np.ndarray:
-    quarter = np.array([(-arm, -1), (arm, -1), (arm, -arm)])  # the outline's first quarter; the rest by turning it
-    turn = np.array([(0, -1), (1, 0)])
-    return np.concatenate([quarter @ np.linalg.matrix_power(turn.T, k) for k in range(4)])
-
-
+A = 0.36  # half of the width of a cross's arms
+QUARTER = np.array([(-A, -1), (A, -1), (A, -A)])  # of its outline; the rest by turning it
 POLYGONS = {
     "square": _regular(4) @ (np.array([(1, -1), (1, 1)]) / np.sqrt(2)),
     "triangle": _regular(3),
     "star": _regular(5, inner=0.45),
-    "cross": _cross(),
+    "cross": np.concatenate([QUARTER @ np.linalg.matrix_power([(0, 1), (-1, 0)], k) for k in range(4)]),
 }
 
 

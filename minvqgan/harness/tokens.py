@@ -9,13 +9,12 @@ from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 from ..conditioning import Condition
 from ..two_stage import TwoStage
 from ..vqgan import VQGAN
 from . import checkpoint, processes, runtime
-from .data import SOURCE_OF, Images, Stream, begin_worker, held_out_batches, to_input
+from .data import SOURCE_OF, Images, Stream, held_out_batches, loader, to_input
 from .run import Run
 from .runtime import UserError
 
@@ -62,10 +61,8 @@ def table(model: TwoStage, dataset: Images, to_c, device, workers=0, rank=0, wor
     on the CPU. V views of each image: as it is and, where the dataset is to be flipped, mirrored."""
     rows: list[tuple[Tensor, Tensor]] = []
     keys = [(i, None) for i in range(rank, len(dataset), world)]
-    # A generator of its own: a loader draws a seed when it starts, and must not take it from the training's.
-    how = {"num_workers": workers, "worker_init_fn": begin_worker, "generator": torch.Generator().manual_seed(0)}
-    loader = DataLoader(dataset, images_at_a_time(model), sampler=keys, **how)
-    for batch in runtime.progress_bar(rank, loader, desc="codes", leave=False):
+    batches = loader(dataset, images_at_a_time(model), keys, workers)
+    for batch in runtime.progress_bar(rank, batches, desc="codes", leave=False):
         views = [batch, mirrored(batch)] if dataset.flip else [batch]
         encoded = [encode(model, view, to_c, device) for view in views]
         rows.append(tuple(torch.stack(views, 1).int().cpu() for views in zip(*encoded, strict=True)))
