@@ -256,7 +256,7 @@ def test_flags_that_nobody_means(house, tmp_path):
         ([*VQGAN, "--out", " "], "--out: the name is empty"),
         (["evaluate.py", "--vqgan", ""], "--vqgan: the name is empty"),
         ([*sample, "none/best.pt", "--n\x1b[31m", "1"], "unknown flag --n?[31m"),
-        ([*VQGAN, "--data", "~nobody-at-all/x"], "there is no user of that name"),
+        ([*VQGAN, "--data", "~nobody-at-all/x"], "no such folder"),
         ([*VQGAN, "--seed", str(2**64)], "--seed: 18446744073709551616 is not a whole number from 0 to"),
         ([*sample, "class/best.pt", "--classes", "²"], "there is no '²'"),
         ([*sample, "none/best.pt", "--device", "meta"], "--device meta cannot be used here"),
