@@ -47,19 +47,15 @@ IMAGE_DIMS = {0: Dim("batch"), 2: 4 * Dim("h"), 3: 4 * Dim("w")}
 CODE_DIMS = {0: Dim("batch"), 1: Dim("h"), 2: Dim("w")}
 
 
-def test_torch_export(model):
+@pytest.mark.parametrize("how", ["export", "compile"])
+def test_exported_and_compiled_without_graph_breaks(model, how):
+    def translated(module, example, dims):
+        if how == "export":
+            return torch.export.export(module, (example,), dynamic_shapes=(dims,)).module()
+        return torch.compile(module, fullgraph=True, dynamic=True, backend="eager")
+
     x, indices = inputs((2, 16, 24))
-    encoder = torch.export.export(Encode(model), (x,), dynamic_shapes=(IMAGE_DIMS,)).module()
-    decoder = torch.export.export(Decode(model), (indices,), dynamic_shapes=(CODE_DIMS,)).module()
-    for size in SIZES:
-        x, indices = inputs(size)
-        assert torch.equal(encoder(x), model.encode_indices(x))
-        assert torch.allclose(decoder(indices), model.decode_indices(indices), atol=1e-5)
-
-
-def test_no_graph_breaks(model):
-    encode = torch.compile(Encode(model), fullgraph=True, dynamic=True, backend="eager")
-    decode = torch.compile(Decode(model), fullgraph=True, dynamic=True, backend="eager")
+    encode, decode = translated(Encode(model), x, IMAGE_DIMS), translated(Decode(model), indices, CODE_DIMS)
     for size in SIZES:
         x, indices = inputs(size)
         assert torch.equal(encode(x), model.encode_indices(x))
