@@ -26,7 +26,8 @@ HELD_OUT = 0.05
 
 
 class Row(NamedTuple):
-    """One image: its name without the ending (a pair's files share it), its class, its files by source."""
+    """One image: its name without the ending (a pair's files share it), its class, its files in the order of the
+    sources, and whether all of them are square."""
 
     stem: str
     name: str

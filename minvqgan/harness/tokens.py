@@ -66,8 +66,7 @@ def table(model: TwoStage, dataset: Images, to_c, device, workers=0, rank=0, wor
         views = [batch, mirrored(batch)] if dataset.flip else [batch]
         encoded = [encode(model, view, to_c, device) for view in views]
         rows.append(tuple(torch.stack(views, 1).int().cpu() for views in zip(*encoded, strict=True)))
-    s, r = zip(*rows, strict=True)
-    return torch.cat(s), torch.cat(r)
+    return tuple(torch.cat(parts) for parts in zip(*rows, strict=True))
 
 
 def kept_table(run: Run, model: TwoStage, dataset: Images, to_c) -> tuple[Tensor, Tensor]:
@@ -124,8 +123,7 @@ def held_out(model: TwoStage, dataset, to_c, limit: int, device: torch.device) -
     """Codes of `limit` held-out images, centre-cropped: s (N, T), r (N, R)."""
     batches = held_out_batches(dataset, images_at_a_time(model), limit)
     encoded = [encode(model, batch, to_c, device) for batch in batches]
-    s, r = zip(*encoded, strict=True)
-    return torch.cat(s), torch.cat(r)
+    return tuple(torch.cat(rows) for rows in zip(*encoded, strict=True))
 
 
 @torch.no_grad()
