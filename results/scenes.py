@@ -7,8 +7,9 @@ squares to real images does not depend on the offset. Tiles are independent samp
 is one sample, at the others it holds a seam.
 """
 
+import matplotlib.pyplot as plt
 import torch
-from judging import ROOT, Judges, add_flags, add_judges, in_parts, subplots, write
+from judging import ROOT, Judges, add_flags, in_parts, write
 from torch import Tensor
 
 from minvqgan import Sampling, TwoStage
@@ -46,11 +47,11 @@ def way(model: TwoStage, x: Tensor, c: Tensor, path) -> None:
         tokens = torch.cat([model.condition_tokens(c), s[:, :half]], 1)
         p, likeliest = model.gpt(tokens, last_only=True)[0, 0].softmax(0).topk(8)
     n, codes = model.config.n, model.to_map(s)
-    fig, axes = subplots(1, 5, (13, 2.9))
+    fig, axes = plt.subplots(1, 5, figsize=(13, 2.9), layout="constrained")
     drawn = model.sample_indices(c, seed=3, sampling=HOW)
     new = [(pictures.code_map(model.vqgan, drawn, 8), "new codes"), (model.vqgan.decode_indices(drawn), "a new image")]
     own = [(x, "a photograph x"), (pictures.code_map(model.vqgan, codes, 8), f"{n} x {n} codes s = q(E(x))")]
-    for axis, item in zip(axes[0], [*own, None, *new], strict=True):
+    for axis, item in zip(axes, [*own, None, *new], strict=True):
         if item is None:
             axis.barh(range(8), p.tolist()[::-1], color="#0072B2")
             axis.set_yticks(range(8), [str(i) for i in likeliest.tolist()[::-1]], fontsize=7)
@@ -60,7 +61,7 @@ def way(model: TwoStage, x: Tensor, c: Tensor, path) -> None:
         axis.set(xticks=[], yticks=[])
         axis.set_title(item[1], fontsize=9)
     for (i, j), code in ((divmod(t, n), code) for t, code in enumerate(codes.flatten().tolist())):
-        axes[0][1].text(j * 8 + 3.5, i * 8 + 3.5, code, ha="center", va="center", fontsize=5.5)
+        axes[1].text(j * 8 + 3.5, i * 8 + 3.5, code, ha="center", va="center", fontsize=5.5)
     fig.savefig(path, dpi=110)
 
 
@@ -84,8 +85,7 @@ def completions(model: TwoStage, x: Tensor, c: Tensor, wide: int = 4) -> list[Te
 @torch.no_grad()
 def main(argv: list[str] | None = None) -> int:
     p = flags.Parser(description=__doc__)
-    add_flags(p, "panoramas")
-    add_judges(p, images=900)
+    add_flags(p, "panoramas", images=900)
     p.add_argument("--gpt", default=str(ROOT / "notebooks" / "checkpoints" / "scenes.pt"), help="both stages")
     p.add_argument("-n", type=flags.positive, default=64, help="panoramas")
     args = p.parse_args(argv)
