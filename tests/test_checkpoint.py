@@ -6,7 +6,7 @@ import signal
 
 import pytest
 import torch
-from helpers import ROOT, assert_one_line_error, run_inside
+from helpers import ROOT, assert_one_line_error, run_inside, same_bits
 
 import minvqgan
 from minvqgan import VQGAN, VQGANConfig
@@ -32,6 +32,14 @@ def test_load_gives_the_model_back_in_eval_mode(saved):
         loaded = minvqgan.load(file)
         assert not loaded.training and loaded.config == CONFIG
         assert torch.equal(loaded(x)[0], vqgan.eval()(x)[0])
+
+
+def test_a_wrapped_model_is_saved_as_the_model_itself(saved, tmp_path):
+    """It ended in `object has no attribute 'condition'`."""
+    vqgan = saved[1]
+    for wrapped in (torch.compile(vqgan), torch.nn.DataParallel(vqgan), torch.nn.DataParallel(torch.compile(vqgan))):
+        minvqgan.save_model(tmp_path / "wrapped.pt", wrapped)
+        assert same_bits(minvqgan.load(tmp_path / "wrapped.pt").state_dict(), vqgan.state_dict())
 
 
 def test_a_config_field_that_the_file_lacks_takes_its_default(tmp_path):

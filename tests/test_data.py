@@ -14,8 +14,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
-from helpers import NoFloat64, make_photos
-from PIL import Image, features
+from helpers import NoFloat64, make_photos, png_that_claims
+from PIL import Image, PngImagePlugin, features
 
 from minvqgan.harness import checkpoint, data, folders, pictures, shapes
 from minvqgan.harness.data import open_data, to_input
@@ -79,6 +79,28 @@ def test_broken_metadata_costs_no_pixels(tmp_path, capfd):
     assert len(found) == 3 and "skipped" not in capfd.readouterr().err
     for item in found:
         assert (item["image"] - torch.tensor([1.0, -1, -1])[:, None, None]).abs().max() < 0.04
+
+
+def test_large_metadata_costs_no_pixels(tmp_path, capfd):
+    """Pillow refuses more than 1 MB: image generators keep their settings in the text, scanners a large profile."""
+    text = PngImagePlugin.PngInfo()
+    text.add_text("workflow", "x" * 3_000_000, zip=True)
+    image = Image.new("RGB", (8, 4), RED)
+    image.save(tmp_path / "text.png", pnginfo=text)
+    image.save(tmp_path / "profile.png", icc_profile=bytes(3_000_000))
+    found = items(*open_data(str(tmp_path), 4))
+    assert len(found) == 2 and "skipped" not in capfd.readouterr().err
+
+
+def test_why_an_image_is_not_read(tmp_path, capfd):
+    """A panorama beyond Pillow's limit was `unreadable`, links to a folder that has moved were not mentioned."""
+    make_photos(tmp_path, n=2)
+    (tmp_path / "panorama.png").write_bytes(png_that_claims(20_992, 10_496))
+    (tmp_path / "moved.png").symlink_to("elsewhere.png")
+    open_data(str(tmp_path), 4)
+    err = capfd.readouterr().err
+    assert "not read: 1 .png (broken link)" in err
+    assert "panorama.png: Image size (220332032 pixels) exceeds limit" in err
 
 
 @pytest.mark.parametrize("ending, codec", [(".avif", "avif"), (".jp2", "jpg_2000")])

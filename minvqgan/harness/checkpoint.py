@@ -215,7 +215,10 @@ def unpack_two_stage(content: dict, path: File) -> TwoStage:
 
 
 def save_model(path: str | Path, model: VQGAN | TwoStage) -> None:
-    """Write a model alone, without what only training needs. `load` reads it back."""
+    """Write a model alone, without what only training needs. `load` reads it back. The model may be wrapped by
+    torch.compile, DataParallel or DistributedDataParallel, which would prefix the names of the weights."""
+    while not isinstance(model, VQGAN | TwoStage):
+        model = model._orig_mod if hasattr(model, "_orig_mod") else model.module
     if isinstance(model, VQGAN):
         save(path, "vqgan", **_pack_vqgan(model))
     else:

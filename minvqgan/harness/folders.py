@@ -61,13 +61,17 @@ def _find(root: str, notes: list[str]) -> list[str]:
         inside[:] = sorted(name for name in inside if not name.startswith("."))  # which of two links comes first
         base = "" if folder == root else os.path.relpath(folder, root).replace(os.sep, "/") + "/"
         for name in names:
-            ending = os.path.splitext(name)[1].lower()
-            if name.startswith(".") or not os.path.isfile(os.path.join(folder, name)):  # no pipe, no device
+            path, kind = os.path.join(folder, name), os.path.splitext(name)[1].lower() or "without ending"
+            if name.startswith("."):
                 continue
-            if ending in EXTENSIONS:
+            if not os.path.exists(path):
+                others[f"{kind} (broken link)"] += 1
+            elif not os.path.isfile(path):  # a pipe or a device
+                continue
+            elif kind in EXTENSIONS:
                 found.append(base + name)
             else:
-                others[ending or "without ending"] += 1
+                others[kind] += 1
     if skipped:
         notes.append(f"skipped folders (no permission, or a link back): {_listed(skipped)}")
     if others:
@@ -85,8 +89,10 @@ def _readable(root: str, paths: list[str], notes: list[str]) -> dict[str, bool]:
                 if image.mode.startswith("I;16") and len(deep) < 10:
                     deep.append(int(np.asarray(image).max()))
                 good[path] = image.width == image.height
-        except Exception:  # Pillow raises a dozen kinds for broken files, struct.error among them
+        except OSError:  # whose message would repeat the path
             bad.append(path)
+        except Exception as error:  # Pillow raises a dozen kinds for broken files, struct.error among them
+            bad.append(f"{path}: {error}")
     if bad:
         notes.append(f"skipped as unreadable: {len(bad)} ({_listed(bad)})")
     if deep and 255 < max(deep) < 4096:

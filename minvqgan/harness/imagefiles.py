@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, features
+from PIL import Image, ImageOps, PngImagePlugin, features
 from torch import Tensor
 
 from .runtime import UserError
@@ -18,6 +18,8 @@ if "avif" in features.modules and features.check("avif"):  # not in every build 
     FORMATS, EXTENSIONS = [*FORMATS, "AVIF"], EXTENSIONS | {".avif"}
 if features.check("jpg_2000"):
     FORMATS, EXTENSIONS = [*FORMATS, "JPEG2000"], EXTENSIONS | {".jp2", ".j2k", ".jpx"}
+# Pillow refuses a PNG with more than 1 MB of text or colour profile; here one block may take what all may together.
+PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY
 
 
 def open_image(path: str | Path) -> Image.Image:
