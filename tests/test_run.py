@@ -4,6 +4,7 @@ given weights. What the loops compute is in test_training.py, real kills are in 
 
 import contextlib
 import importlib.util
+import multiprocessing
 import os
 import pty
 import resource
@@ -33,7 +34,7 @@ from helpers import (
 )
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from minvqgan.harness import checkpoint, pictures, processes, run, runtime
+from minvqgan.harness import checkpoint, data, pictures, processes, run, runtime
 
 PHOTOS = [*STAGE_ONE, "--data", "photos"]
 
@@ -266,11 +267,26 @@ def test_as_many_threads_as_are_fastest(monkeypatch, slow, fastest):
         assert runtime.pick_threads(2) == 2 == torch.get_num_threads()
 
 
+def test_an_error_ends_the_loader_processes():
+    """Python waited for them forever at its exit: they ignore SIGTERM, and the traceback kept the loader alive."""
+
+    @runtime.global_state_restored()
+    def main():
+        batches = data.train_loader(data.open_data("shapes", 16)[0], 1, seed=0, start=0, workers=1)
+        assert next(batches) and multiprocessing.active_children()
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError) as kept:
+        main()
+    assert kept.tb and not multiprocessing.active_children()
+
+
 def test_errors_that_are_no_bugs_are_one_line(capsys):
     """Everything else stays a traceback."""
     for error, line in (
         (OSError(28, "No space left on device", "last.pt"), "error: cannot write: No space left on device (last.pt)"),
         (torch.OutOfMemoryError("CUDA out of memory. Tried ..."), "error: out of memory; try a smaller --batch-size"),
+        (RuntimeError("unable to allocate shared memory(shm) for file </t>"), "error: too little shared memory"),
     ):
 
         def main(error=error):

@@ -4,11 +4,13 @@ import collections
 import contextlib
 import errno
 import io
+import multiprocessing
 import os
 import signal
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -54,6 +56,8 @@ def explained(error: Exception) -> str | None:
         return str(error)
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error):
         return "out of memory; try a smaller --batch-size, in training also --accumulate 2, --checkpoint-grad or --amp"
+    if "unable to allocate shared memory" in str(error):
+        return "too little shared memory for the processes that read images; try --workers 0, in Docker --shm-size=2g"
     if isinstance(error, OSError) and errno.errorcode.get(error.errno or 0) in FILE_SYSTEM:
         where = f" ({printable(str(error.filename))})" if error.filename else ""
         kept = "; the file that was there before is intact" if error.filename and os.path.isfile(error.filename) else ""
@@ -96,6 +100,12 @@ def global_state_restored() -> Iterator[None]:
     threads, random, had_group = torch.get_num_threads(), torch.get_rng_state(), dist.is_initialized()
     try:
         yield
+    except BaseException as error:
+        # The variables in a traceback keep a loader alive. Python would wait forever for its workers when it exits,
+        # because they ignore the SIGTERM that it sends them.
+        if multiprocessing.active_children():
+            traceback.clear_frames(error.__traceback__)
+        raise
     finally:
         if dist.is_initialized() and not had_group:
             dist.destroy_process_group()
