@@ -3,6 +3,7 @@ given weights. What the loops compute is in test_training.py, real kills are in 
 """
 
 import contextlib
+import fcntl
 import importlib.util
 import multiprocessing
 import os
@@ -10,8 +11,10 @@ import pty
 import resource
 import shlex
 import signal
+import struct
 import subprocess
 import sys
+import termios
 import threading
 import time
 
@@ -196,6 +199,7 @@ def test_a_log_file_gets_a_line_every_log_interval(folder, monkeypatch):
 @pytest.mark.parametrize("disable", ["", "1"])
 def test_a_terminal_gets_a_bar_and_tqdm_variables_hold(folder, disable):
     ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("4H", 24, 120, 0, 0))  # a new one has no columns, nor a bar
     env = os.environ | {"PYTHONPATH": str(ROOT), "TQDM_DISABLE": disable}
     command = [sys.executable, str(ROOT / PHOTOS[0]), *PHOTOS[1:], "--out", "run"]
     assert subprocess.run(command, env=env, stdout=subprocess.DEVNULL, stderr=theirs, timeout=120).returncode == 0
