@@ -315,3 +315,16 @@ def test_help_comes_as_soon_as_torch_is_there(script):
 
     torch_alone = min(cpu_seconds("-c", "import torch") for _ in range(3))
     assert min(cpu_seconds(ROOT / script, "--help") for _ in range(3)) < 1.3 * torch_alone
+
+
+def test_a_resumed_run_remembers_its_rows_and_its_best_score(tmp_path):
+    """With a score that no model reaches, best.pt stays as it was; metrics.csv keeps the row of the step before."""
+    done = run_inside(*STAGE_ONE, "--loss", "vqvae", "--steps", "4", "--out", "run", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    run = tmp_path / "run"
+    torch.save(torch.load(run / "last.pt", weights_only=True) | {"best": -1.0}, run / "last.pt")
+    best = (run / "best.pt").read_bytes()
+    done = run_inside("train_vqgan.py", "--out", "run", "--resume", "--steps", "6", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert (run / "best.pt").read_bytes() == best
+    assert [int(row["step"]) for row in metrics_rows(run)] == [2, 3, 4, 6]  # 3 has held-out numbers
