@@ -18,7 +18,6 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from tqdm import tqdm
 
 from minvqgan.harness import checkpoint, data, flags, imagefiles, judges, metrics, official, pictures, runtime, tokens
 from minvqgan.harness.runtime import UserError
@@ -164,7 +163,7 @@ def evaluate_reconstructions(args, model: VQGAN, val_set, device: torch.device, 
     if features is not None:
         check_numbers(number)
     batches = data.held_out_batches(val_set, args.batch_size, number)
-    batches = tqdm(batches, desc="reconstructions", unit="batch", leave=False, disable=None)
+    batches = runtime.progress_bar(0, batches, desc="reconstructions", unit="batch", leave=False)
     for x, x_hat, indices, row in metrics.reconstructions(model, batches, device, perceptual):
         counts += torch.bincount(indices.flatten().cpu(), minlength=len(counts))
         if not labels:
@@ -189,7 +188,7 @@ def evaluate_reconstructions(args, model: VQGAN, val_set, device: torch.device, 
 def new_codes(args, model: TwoStage, val_set, to_c, sampling, device: torch.device):
     """Codes (b, h, w) of -n images in batches, and their classes (b,), on the device. Conditions are those of as many
     held-out images, evenly spread (folders are sorted by class), or of all of them in turn if there are fewer."""
-    bar, count = tqdm(total=args.n, desc="new images", leave=False, disable=None), min(args.images, len(val_set))
+    bar, count = runtime.progress_bar(0, total=args.n, desc="new images", leave=False), min(args.images, len(val_set))
     done = 0
     while done < args.n:
         for batch in data.held_out_batches(val_set, args.batch_size, min(count, args.n - done)):

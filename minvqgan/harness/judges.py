@@ -245,7 +245,6 @@ def parse_flags(argv: list[str] | None):
 @runtime.global_state_restored()
 def main(argv: list[str] | None = None) -> int:
     from torchvision.transforms.v2 import RandomCrop
-    from tqdm import tqdm
 
     args = parse_flags(argv)
     device, rotations = runtime.pick_device(args.device), args.task == "rotations"
@@ -264,7 +263,7 @@ def main(argv: list[str] | None = None) -> int:
     # Moves an image by up to an eighth of its side, continued by its mirror image.
     shift = RandomCrop(args.image_size, padding=args.image_size // 8, padding_mode="reflect")
     batches = data.train_loader(train_set, args.batch_size, args.seed, 0, workers=0)
-    bar = tqdm(range(args.steps), dynamic_ncols=True, disable=None)
+    bar = runtime.progress_bar(0, range(args.steps))
     for _ in bar:
         x, label = task_of(next(batches), rotations)
         x = torch.stack([shift(image) for image in x]).to(device).contiguous(memory_format=torch.channels_last)
