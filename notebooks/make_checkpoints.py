@@ -34,7 +34,7 @@ CROPS = "--resize 64"
 # Run -> command. A run is exported under its name if that is in EXPORTED.
 SHAPES = {
     "vqgan": f"train_vqgan.py {SMALL}",
-    "gpt": "train_gpt.py --vqgan vqgan/last.pt",
+    "gpt": "train_gpt.py --vqgan vqgan/last.pt --n-layer 3 --n-embd 96",
     "crops": f"train_vqgan.py {SMALL} {CROPS}",
     "labels": f"train_vqgan.py {CROPS} --ch 8 --z-channels 32 --input labels --num-labels 9 --steps 1200",
     "spatial": "train_gpt.py --vqgan crops/last.pt --cond spatial --cond-vqgan labels/last.pt --n-layer 3 --n-embd 96 "
