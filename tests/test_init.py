@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import fixture, official_files, relative_error, same_bits
+from helpers import ROOT, fixture, official_files, relative_error, same_bits
 
 from minvqgan import VQGAN, TwoStage, VQGANConfig
 from minvqgan.conditioning import ClassCondition, NoCondition
@@ -12,6 +12,7 @@ from minvqgan.harness import checkpoint, official
 from minvqgan.harness.runtime import UserError
 from minvqgan.two_stage import TwoStageConfig
 
+CIFAR_GPT = ROOT / "notebooks" / "checkpoints" / "cifar_gpt.pt"
 SMALL = {"image_size": 16, "ch": 8, "ch_mult": (1, 2), "z_channels": 8, "code_dim": 4, "codebook_size": 16}
 
 
@@ -79,6 +80,14 @@ def test_what_does_not_fit_is_named_and_stays(old):
 def test_files_that_have_nothing_to_give(old):
     with pytest.raises(UserError, match=r"old\.pt does not fit: none of its weights has a place"):
         checkpoint.init_from(old[0], two_stage(16, 0))
+
+
+def test_a_first_stage_from_a_stage_two_file():
+    model = checkpoint.load(CIFAR_GPT)
+    new, disc = VQGAN(model.vqgan.config), PatchDiscriminator(3, 8, 2)
+    line = checkpoint.init_from(CIFAR_GPT, new, discriminator=disc)
+    assert same_bits(new.state_dict(), model.vqgan.state_dict())
+    assert line.endswith(f"vqgan: {len(new.state_dict())} of {len(new.state_dict())} tensors")  # it has no D
 
 
 def test_an_official_first_stage(tmp_path):

@@ -245,10 +245,10 @@ def load_vqgan(path: File) -> VQGAN:
 def init_from(path: str | Path, model: VQGAN | TwoStage, **others: nn.Module) -> str:
     """Copy what fits of a checkpoint's weights, ours or official, into a new model. Returns a line that says what fits.
 
-    A VQGAN takes those of a VQGAN, a TwoStage those of a transformer. others: `discriminator=D`, filled if the file has
-    one. A tensor fits if it has the same place in the network and the same shape. If the codebooks differ in size, the
-    first codes are copied; the rest count as dead, so call this before the first `revive_dead_codes`. Raises UserError
-    if nothing fits.
+    A VQGAN takes those of a VQGAN, or of the one in a stage-two file; a TwoStage those of a transformer. others:
+    `discriminator=D`, filled if the file has one. A tensor fits if it has the same place in the network and the same
+    shape. If the codebooks differ in size, the first codes are copied; the rest count as dead, so call this before the
+    first `revive_dead_codes`. Raises UserError if nothing fits.
     """
     from . import official  # here, because it imports this module
 
