@@ -22,6 +22,7 @@ FAMILIES = {  # name: {label: (sampling, fraction that is kept)}
     "as it is": {"": (Sampling(), 1)},
     "top-k": {f"{k}": (Sampling(top_k=k), 1) for k in (200, 100, 50, 20, 10)},
     "top-p": {f"{p}": (Sampling(top_p=p), 1) for p in (0.98, 0.95, 0.9, 0.8, 0.7)},
+    "temperature": {f"{t}": (Sampling(temperature=t), 1) for t in (1.1, 0.95, 0.9, 0.8)},
     "guidance": {f"{g}": (Sampling(guidance=g), 1) for g in (1.25, 1.5, 2, 3)},
     "guidance, top-p 0.9": {f"{g}": (Sampling(guidance=g, top_p=0.9), 1) for g in (1.25, 1.5, 2, 2.5)},
     "rejection, kept": {f"{rate}": (Sampling(), rate) for rate in (0.5, 0.25, 0.1)},
