@@ -45,7 +45,7 @@ def parse_flags(argv: list[str] | None):
     flags.add_sampling_flags(p)
     g = p.add_argument_group("judges")
     g.add_argument("--features", default="inception", help="network of the distances: inception, none, or a classifier")
-    g.add_argument("--classifier", metavar="FILE", help="for class accuracy; a torchvision name too (--features' file)")
+    g.add_argument("--classifier", metavar="FILE", help="for class accuracy (--features' file)")
     g.add_argument("--perceptual", default="vgg16", help="network of LPIPS: vgg16, none, or a classifier")
     g = p.add_argument_group("how")
     g.add_argument("--splits", type=flags.positive, default=5, help="parts of the images for the spread")

@@ -50,7 +50,7 @@ def parse_flags(argv: list[str] | None):
     g = p.add_argument_group("how")
     rate = flags.Number(float, most=1, above=0)
     g.add_argument("--reject", type=rate, metavar="RATE", help="keep this fraction, the best by --classifier")
-    g.add_argument("--classifier", metavar="FILE", help="of minvqgan.harness.judges, or the name of one of torchvision")
+    g.add_argument("--classifier", metavar="FILE", help="of minvqgan.harness.judges")
     g.add_argument("--seed", type=flags.seed, default=0, help="image i of a seed is the same in any batch")
     g.add_argument("--batch-size", type=flags.positive, default=64, help="images sampled together")
     g.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")

@@ -1,15 +1,14 @@
 """Train the models in notebooks/checkpoints/: three groups, each made if its data is given.
 
     python notebooks/make_checkpoints.py                        -> gpt.pt, spatial.pt
-    python notebooks/make_checkpoints.py --cifar cifar10_split  -> cifar_vqvae.pt, cifar_vqgan.pt, cifar_gpt.pt too
+    python notebooks/make_checkpoints.py --cifar cifar10_split  -> cifar_gpt.pt too
     python notebooks/make_checkpoints.py --scenes scenes_64     -> scenes.pt too
 
-gpt.pt      shapes of 32 pixels: a VQGAN (f = 4, 256 codes) and a class-conditional transformer on its codes
-spatial.pt  32-pixel crops of 64-pixel shapes: a VQGAN, a second one for their label maps, and a transformer that
-            predicts the codes of the first from those of the second
-cifar_*.pt  CIFAR-10: the default VQGAN, a VQ-VAE of the same size and steps, and a class-conditional transformer on the
-            codes of the VQGAN (8 minutes on a GPU)
-scenes.pt   photographs of landscapes, 64 pixels: a VQGAN and a class-conditional transformer on its codes
+gpt.pt        shapes of 32 pixels: a VQGAN (f = 4, 256 codes) and a class-conditional transformer on its codes
+spatial.pt    32-pixel crops of 64-pixel shapes: a VQGAN, a second one for their label maps, and a transformer that
+              predicts the codes of the first from those of the second
+cifar_gpt.pt  CIFAR-10: the default VQGAN and a class-conditional transformer on its codes (8 minutes on a GPU)
+scenes.pt     photographs of landscapes, 64 pixels: a VQGAN and a class-conditional transformer on its codes
 
 --cifar and --scenes are folders with one subfolder per class, also inside train/ and val/. Runs go to runs/notebooks; a
 run that is there is not repeated.
@@ -23,7 +22,6 @@ from pathlib import Path
 
 from torch.utils.serialization import config as serialization
 
-from minvqgan import TwoStage
 from minvqgan.harness import checkpoint
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -31,7 +29,7 @@ MADE = ROOT / "notebooks" / "checkpoints"
 SMALL = "--ch 12 --z-channels 32"
 CROPS = "--resize 64"
 
-# Run -> command. A run is exported under its name if that is in EXPORTED.
+# Run -> command. The best transformer of a run of train_gpt.py is exported under the name of the run.
 SHAPES = {
     "vqgan": f"train_vqgan.py {SMALL}",
     "gpt": "train_gpt.py --vqgan vqgan/last.pt --n-layer 3 --n-embd 96",
@@ -41,7 +39,6 @@ SHAPES = {
     "--steps 1500",
 }
 CIFAR = {
-    "cifar_vqvae": "train_vqgan.py --loss vqvae",
     "cifar_vqgan": "train_vqgan.py",
     "cifar_gpt": "train_gpt.py --vqgan cifar_vqgan/last.pt --n-layer 6 --n-head 6 --n-embd 192 --dropout 0.1 "
     "--batch-size 128 --steps 25000 --lr 1.5e-3",
@@ -52,14 +49,12 @@ SCENES = {
     "scenes": "train_gpt.py --vqgan scenes_vqgan/last.pt --preset small --n-layer 6 --n-head 6 --n-embd 192 "
     "--dropout 0.1 --lr 2e-3 --steps 1600",
 }
-EXPORTED = ("gpt", "spatial", "cifar_vqvae", "cifar_vqgan", "cifar_gpt", "scenes")
 
 
-def export(run: Path, path: Path) -> None:
-    """Write a run's best transformer, or its last first-stage model, in 16 bits."""
-    model = checkpoint.load(run / "last.pt")
-    if isinstance(model, TwoStage):
-        model = checkpoint.load(run / "best.pt")
+def export(run: Path) -> None:
+    """Write a run's best transformer with its first-stage models, in 16 bits."""
+    path = MADE / f"{run.name}.pt"
+    model = checkpoint.load(run / "best.pt")
     serialization.save.storage_alignment = 2  # torch's default, 64 bytes per tensor, adds 58 kB in all
     checkpoint.save_model(path, model.half())
     print(f"{path}: {path.stat().st_size / 1e6:.1f} MB")
@@ -67,7 +62,7 @@ def export(run: Path, path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--cifar", type=os.path.abspath, help="folder of CIFAR-10's images, for cifar_*.pt")
+    parser.add_argument("--cifar", type=os.path.abspath, help="folder of CIFAR-10's images, for cifar_gpt.pt")
     parser.add_argument("--scenes", type=os.path.abspath, help="folder of photographs of scenes, for scenes.pt")
     args = parser.parse_args()
     runs = ROOT / "runs" / "notebooks"
@@ -78,8 +73,8 @@ def main() -> None:
                 script, *flags = command.split()
                 words = [sys.executable, ROOT / script, *flags, "--data", data, "--out", name]
                 subprocess.run(words, cwd=runs, check=True)
-            if name in EXPORTED:
-                export(runs / name, MADE / f"{name}.pt")
+            if command.startswith("train_gpt.py"):
+                export(runs / name)
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ def networks():
     c = fx["config"]
     config = official.vqgan_config(c["ddconfig"], c["n_embed"], c["embed_dim"], c["beta"], legacy=False)
     disc = PatchDiscriminator(3, c["disc_ndf"], c["disc_num_layers"])
-    vqgan, disc = official.load_vqgan(fx["state_dict"], config), official.load_discriminator(disc, fx["discriminator"])
+    vqgan, disc = official.load_vqgan(fx["state_dict"], config), official.fill(disc, fx["discriminator"]).train()
     return vqgan.cuda().train(), disc.cuda().train(), fx["x"].cuda(), fx
 
 

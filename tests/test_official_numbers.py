@@ -21,7 +21,7 @@ def build(fx, legacy):
     c = fx["config"]
     config = official.vqgan_config(c["ddconfig"], c["n_embed"], c["embed_dim"], c["beta"], legacy=legacy)
     disc = PatchDiscriminator(3, c["disc_ndf"], c["disc_num_layers"])
-    return official.load_vqgan(fx["state_dict"], config), official.load_discriminator(disc, fx["discriminator"])
+    return official.load_vqgan(fx["state_dict"], config), official.fill(disc, fx["discriminator"]).train()
 
 
 def test_encoder_quantizer_and_decoder(fx):

@@ -95,7 +95,7 @@ def run_module(*words, cwd) -> subprocess.CompletedProcess:
 def prepare(line: str, folder) -> None:
     """The files that this line speaks of."""
     shutil.copy(folder / ("spatial" if "--cond-image" in line else "none") / "best.pt", folder / "G.pt")
-    if "last.ckpt" in line and "--export" not in line:
+    if "last.ckpt" in line:
         kind = next((kind for words, kind in OFFICIAL.items() if words in line), "none")
         official_files(fixture(f"net2net_{kind}"), folder)
         described = yaml.safe_load((folder / "project.yaml").read_text())["model"]["params"]["first_stage_config"]

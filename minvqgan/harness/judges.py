@@ -4,8 +4,8 @@
 
 A classifier is used in two ways: as a judge (its features compare sets of images, its classes reject samples) or as the
 perceptual network of a training. One network must not be both, because a model trained to please a network also
-pleases it as a judge. So there are two families. `residual` is for judges, trained on sharp images only, because a
-judge that has seen blurred images forgives blur. `small` is the perceptual network that comes with the package. With
+pleases it as a judge. So there are two families: `residual` for judges, trained on sharp images only, because a judge
+that has seen blurred images forgives blur; and `small`, the perceptual network that comes with the package. With
 `--task rotations` a network learns by how much an image was turned (Gidaris et al. 2018, arXiv:1803.07728) and never
 sees a class.
 """
@@ -104,36 +104,22 @@ def features_of(judge: nn.Module, batches: Iterable[Tensor], device: torch.devic
 
 
 @contextlib.contextmanager
-def downloading(what: str, url: str, otherwise: str = "") -> Iterator[None]:
+def downloading(what: str, url: str, otherwise: str) -> Iterator[None]:
     """Turns what a download or a broken file raises into one line that says where the file belongs."""
     try:
         yield
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
         place = Path(torch.hub.get_dir()) / "checkpoints" / Path(url).name
         problem = f"the weights of {what} could not be loaded ({runtime.first_line(error)[:80]})"
-        raise UserError(f"{problem}: download {url} to {place}{otherwise}") from None
+        raise UserError(f"{problem}: download {url} to {place}, or {otherwise}") from None
 
 
-def load_classifier(name: str | Path) -> nn.Module:
-    """The classifier of a file that `save_classifier` wrote, or torchvision's of this name with ImageNet weights, in
-    eval mode: x (B, 3, H, W) in [-1, 1] -> logits (B, len(.classes)). Raises UserError."""
-    if not Path(name).exists():
-        from torchvision import models
-        from torchvision.transforms.v2 import Normalize
-
-        if str(name) in models.list_models(module=models):
-            weights = models.get_model_weights(str(name)).DEFAULT
-            with downloading(str(name), weights.url):
-                net = models.get_model(str(name), weights=weights)
-            # Images are clamped, brought to [0, 1], then scaled and normalised as in its training.
-            model = nn.Sequential(nn.Hardtanh(), Normalize([-1], [2]), weights.transforms(), net)
-            model.classes = tuple(weights.meta["categories"])
-            return model.eval()
-    content = checkpoint.read(name, "classifier")
-    if content["network"] not in NETWORKS:
-        raise UserError(f"{name} holds an unknown network: {content['network'][:40]!r}")
-    model = Classifier(tuple(content["classes"]), content["network"])
-    checkpoint.restore(content, {"model": model}, name)
+def load_classifier(path: str | Path) -> Classifier:
+    """The classifier of a file that `save_classifier` wrote, in eval mode. Raises UserError."""
+    content = checkpoint.read(path, "classifier")
+    with checkpoint.door(path):
+        model = Classifier(tuple(content["classes"]), content["network"])
+        model.load_state_dict(content["model"])
     return model.eval()
 
 
@@ -148,20 +134,13 @@ def load_features(name: str) -> Judge | None:
     if name == "none":
         return None
     if name != "inception":
-        return Judge(Path(name).stem, _ours(name, "--features", "inception")).eval()
+        return Judge(Path(name).stem, load_classifier(name)).eval()
     metrics.need_torchmetrics()
     from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, FeatureExtractorInceptionV3
 
-    with downloading("InceptionV3", URL_INCEPTION_V3, ", or give a classifier: --features FILE"):
+    with downloading("InceptionV3", URL_INCEPTION_V3, "give a classifier: --features FILE"):
         net = FeatureExtractorInceptionV3("inception-v3-compat", ["2048", "logits_unbiased"])
     return Judge(name, net).eval()
-
-
-def _ours(name: str | Path, flag: str, others: str) -> Classifier:
-    classifier = load_classifier(name)
-    if not isinstance(classifier, Classifier):
-        raise UserError(f"{flag} {name}: give {others}, none or a file of minvqgan.harness.judges")
-    return classifier
 
 
 def lpips_weights() -> list[Tensor]:
@@ -185,7 +164,7 @@ def vgg16_lpips() -> LPIPS:
     from torchvision.models import VGG16_Weights, vgg16
 
     weights = VGG16_Weights.IMAGENET1K_V1
-    with downloading("VGG16", weights.url, ", or train with --perceptual small"):
+    with downloading("VGG16", weights.url, "train with --perceptual small"):
         return LPIPS(VGG16Features(vgg16(weights=weights).features), lpips_weights())
 
 
@@ -198,7 +177,7 @@ def load_perceptual(name: str, image_size: int) -> LPIPS | None:
         if image_size < 16:
             raise UserError(f"VGG16 needs sides of 16; {image_size} pixels are too few, use --perceptual small")
         return vgg16_lpips()
-    classifier = _ours(SMALL if name == "small" else name, "--perceptual", "small, vgg16")
+    classifier = load_classifier(SMALL if name == "small" else name)
     if classifier.network == "small":
         classifier.features.fold_batch_norm()
     return LPIPS(classifier.features)
@@ -216,8 +195,8 @@ def match_classes(known: tuple[str, ...], asked: tuple[str, ...]) -> list[int]:
 
 
 def task_of(batch: dict, rotations: bool) -> tuple[Tensor, Tensor]:
-    """A batch of a dataset -> images (B, 3, S, S) and their labels (B,): classes, or quarters by which they are turned
-    here."""
+    """A batch of a dataset -> images (B, 3, S, S) and their labels (B,): classes, or by how many quarters each is
+    turned here."""
     if not rotations:
         return batch["image"], batch["class"]
     quarters = torch.randint(0, 4, batch["class"].shape)
@@ -225,7 +204,9 @@ def task_of(batch: dict, rotations: bool) -> tuple[Tensor, Tensor]:
     return torch.stack([torch.rot90(image, k, (1, 2)) for image, k in pairs]), quarters
 
 
-def parse_flags(argv: list[str] | None):
+def main(argv: list[str] | None = None) -> int:
+    from torchvision.transforms.v2 import RandomCrop
+
     p = flags.Parser(prog="python -m minvqgan.harness.judges", description=__doc__)
     p.add_argument("--data", default="shapes", help="as in train_vqgan.py")
     p.add_argument("--out", default="runs/classifier.pt", help="file to write")
@@ -239,22 +220,15 @@ def parse_flags(argv: list[str] | None):
     p.add_argument("--seed", type=flags.seed, default=0, help="of the weights and the data order")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, mps")
     p.add_argument("--amp", action=argparse.BooleanOptionalAction, help="bfloat16 (where it is faster)")
-    return p.parse_args(argv)
-
-
-@runtime.global_state_restored()
-def main(argv: list[str] | None = None) -> int:
-    from torchvision.transforms.v2 import RandomCrop
-
-    args = parse_flags(argv)
-    device, rotations = runtime.pick_device(args.device), args.task == "rotations"
-    if Path(args.out).exists():
-        checkpoint.read(args.out, "classifier")  # raises: nothing but a classifier is overwritten
+    args = p.parse_args(argv)
+    device, rotations, out = runtime.pick_device(args.device), args.task == "rotations", Path(args.out)
+    if out.exists():
+        checkpoint.read(out, "classifier")  # raises: nothing but a classifier is overwritten
     train_set, val_set = data.open_data(args.data, args.image_size, args.resize, seed=args.seed)
     classes = ROTATIONS if rotations else train_set.classes
     if len(classes) < 2:
         raise UserError(f"{args.data} has fewer than two classes (subfolders with images); --task rotations needs none")
-    Path(args.out).parent.mkdir(parents=True, exist_ok=True)  # a wrong name must not cost a training
+    out.parent.mkdir(parents=True, exist_ok=True)  # a wrong name must not cost a training
     amp = runtime.pick_amp(args.amp, device)
     torch.manual_seed(args.seed)
     model = Classifier(classes, args.network).to(device, memory_format=torch.channels_last)
@@ -279,8 +253,8 @@ def main(argv: list[str] | None = None) -> int:
     pairs = (task_of(batch, rotations) for batch in data.held_out_batches(val_set, 100, 5000))
     with torch.no_grad():
         right = torch.cat([model(x.to(device)).argmax(1).cpu() == label for x, label in pairs]).double().mean().item()
-    save_classifier(args.out, model, accuracy=right, flags=vars(args))
-    print(f"{right:.1%} of the held-out images recognised: {args.out}")
+    save_classifier(out, model, accuracy=right, flags=vars(args))
+    print(f"{right:.1%} of the held-out images recognised: {out}")
     return 0
 
 

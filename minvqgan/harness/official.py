@@ -1,11 +1,10 @@
-"""Converts between the official models (CompVis/taming-transformers) and ours.
+"""Reads the official models (CompVis/taming-transformers).
 
-    python -m minvqgan.harness.official last.ckpt project.yaml OUT.pt             official -> ours
-    python -m minvqgan.harness.official --export OURS.pt last.ckpt project.yaml   ours -> official, first stages only
+    python -m minvqgan.harness.official last.ckpt project.yaml OUT.pt
 
-Both sides hold the same tensors under different names, so the mapping is a table of names. It is made by walking a
-configuration as the official constructors do. Every key of a file is used, known to be unneeded, or reported: a
-checkpoint loaded only in part gives images that are almost right, and the reason takes days to find.
+They hold the same tensors as ours under different names. The table of names is made by walking a configuration as the
+official constructors do. Every key of a file is used, known to be unneeded, or reported: a checkpoint loaded only in
+part gives images that are almost right, and the reason takes days to find.
 """
 
 from math import isqrt
@@ -157,20 +156,16 @@ def weights(path: str | Path) -> dict[str, dict[str, Tensor]]:
     return found | {"discriminator": part(state, "loss.discriminator")}
 
 
-def _fill(module: nn.Module, state: dict[str, Tensor]) -> nn.Module:
-    """The module with the official tensors, in eval mode. Raises RuntimeError that names what does not fit."""
+def fill(module: nn.Module, state: dict[str, Tensor]) -> nn.Module:
+    """A VQGAN, GPT or discriminator with the official tensors, in eval mode. Raises RuntimeError that names what does
+    not fit."""
     ours = {theirs: key for key, theirs in names(module).items()}
     return checkpoint.fill(module, {ours.get(key, key): tensor for key, tensor in state.items()})
 
 
 def load_vqgan(state: dict[str, Tensor], config: VQGANConfig) -> VQGAN:
     """A VQGAN from an official first stage's `state_dict`. Raises RuntimeError that names what does not fit."""
-    return _fill(checkpoint.empty(VQGAN, config), first_stage(state))
-
-
-def load_discriminator(module: nn.Module, state: dict[str, Tensor]) -> nn.Module:
-    """Fill a `PatchDiscriminator` with the official NLayerDiscriminator's `state_dict` (keys main.*)."""
-    return _fill(module, state).train()
+    return fill(checkpoint.empty(VQGAN, config), first_stage(state))
 
 
 def load_gpt(state: dict[str, Tensor], config: dict) -> GPT:
@@ -182,7 +177,7 @@ def load_gpt(state: dict[str, Tensor], config: dict) -> GPT:
         raise ValueError("n_unmasked > 0 (no causal mask on the condition) is not supported")
     sizes = {name: config[name] for name in ("block_size", "n_layer", "n_head", "n_embd")}
     gpt = checkpoint.empty(GPT, GPTConfig(num_codes=config["vocab_size"], num_cond=0, dropout=0.0, **sizes))
-    return _fill(gpt, joined(state))
+    return fill(gpt, joined(state))
 
 
 def _condition(params: dict, config: VQGANConfig, state: dict[str, Tensor]) -> Condition:
@@ -252,61 +247,21 @@ def load(path: str | Path, config: str | Path) -> VQGAN | TwoStage:
         return load_vqgan(state, first_stage_config(model))
 
 
-def export_vqgan(model: VQGAN) -> tuple[dict[str, Tensor], dict]:
-    """(`state_dict` with official keys, {target, params} for the yaml). Raises UserError for what the official code
-    does not have."""
-    if not isinstance(model, VQGAN):
-        raise UserError("only first stages can be exported: the official code numbers condition tokens differently")
-    c, state = model.config, model.state_dict()
-    if c.norm_groups != 32 or c.l2_norm:
-        raise UserError("cannot be exported: the official code has 32 norm groups and no l2-normalised codes")
-    dd = {name: getattr(c, name) for name in ("z_channels", "in_channels", "ch", "num_res_blocks", "dropout")}
-    dd |= {"double_z": False, "resolution": c.image_size, "out_ch": c.in_channels}
-    dd |= {"ch_mult": list(c.ch_mult), "attn_resolutions": list(c.attn_resolutions)}
-    params = {"embed_dim": c.code_dim, "n_embed": c.codebook_size, "ddconfig": dd}
-    params["lossconfig"] = {"target": "taming.modules.losses.DummyLoss"}
-    name = "GumbelVQ" if c.gumbel else "VQModel"
-    if c.gumbel:
-        params["temperature_scheduler_config"] = {"target": "taming.lr_scheduler.LambdaLinearScheduler"}
-    if c.input_kind == "labels":
-        name, params["n_labels"], params["image_key"] = "VQSegmentationModel", c.in_channels, "segmentation"
-    elif c.input_kind == "depth":
-        params["image_key"] = "depth"
-    named = {theirs: state[ours] for ours, theirs in names(model).items()}
-    return named, {"target": f"taming.models.vqgan.{name}", "params": params}
-
-
-def export(model: VQGAN | TwoStage, path: str | Path, config: str | Path) -> None:
-    """Write a first-stage model as the official code does: {"state_dict"} and a yaml. Raises UserError."""
-    import yaml
-
-    state, described = export_vqgan(model)
-    torch.save({"state_dict": state}, path)
-    Path(config).write_text(yaml.safe_dump({"model": described}, sort_keys=False))
-
-
 def open_model(path: str | Path, config: str | Path | None) -> VQGAN | TwoStage:
     """The model of one of our checkpoints, or of an official one if `config` names its yaml. Raises UserError."""
     return load(path, config) if config else checkpoint.load(path)
 
 
 def main(argv: list[str] | None = None) -> int:
-    p = flags.Parser(
-        prog="python -m minvqgan.harness.official", description="Convert an official checkpoint to ours, or back."
-    )
-    p.add_argument("--export", action="store_true", help="ours to official: IN.pt OUT.ckpt OUT.yaml")
-    p.add_argument("files", nargs=3, metavar="FILE", help="IN.ckpt IN.yaml OUT.pt")
+    p = flags.Parser(prog="python -m minvqgan.harness.official", description=__doc__)
+    p.add_argument("checkpoint", help="an official checkpoint, such as last.ckpt")
+    p.add_argument("config", help="its yaml")
+    p.add_argument("out", help="file to write")
     args = p.parse_args(argv)
-    first, second, third = args.files
-    outputs = (second, third) if args.export else (third,)
-    for path in outputs:
-        if Path(path).exists():
-            raise UserError(f"{path} exists already")
-    if args.export:
-        export(checkpoint.load(first), second, third)
-    else:
-        checkpoint.save_model(third, load(first, second))
-    print(f"{first} -> {outputs[0]}")
+    if Path(args.out).exists():
+        raise UserError(f"{args.out} exists already")
+    checkpoint.save_model(args.out, load(args.checkpoint, args.config))
+    print(f"{args.checkpoint} -> {args.out}")
     return 0
 
 
