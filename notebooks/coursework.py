@@ -4,9 +4,9 @@
                                                      and marks for all that lies in course/submitted
     python notebooks/coursework.py mine --plain      the whole notebooks without their solutions, for learning alone
 
-An assignment is a notebook from its heading `## Exercises` on, so that marking does not train anything. Call it again
-at any time: only what is new is marked, and what was edited in course/source stays. notebooks/README.md says how
-submissions may be named and what course/roster.csv and course/by_hand.csv are for.
+An assignment is the cells of a notebook that are tagged `exercise`, so marking does not train the lesson's models. Call
+it again at any time: only what is new is marked, and what was edited in course/source stays. notebooks/README.md says
+how submissions may be named and what course/roster.csv and course/by_hand.csv are for.
 """
 
 import argparse
@@ -55,15 +55,16 @@ def notebooks() -> list[Path]:
     return sorted(HERE.glob("0[0-8]_*.ipynb"))
 
 
+def is_exercise(cell: nbformat.NotebookNode) -> bool:
+    return "exercise" in cell.metadata.get("tags", [])
+
+
 def exercises(path: Path) -> nbformat.NotebookNode:
-    """The cells of a notebook from `## Exercises` on, below a head that makes them stand alone."""
+    """The cells of a notebook that are tagged `exercise`, below a head that makes them stand alone."""
     notebook = nbformat.read(path, 4)
-    first = next((i for i, cell in enumerate(notebook.cells) if "## Exercises" in cell.source), None)
-    if first is None:
-        raise SystemExit(f"error: {path} has no heading ## Exercises")
     title = notebook.cells[0].source.splitlines()[0].strip("# ") + ": exercises"
     head = HEAD.format(title=title, name=path.stem, seconds=marking.SECONDS)
-    notebook.cells = [nbformat.v4.new_markdown_cell(head, id="title"), *notebook.cells[first + 1 :]]
+    notebook.cells = [nbformat.v4.new_markdown_cell(head, id="title"), *filter(is_exercise, notebook.cells)]
     for cell in notebook.cells:
         if cell.cell_type == "markdown":
             cell.source = re.sub(r"(Sec\. \d+(?:(?:, | and | to )\d+)*) above", r"\1 of the notebook", cell.source)

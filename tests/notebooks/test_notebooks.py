@@ -92,7 +92,11 @@ def test_form(path):
     assert len(graded) >= 4 and len({g["grade_id"] for g in graded}) == len(graded)
     assert text.count("### Exercise") == sum(g["grade"] for g in graded) == text.count("<details><summary>Hints")
     assert text.count("**Question.**") == text.count("<details><summary>Answer</summary>") >= 3
-    assert text.count("### Open experiment\n\n*10 points") == 1 and cells[-1].metadata["nbgrader"]["points"] == 10
+    marked = [cell for cell in cells if "nbgrader" in cell.metadata]
+    assert text.count("### Open experiment\n\n*10 points") == 1
+    assert [c.metadata["nbgrader"]["points"] for c in marked if c.cell_type == "markdown"] == [10]
+    titled = [cell for cell in cells if re.match(r"### (Exercise|Open experiment|Your )", cell.source)]
+    assert all(cell.metadata.get("tags") == ["exercise"] for cell in marked + titled)  # an assignment is made of these
 
 
 def before_the_package(notebook) -> list:
