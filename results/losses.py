@@ -1,22 +1,24 @@
 """VQGAN or VQ-VAE? (Sec. 3.1, 4.1) One first-stage model trained with five losses, judged on held-out images.
 
-    python results/losses.py --data cifar10_split --judges classes.pt rotations.pt --runs runs/losses --train
+    python results/losses.py --data cifar10_split --judges classes.pt rotations.pt
     python results/losses.py --data camvid --resize 128 --size 64 --crops 4 --steps 600 --runs runs/losses_camvid \
         --judges classes.pt rotations.pt photographs.pt --flags="--ch-mult 1 2 4 4 --batch-size 16" \
-        --table results/losses_camvid.csv --figure figures/losses_camvid.png --train
+        --table results/losses_camvid.csv --figure figures/losses_camvid.png
 
-`--train` trains the models that are missing, by train_vqgan.py with equal steps. Without it the table is made anew from
-the checkpoints. What the judges can tell: judging.py.
+Models that are not in --runs are trained by train_vqgan.py. What the judges can tell: judging.py.
 """
 
 import itertools
+import sys
 from pathlib import Path
 
-import judging
+import matplotlib.pyplot as plt
 import torch
+from judging import ROOT, Judges, in_parts, parser, write
+from torch import Tensor
 
-from minvqgan.harness import checkpoint, flags, metrics, runtime
-from minvqgan.harness.runtime import UserError
+from minvqgan import VQGAN
+from minvqgan.harness import checkpoint, flags, metrics, pictures, runtime
 
 # The losses as flags of train_vqgan.py. A D that starts after the last step never learns.
 LOSSES = {
@@ -28,42 +30,54 @@ LOSSES = {
 }
 
 
-@torch.no_grad()
+def trained(args, loss: str, seed: int) -> VQGAN:
+    """The model of --runs, trained up to --steps if it is not yet."""
+    out = args.runs / f"{loss.replace(' + ', '_').replace(' ', '_')}_{seed}"
+    there = (out / "last.pt").exists()
+    if not there or checkpoint.read(out / "last.pt")["step"] < args.steps:
+        sys.path.insert(0, str(ROOT))
+        from train_vqgan import main
+
+        words = f"--image-size {args.size} --resize {args.resize or args.size} --seed {seed} --steps {args.steps}"
+        given = ["--data", args.data, "--out", str(out), "--device", args.device, *["--resume"] * there]
+        main([*given, *words.split(), *LOSSES[loss].split(), *args.flags.split()])
+    return checkpoint.load_vqgan(out / "last.pt")
+
+
+def figure(path: Path, shown: dict[str, Tensor]) -> None:
+    """A row of images (n, 3, S, S) for each name."""
+    figure, axes = plt.subplots(len(shown), figsize=(10.5, 1.3 * len(shown)), layout="constrained")
+    for axis, (name, images) in zip(axes, shown.items(), strict=True):
+        strip = pictures.to_image(torch.cat(list(images), 2))
+        axis.imshow(strip.resize((4 * strip.width, 4 * strip.height), 0), interpolation="nearest")
+        axis.set(xticks=[], yticks=[])
+        axis.set_ylabel(name, rotation=0, ha="right", va="center")
+    figure.savefig(path, dpi=110, bbox_inches="tight")
+
+
 def main(argv: list[str] | None = None) -> int:
-    p = flags.Parser(description=__doc__)
-    judging.add_flags(p, "losses", images=2500)
+    p = parser(__doc__, "losses", images=2500)
     p.add_argument("--runs", type=Path, default=Path("runs/losses"), help="folder of the run folders")
     p.add_argument("--size", type=flags.size, default=32, help="side of the images")
     p.add_argument("--resize", type=flags.size, help="as in train_vqgan.py")
     p.add_argument("--crops", type=flags.positive, default=1, help="of each held-out image")
-    p.add_argument("--train", action="store_true", help="train the models that are missing")
     p.add_argument("--steps", type=flags.positive, default=1800, help="of each training")
     p.add_argument("--seeds", type=flags.natural, nargs="+", default=[0], help="of the trainings")
-    p.add_argument("--flags", type=str, default="", help="more flags for each training")
+    p.add_argument("--flags", default="", help="more flags for each training")
     args = p.parse_args(argv)
-    device, models = runtime.pick_device(args.device), {}  # their files, by (loss, seed)
-    for loss, seed in itertools.product(LOSSES, args.seeds):
-        models[loss, seed] = args.runs / f"{loss.replace(' + ', '_').replace(' ', '_')}_{seed}" / "last.pt"
-    if args.train:
-        judging.same_settings(args.runs, data=args.data, size=args.size, resize=args.resize, flags=args.flags)
-        for (loss, seed), path in models.items():
-            words = f"--image-size {args.size} --resize {args.resize or args.size} --seed {seed} {LOSSES[loss]}"
-            judging.train_first_stage(args, path.parent, args.steps, f"{words} {args.flags}")
-    models = {name: path for name, path in models.items() if path.exists()}
-    if not models:
-        raise UserError(f"there is no model in {args.runs}; --train makes them")
-    judges = judging.Judges(args, device, args.size, args.resize, args.crops)
+    device = runtime.pick_device(args.device)
+    judges = Judges(args, device, args.size, args.resize, args.crops)
     some = torch.linspace(0, len(judges.x) - 1, 8).long()  # of all classes: images are sorted by class
-    rows, shown = [{"loss": "real images", **judges.floor()}], {"real": [judges.x[some]]}
-    for (loss, seed), path in models.items():
-        model = checkpoint.load_vqgan(path).to(device)
-        x_hat = judging.in_parts(lambda x, model=model: model(x)[0], judges.x, device)
+    rows, shown = [{"loss": "real images", **judges.floor()}], {"real": judges.x[some]}
+    for loss, seed in itertools.product(LOSSES, args.seeds):
+        model = trained(args, loss, seed).to(device)
+        x_hat = in_parts(lambda x, model=model: model(x)[0], judges.x, device)
         errors = {name.upper(): e.mean().item() for name, e in metrics.image_metrics(judges.x, x_hat, None).items()}
         rows.append({"loss": loss, "seed": seed, **errors, **judges.measure(x_hat, judges.c)})
-        shown.setdefault(loss, [x_hat[some]])
+        shown.setdefault(loss, x_hat[some])
         print(rows[-1], flush=True)
-    judging.write(args.table, rows)
-    judging.strips(args.figure, shown, [""])
+    write(args.table, rows)
+    figure(args.figure, shown)
     return 0
 
 

@@ -8,15 +8,13 @@ a classifier is surest of which is none of the judges (judging.py): the package'
 
 import matplotlib.pyplot as plt
 import torch
-from judging import Judges, add_flags, in_parts, write
+from judging import Judges, in_parts, parser, write
 from torch import Tensor
 
 from minvqgan import Sampling
-from minvqgan.harness import checkpoint, flags, runtime
+from minvqgan.harness import checkpoint, runtime
 from minvqgan.harness.judges import SMALL, load_classifier, match_classes
-from minvqgan.harness.runtime import UserError
 from minvqgan.sampler import reject
-from minvqgan.two_stage import TwoStage
 
 FAMILIES = {  # name: {label: (sampling, fraction that is kept)}
     "as it is": {"": (Sampling(), 1)},
@@ -63,18 +61,13 @@ def figure(rows: list[dict], names: list[str], path) -> None:
 
 @torch.no_grad()
 def main(argv: list[str] | None = None) -> int:
-    p = flags.Parser(description=__doc__)
-    add_flags(p, "sampling", images=1000)
+    p = parser(__doc__, "sampling", images=1000)
     p.add_argument("--gpt", required=True, help="a class-conditional transformer")
     p.add_argument("--only", nargs="+", default=list(FAMILIES), choices=FAMILIES, help="settings to measure")
     p.add_argument("--rejector", default=SMALL, help="classifier for rejection, none of the judges")
     args = p.parse_args(argv)
-    device, model = runtime.pick_device(args.device), checkpoint.load(args.gpt)
-    if not isinstance(model, TwoStage) or model.condition.kind != "class":
-        raise UserError(f"{args.gpt} is not a class-conditional transformer")
-    if args.images < model.condition.num_tokens:
-        raise UserError(f"--images {args.images} are fewer than the model's {model.condition.num_tokens} classes")
-    model, rejector = model.to(device), load_classifier(args.rejector).to(device)
+    device = runtime.pick_device(args.device)
+    model, rejector = checkpoint.load(args.gpt, "two_stage").to(device), load_classifier(args.rejector).to(device)
     judges = Judges(args, device, model.config.n * model.vqgan.config.f)
     # The best that any transformer could reach: the held-out images themselves through the first stage.
     x_hat = in_parts(lambda x: model.vqgan(x)[0], judges.x, device)
