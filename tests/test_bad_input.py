@@ -48,7 +48,7 @@ def test_folders_without_images(house, tmp_path, words):
         ("nowhere", ("nowhere", "no such folder")),
         ("empty", ("no readable image in", "empty")),
         ("texts", ("no readable image in", "texts")),
-        ("texts/one.png", ("is a file", "give the folder")),
+        ("texts/one.png", ("one.png", "no such folder")),
         ("single", ("single", "at least two")),
     ):
         assert_refused(house, [*words, "--data", tmp_path / name], *answer)

@@ -307,7 +307,7 @@ def test_mistakes_with_own_images(models, tmp_path):
     for flag, answer in (
         (["--reconstruct", tmp_path], "is in the folder of the images; choose another one"),
         (["--reconstruct", tmp_path / "empty", "--out", tmp_path / "out"], "no images in"),
-        (["--reconstruct", tmp_path / "nowhere.png", "--out", tmp_path / "out"], "no image at"),
+        (["--reconstruct", tmp_path / "nowhere.png", "--out", tmp_path / "out"], "nowhere.png cannot be read"),
         (["--reconstruct", photo, "--decode", photo], "not allowed"),
         (["--decode", tmp_path / "codes.npy"], "indices must lie in [0, 16), got 16 to 16"),
         (["--decode", tmp_path / "floats.npy"], "--decode"),

@@ -78,7 +78,7 @@ def test_codes_are_computed_once(house, tmp_path):
     train, _ = data.open_data(str(tmp_path / "few"), 16)
     before = tokens._identity(model, train)
     assert tokens._identity(model, train) == before
-    os.utime(train.paths(0)["image"], (1, 1))
+    os.utime(train.paths(0)[0], (1, 1))
     touched = tokens._identity(model, train)
     with torch.no_grad():
         model.vqgan.to_code.bias += 1

@@ -14,8 +14,10 @@ in [-1, 1], and of `class`, an int. `to_input` turns a batch of them into what a
 import hashlib
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -59,18 +61,29 @@ def to_input(batch: dict, kind: str, num_labels: int | None = None) -> Tensor:
     return (gradients.norm(dim=1, keepdim=True) * 2 - 1).clamp(-1, 1)
 
 
+class Cut(NamedTuple):
+    """S x S, S = image_size, is cut out of images whose shorter side is scaled to `resize`. seed: of crops and flips.
+    coords: also say where the crop lies. fixed: images are always shown whole, so that their codes are computed once.
+    """
+
+    image_size: int
+    resize: int
+    seed: int
+    flip: bool
+    coords: bool
+    fixed: bool
+
+
 class Images(Dataset):
     """Square images.  dataset[(index, draw)]: `draw` seeds crop and flip; None means the centre, unflipped.
 
-    S = image_size; S x S are cut out of images whose shorter side is `resize`. coords: also where they lie. fixed: True
-    where images are always shown whole, so that their codes can be computed once. what: says which images these are.
-
-    Subclasses have `read(index)` -> ({source: array}, class): one image as `imagefiles.read` gives it, not yet cut.
+    read(index) -> ({source: array}, class): one image as `imagefiles.read` gives it, not yet cut. what: says which
+    images these are. classes: their names.
     """
 
-    def __init__(self, what: str, n: int, classes, S: int, resize: int, seed: int, flip: bool, coords: bool, fixed):
-        self.what, self.n, self.classes, self.image_size, self.resize, self.seed = what, n, classes, S, resize, seed
-        self.flip, self.coords, self.fixed = flip, coords, fixed
+    def __init__(self, read: Callable, n: int, what: str, classes: tuple[str, ...], cut: Cut):
+        self.read, self.n, self.what, self.classes, self.cut = read, n, what, classes, cut
+        self.flip, self.fixed = cut.flip, cut.fixed
         self.kept: dict[int, tuple] = {}
         self.room = CACHE_BYTES  # bytes left for it
 
@@ -79,7 +92,7 @@ class Images(Dataset):
 
     def identity(self) -> str:
         """What the images depend on, for codes that are kept."""
-        return f"{self.what} {len(self)} {self.image_size} {self.resize} {self.flip} {self.coords}"
+        return f"{self.what} {self.n} {self.cut}"
 
     def __getitem__(self, key: tuple[int, int | None]) -> dict:
         index, draw = key
@@ -89,17 +102,17 @@ class Images(Dataset):
             self.kept[index] = arrays, number
             self.room -= taken
         height, width = next(iter(arrays.values())).shape[-2:]
-        S = self.image_size
+        S = self.cut.image_size
         left, top, flip = (width - S) // 2, (height - S) // 2, False
         if draw is not None:
-            rng = np.random.default_rng((self.seed, draw))
+            rng = np.random.default_rng((self.cut.seed, draw))
             left, top = int(rng.integers(width - S + 1)), int(rng.integers(height - S + 1))
             flip = self.flip and rng.random() < 0.5
         out: dict = {"class": number}
         for source, a in arrays.items():
             a = a[..., top : top + S, left : left + S]
             out[source] = imagefiles.to_tensor(a[..., ::-1].copy() if flip else a)
-        if self.coords:  # where the crop lies in the image that is shown: in the mirrored one, if it is mirrored
+        if self.cut.coords:  # where the crop lies in the image that is shown: in the mirrored one, if it is mirrored
             left = width - S - left if flip else left
             out["coords"] = coordinates(height, width)[:, top : top + S, left : left + S]
         return out
@@ -108,18 +121,17 @@ class Images(Dataset):
 class FolderImages(Images):
     """Images from files, as `folders.open_folder` found them."""
 
-    def __init__(self, root: str, rows: list[folders.Row], sources: tuple[str, ...], num_labels: int | None, *how):
-        super().__init__("", len(rows), *how)  # a folder may be moved
+    def __init__(self, root: str, rows: list[folders.Row], sources: tuple[str, ...], num_labels, classes, cut: Cut):
+        super().__init__(self.read, len(rows), "", classes, cut)  # its name is not told: a folder may be moved
         self.root, self.sources, self.num_labels = root, sources, num_labels
         # Arrays and not lists: a million Python strings would take 0.2 GB in every process.
         self.files = np.array([[os.fsencode(path) for path in row.paths] for row in rows])  # (N, sources)
-        number_of = {name: number for number, name in enumerate(self.classes)}
+        number_of = {name: number for number, name in enumerate(classes)}
         self.class_of = np.array([number_of[row.name] for row in rows], dtype=np.int32)
         self.bad = torch.zeros(len(rows), dtype=torch.bool).share_memory_()  # one for all of a loader's processes
 
-    def paths(self, index: int) -> dict[str, str]:
-        files = self.files[index]
-        return {s: os.path.join(self.root, os.fsdecode(name)) for s, name in zip(self.sources, files, strict=True)}
+    def paths(self, index: int) -> list[str]:
+        return [os.path.join(self.root, os.fsdecode(name)) for name in self.files[index]]
 
     def identity(self) -> str:
         """Also the name, size and time of each file."""
@@ -131,58 +143,47 @@ class FolderImages(Images):
 
     def read(self, index: int) -> tuple[dict[str, np.ndarray], int]:
         # A file that cannot be decoded is replaced by the next good one, so that the data order stays the same.
-        for step in range(len(self)):
-            i = (index + step) % len(self)
+        for i in (*range(index, self.n), *range(index)):
             if self.bad[i]:
                 continue
+            paths, how = self.paths(i), (self.cut.resize, self.num_labels)
             try:
-                how, paths = (self.resize, self.num_labels), self.paths(i)
-                arrays = {source: imagefiles.read(path, source, *how) for source, path in paths.items()}
-                if len({a.shape[-2:] for a in arrays.values()}) > 1:
-                    raise UserError(f"{' and '.join(paths.values())} differ in shape: a pair must show the same scene")
-                return arrays, int(self.class_of[i])
+                arrays = {s: imagefiles.read(path, s, *how) for s, path in zip(self.sources, paths, strict=True)}
             except UserError:
                 raise
             except Exception as error:  # Pillow raises a dozen kinds for broken files, struct.error among them
                 if not self.bad[i]:  # else another process has just said so
                     self.bad[i] = True
-                    say(f"skipped {' + '.join(paths.values())}: {error} ({int(self.bad.sum())} unreadable so far)")
-        raise UserError(f"not one of {len(self)} images could be read")
+                    say(f"skipped {' + '.join(paths)}: {error} ({int(self.bad.sum())} unreadable so far)")
+                continue
+            if len({a.shape[-2:] for a in arrays.values()}) > 1:
+                raise UserError(f"{' and '.join(paths)} differ in shape: a pair must show the same scene")
+            return arrays, int(self.class_of[i])
+        raise UserError(f"not one of {self.n} images could be read")
 
 
-class ShapesImages(Images):
-    """The built-in images. They are those of seed 0 whatever the training's seed, so that runs can be compared."""
-
-    def __init__(self, indices: range, sources: tuple[str, ...], *how):
-        super().__init__(f"shapes {indices} {sources}", len(indices), shapes.KINDS, *how)
-        self.indices, self.sources = indices, sources
-
-    def read(self, index: int) -> tuple[dict[str, np.ndarray], int]:
-        scene = shapes.draw(0, self.indices[index], self.resize, self.resize)
-        return {source: scene[source] for source in self.sources}, scene["class"]
+def _read_shape(indices: range, sources: tuple[str, ...], size: int, index: int) -> tuple[dict[str, np.ndarray], int]:
+    """One of the built-in images: of seed 0 whatever the training's seed, so that runs can be compared."""
+    scene = shapes.draw(0, indices[index], size, size)
+    return {source: scene[source] for source in sources}, scene["class"]
 
 
-class TorchvisionImages(Images):
-    """A torchvision dataset of (PIL image, class) pairs, cut and flipped like files are."""
-
-    def __init__(self, wrapped, *how):
-        super().__init__(type(wrapped).__name__, len(wrapped), *how)
-        self.wrapped = wrapped
-
-    def read(self, index: int) -> tuple[dict[str, np.ndarray], int]:
-        image, number = self.wrapped[index]
-        return {"image": imagefiles.to_array(imagefiles.fit(image.convert("RGB"), self.resize))}, int(number)
+def _read_torchvision(dataset, resize: int, index: int) -> tuple[dict[str, np.ndarray], int]:
+    """From a torchvision dataset of (PIL image, class) pairs."""
+    image, number = dataset[index]
+    return {"image": imagefiles.to_array(imagefiles.fit(image.convert("RGB"), resize))}, int(number)
 
 
 # Datasets by name: (class, arguments of the training set, of the held-out set).
+TRAIN, SPLIT = ({"train": True}, {"train": False}), ({"split": "train"}, {"split": "test"})
 TORCHVISION = {
-    "cifar10": ("CIFAR10", {"train": True}, {"train": False}),
-    "cifar100": ("CIFAR100", {"train": True}, {"train": False}),
-    "mnist": ("MNIST", {"train": True}, {"train": False}),
-    "fashion-mnist": ("FashionMNIST", {"train": True}, {"train": False}),
-    "svhn": ("SVHN", {"split": "train"}, {"split": "test"}),
-    "stl10": ("STL10", {"split": "train"}, {"split": "test"}),
-    "flowers102": ("Flowers102", {"split": "train"}, {"split": "test"}),
+    "cifar10": ("CIFAR10", *TRAIN),
+    "cifar100": ("CIFAR100", *TRAIN),
+    "mnist": ("MNIST", *TRAIN),
+    "fashion-mnist": ("FashionMNIST", *TRAIN),
+    "svhn": ("SVHN", *SPLIT),
+    "stl10": ("STL10", *SPLIT),
+    "flowers102": ("Flowers102", *SPLIT),
     "oxford-pets": ("OxfordIIITPet", {"split": "trainval"}, {"split": "test"}),
 }
 DIGITS = {"mnist", "svhn"}  # a mirrored 3 is no 3
@@ -190,7 +191,7 @@ SQUARE = {"cifar10", "cifar100", "mnist", "fashion-mnist", "svhn", "stl10"}
 TORCHVISION_ROOT = Path("data")
 
 
-def _torchvision(name: str, image_size: int, resize: int, seed: int, flip: bool, coords: bool) -> tuple[Images, ...]:
+def _torchvision(name: str, cut: Cut) -> list[Images]:
     import torchvision
 
     cls, *arguments = TORCHVISION[name]
@@ -205,8 +206,8 @@ def _torchvision(name: str, image_size: int, resize: int, seed: int, flip: bool,
     if first:
         processes.wait()
     classes = tuple(map(str, getattr(both[0], "classes", range(10))))  # SVHN's digits have no names
-    how = (classes, image_size, resize, seed, flip and name not in DIGITS, coords)
-    return tuple(TorchvisionImages(one, *how, name in SQUARE and resize == image_size) for one in both)
+    cut = cut._replace(flip=cut.flip and name not in DIGITS, fixed=cut.fixed and name in SQUARE)
+    return [Images(partial(_read_torchvision, one, cut.resize), len(one), name, classes, cut) for one in both]
 
 
 def open_data(
@@ -227,26 +228,24 @@ def open_data(
     resize, coords, sources = resize or image_size, "coords" in sources, tuple(s for s in sources if s != "coords")
     if resize < image_size:
         raise UserError(f"--resize {resize} is smaller than --image-size {image_size}: nothing could be cut out")
-    if not name.strip():
-        raise UserError("--data is empty: give a folder, shapes, or the name of a dataset")
+    cut = Cut(image_size, resize, seed, flip, coords, fixed=resize == image_size)
     if name == "shapes":
         if "labels" in sources and num_labels and num_labels < len(shapes.LABELS):
             raise UserError(f"shapes has {len(shapes.LABELS)} labels; --num-labels {num_labels} is too few")
-        how = (sources, image_size, resize, seed, False, coords, resize == image_size)  # no flip: each scene is new
-        return ShapesImages(range(1000, 13000), *how), ShapesImages(range(1000), *how)
+        cut, both = cut._replace(flip=False), (range(1000, 13000), range(1000))  # no flip: each scene is new
+        reads = [partial(_read_shape, some, sources, resize) for some in both]
+        return tuple(Images(read, len(read.args[0]), f"shapes {read.args}", shapes.KINDS, cut) for read in reads)
     root = os.path.expanduser(name)
-    if name in TORCHVISION and not os.path.isdir(root):
-        if sources != ("image",):
-            raise UserError(f"{name} has images only, no {sources[-1]}")
-        return _torchvision(name, image_size, resize, seed, flip, coords)
-    if not os.path.exists(root):
+    if os.path.isdir(root):
+        train, val, classes, square = folders.open_folder(root, sources)
+        how = (sources, num_labels, classes, cut._replace(fixed=cut.fixed and square))
+        return FolderImages(root, train, *how), FolderImages(root, val, *how)
+    if name not in TORCHVISION:
         names = ", ".join(["shapes", *TORCHVISION])
         raise UserError(f"--data {root}: no such folder, and no dataset of that name ({names})")
-    if not os.path.isdir(root):
-        raise UserError(f"--data {root} is a file; give the folder that holds the images")
-    train, val, classes, square = folders.open_folder(root, sources)
-    how = (sources, num_labels, classes, image_size, resize, seed, flip, coords, square and resize == image_size)
-    return FolderImages(root, train, *how), FolderImages(root, val, *how)
+    if sources != ("image",):
+        raise UserError(f"{name} has images only, no {sources[-1]}")
+    return tuple(_torchvision(name, cut))
 
 
 def check_outside(out: str, name: str) -> None:
@@ -313,8 +312,6 @@ def held_out_batches(dataset, batch_size: int, limit: int) -> Iterator[dict]:
 
 def open_image(path: str | Path, kind: str, num_labels: int) -> Tensor:
     """An image file at its own size, as a VQGAN of this input kind reads it: (1, C, H, W). Raises UserError."""
-    if not Path(path).is_file():
-        raise UserError(f"no image at {path}")
     source = SOURCE_OF[kind]
     try:
         image = imagefiles.to_tensor(imagefiles.read(path, source, num_labels=num_labels))

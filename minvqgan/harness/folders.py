@@ -1,7 +1,7 @@
 """What a folder of images holds: which files, of which classes, which of them held out. One line says what was found.
 
     photos/**.jpg             images without classes
-    photos/{cat,dog}/**.jpg   the subfolders are the classes
+    photos/{cat,dog}/**.jpg   the subfolders are the classes, if most images lie in them
     photos/{train,val}/...    the split: `train` or `training`, and `val`, `valid`, `validation` or `test`, but only
                               where no other folder beside them holds images
     street/{images,labels}/   pairs: images/ beside labels/ or depth/, equal names in both
@@ -12,10 +12,7 @@ Without a split, 5 % of the images are held out, chosen by a hash of their names
 import hashlib
 import os
 from collections import Counter
-from pathlib import Path
 from typing import NamedTuple
-
-import numpy as np
 
 from .imagefiles import EXTENSIONS, open_image
 from .runtime import UserError, say
@@ -41,123 +38,93 @@ def _listed(names, most: int = 3) -> str:
     return ", ".join(names[:most]) + more
 
 
-def _images(count: int) -> str:
-    return f"{count} image" + "s" * (count != 1)
-
-
 def _find(root: str, notes: list[str]) -> list[str]:
-    """The files in root with an image's ending: paths relative to it, sorted. Links are followed, unless they lead back
-    into root or to a folder around it, which would be a walk through the whole machine."""
-    found, skipped, others, seen = [], [], Counter(), set()
-    top = Path(root).resolve()
-    for folder, inside, names in os.walk(root, followlinks=True, onerror=lambda error: skipped.append(error.filename)):
-        real = Path(folder).resolve()
-        returns = folder != root and os.path.islink(folder) and (real.is_relative_to(top) or top.is_relative_to(real))
-        if returns or real in seen:
-            skipped.append(folder)
+    """The files in root with an image's ending: paths relative to it, sorted. Links are followed, but no folder is
+    visited twice."""
+    found, others, seen = [], Counter(), set()
+    for folder, inside, names in os.walk(root, followlinks=True):
+        inside[:] = sorted(name for name in inside if not name.startswith("."))  # which of two links comes first
+        if (real := os.path.realpath(folder)) in seen:
             inside.clear()
             continue
         seen.add(real)
-        inside[:] = sorted(name for name in inside if not name.startswith("."))  # which of two links comes first
         base = "" if folder == root else os.path.relpath(folder, root).replace(os.sep, "/") + "/"
-        for name in names:
-            path, kind = os.path.join(folder, name), os.path.splitext(name)[1].lower() or "without ending"
-            if name.startswith("."):
-                continue
-            if not os.path.exists(path):
-                others[f"{kind} (broken link)"] += 1
-            elif not os.path.isfile(path):  # a pipe or a device
-                continue
-            elif kind in EXTENSIONS:
+        for name in (name for name in names if not name.startswith(".")):
+            ending = os.path.splitext(name)[1].lower()
+            if ending in EXTENSIONS and os.path.isfile(os.path.join(folder, name)):  # neither a pipe nor a broken link
                 found.append(base + name)
             else:
-                others[kind] += 1
-    if skipped:
-        notes.append(f"skipped folders (no permission, or a link back): {_listed(skipped)}")
+                others[ending or "without ending"] += 1
     if others:
         notes.append("not read: " + _listed((f"{count} {ending}" for ending, count in others.most_common()), 6))
-    return sorted(found, key=lambda path: path.split("/"))
+    return sorted(found)
 
 
 def _readable(root: str, paths: list[str], notes: list[str]) -> dict[str, bool]:
     """The files whose header is that of an image, and whether each is square. Broken pixels behind a good header are
     met in training."""
-    good, bad, deep = {}, [], []
+    good, bad = {}, []
     for path in paths:
         try:
             with open_image(os.path.join(root, path)) as image:
-                if image.mode.startswith("I;16") and len(deep) < 10:
-                    deep.append(int(np.asarray(image).max()))
                 good[path] = image.width == image.height
-        except OSError:  # whose message would repeat the path
-            bad.append(path)
-        except Exception as error:  # Pillow raises a dozen kinds for broken files, struct.error among them
-            bad.append(f"{path}: {error}")
+        except Exception as error:  # Pillow raises a dozen kinds for broken files; OSError's message repeats the path
+            bad.append(path if isinstance(error, OSError) else f"{path}: {error}")
     if bad:
         notes.append(f"skipped as unreadable: {len(bad)} ({_listed(bad)})")
-    if deep and 255 < max(deep) < 4096:
-        notes.append(f"16-bit images hold nothing above {max(deep)}: if they have 12 bits, multiply them by 16")
     return good
 
 
-def _class_of(path: str) -> str:
+def _top(path: str) -> str:
     return path.partition("/")[0] if "/" in path else ""
 
 
 def _rows(root: str, base: str, paths: list[str], sources: tuple[str, ...], notes: list[str]) -> list[Row]:
-    """The images of the folder `base` in root ("" or ending in "/"); paths: relative to it."""
-    where, subfolders = os.path.join(root, base), Counter(map(_class_of, paths))
-    if "images" in subfolders and subfolders.keys() & {"labels", "depth"}:
-        return _pairs(where, base, paths, sources, notes)
+    """The images of the folder `base` in root ("" or ending in "/"). paths: relative to root."""
+    where = os.path.join(root, base)
+    good = _readable(where, [path.removeprefix(base) for path in paths if path.startswith(base)], notes)
+    count = Counter(map(_top, good))
+    if "images" in count and count.keys() & {"labels", "depth"}:
+        files = []  # for each source: {stem: path}
+        for source in sources:
+            inside = [path for path in good if _top(path) == PAIRED[source]]
+            files.append({os.path.splitext(path.partition("/")[2])[0]: path for path in inside})
+        for lonely in sorted(set().union(*files).difference(set.intersection(*map(set, files)))):
+            path = next(f[lonely] for f in files if lonely in f)
+            folders = " and ".join(PAIRED[source] for source in sources)
+            raise UserError(f"{where}{path} has no partner of the same name in {folders}")
+        pairs = {stem: [f[stem] for f in files] for stem in files[0]}
+        return [Row(s, "", tuple(base + p for p in pair), all(good[p] for p in pair)) for s, pair in pairs.items()]
     if len(sources) > 1:
         folders = " beside ".join(where + PAIRED[source] for source in sources)
         raise UserError(f"{where}: {' and '.join(sources)} together need {folders}")
-    loose = subfolders.pop("", 0)
-    has_classes = 2 * loose < len(paths)
-    if loose and has_classes:
-        paths = [path for path in paths if "/" in path]
-        notes.append(f"ignored: {_images(loose)} beside the subfolders")
-    elif subfolders and not has_classes:
-        notes.append("no classes, because most images lie outside the subfolders")
-    if has_classes and len(subfolders) == 1:
-        deeper = sorted({path.split("/")[1] for path in paths if path.count("/") > 1})
-        hint = f"; --data {where}{_class_of(paths[0])} has the classes {_listed(deeper)}" if len(deeper) > 1 else ""
-        notes.append("one subfolder, hence one class" + hint)
+    loose = count.pop("", 0)
+    has_classes = 2 * loose < len(good)
+    if loose and count:
+        ignored = f"ignored: {loose} beside the subfolders"
+        notes.append(ignored if has_classes else "no classes, because most images lie outside the subfolders")
+    if has_classes and len(count) == 1:
+        notes.append("one subfolder, hence one class")
     return [
-        Row(os.path.splitext(path)[0], _class_of(path) if has_classes else "", (base + path,), square)
-        for path, square in _readable(where, paths, notes).items()
+        Row(os.path.splitext(path)[0], _top(path) if has_classes else "", (base + path,), square)
+        for path, square in good.items()
+        if "/" in path or not has_classes
     ]
-
-
-def _pairs(where: str, base: str, paths: list[str], sources: tuple[str, ...], notes: list[str]) -> list[Row]:
-    files = []  # for each source: {stem: (path, square)}
-    for source in sources:
-        folder = PAIRED[source] + "/"
-        good = _readable(where, [path for path in paths if path.startswith(folder)], notes)
-        files.append({os.path.splitext(path.removeprefix(folder))[0]: (path, good[path]) for path in good})
-    for lonely in sorted(set.union(*map(set, files)) - set.intersection(*map(set, files))):
-        path = next(f[lonely][0] for f in files if lonely in f)
-        raise UserError(f"{where}{path} has no partner of the same name in {' and '.join(PAIRED[s] for s in sources)}")
-    found = [(stem, *zip(*(f[stem] for f in files), strict=True)) for stem in sorted(files[0])]
-    return [Row(stem, "", tuple(base + path for path in names), all(square)) for stem, names, square in found]
 
 
 def _parts(paths: list[str], notes: list[str]) -> list[str]:
     """The folders to read: [training, held-out], [training], or [""] where there is no split."""
-    subfolders = Counter(map(_class_of, paths))
-    loose = subfolders.pop("", 0)
-    named = {name.lower(): name for name in subfolders}
-    train, val = ([named[name] for name in names if name in named] for names in (TRAIN, VAL))
-    others = sorted(named.keys() - {*TRAIN, *VAL})
+    tops = {top.lower(): top for top in map(_top, paths) if top}
+    train, val = ([tops[name] for name in names if name in tops] for names in (TRAIN, VAL))
+    others = sorted(tops.keys() - {*TRAIN, *VAL})
     if not train or others:
         if train + val and others:
             notes.append(f"{_listed(train + val)}: not a split, because there are images in {_listed(others)} too")
         return [""]
-    parts = train[:1] + val[:1]
-    ignored = {f"in {name}/": count for name, count in subfolders.items() if name not in parts}
-    ignored |= {f"beside {parts[0]}/": loose} if loose else {}
-    notes += [f"ignored: {_images(count)} {where}" for where, count in ignored.items()]
-    return [name + "/" for name in parts]
+    parts = [name + "/" for name in train[:1] + val[:1]]
+    if ignored := sum(not path.startswith(tuple(parts)) for path in paths):
+        notes.append(f"ignored: {ignored} outside {' and '.join(parts)}")
+    return parts
 
 
 def held_out(rows: list[Row]) -> set[int]:
@@ -175,23 +142,21 @@ def open_folder(root: str, sources: tuple[str, ...]) -> tuple[list[Row], list[Ro
     """(training images, held-out images, class names, are all images square?) of a folder. The first process says what
     was found. Raises UserError."""
     notes: list[str] = []
-    paths, found = _find(root, notes), []
-    for base in _parts(paths, notes):
-        inside = [path.removeprefix(base) for path in paths if path.startswith(base)]
-        found.append(_rows(root, base, inside, sources, notes))
-        if not found[-1]:
-            looked_for = f"looked for {', '.join(sorted(EXTENSIONS))}"
-            raise UserError("; ".join([f"no readable image in {os.path.join(root, base)} ({looked_for})", *notes]))
-    rows, known = found[0], {row.name for row in found[0]}
-    if len(found) == 2:
-        train, val, how = rows, [row for row in found[1] if row.name in known], f"from {base}"
-        strange = sorted({row.name for row in found[1]} - known)
-        if strange:
-            notes.append(f"ignored: held-out images of classes without training images: {_listed(strange)}")
-    elif len(rows) < 2:
+    paths = _find(root, notes)
+    parts = _parts(paths, notes)
+    train, *val = (_rows(root, base, paths, sources, notes) for base in parts)
+    if not train:
+        looked_for = f"looked for {', '.join(sorted(EXTENSIONS))}"
+        raise UserError("; ".join([f"no readable image in {os.path.join(root, parts[0])} ({looked_for})", *notes]))
+    known = {row.name for row in train}
+    if val and val[0] and {row.name for row in val[0]} <= known:
+        val, how = val[0], f"from {parts[1]}"
+    elif len(train) < 2:
         raise UserError(f"{root} holds one image; at least two are needed, one of them held out")
     else:
-        chosen, how = held_out(rows), "chosen by their names"
+        if val:
+            notes.append(f"ignored: {parts[1]}, which has other classes than {parts[0]}")
+        chosen, rows, how = held_out(train), train, "chosen by their names"
         train, val = ([row for i, row in enumerate(rows) if (i in chosen) == want] for want in (False, True))
     classes = tuple(sorted(known, key=int if all(name.isdecimal() for name in known) else None))
     if os.environ.get("RANK", "0") == "0":

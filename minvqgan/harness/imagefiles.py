@@ -6,18 +6,15 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, PngImagePlugin, features
+from PIL import Image, ImageOps, PngImagePlugin
 from torch import Tensor
 
 from .runtime import UserError
 
-EXTENSIONS = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".jfif"}
-# What Pillow may take a file for, whatever its name says: among its other readers is one that starts Ghostscript.
-FORMATS = ["JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM"]
-if "avif" in features.modules and features.check("avif"):  # not in every build of Pillow
-    FORMATS, EXTENSIONS = [*FORMATS, "AVIF"], EXTENSIONS | {".avif"}
-if features.check("jpg_2000"):
-    FORMATS, EXTENSIONS = [*FORMATS, "JPEG2000"], EXTENSIONS | {".jp2", ".j2k", ".jpx"}
+EXTENSIONS = set(".jpg .jpeg .jfif .png .webp .bmp .gif .tif .tiff .ppm .pgm .avif .jp2 .j2k .jpx".split())
+# What Pillow may take a file for, whatever its name says: among its other readers is one that starts Ghostscript. The
+# last two are not in every build of Pillow.
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "JPEG2000", "AVIF")
 # Pillow refuses a PNG with more than 1 MB of text or colour profile; here one block may take what all may together.
 PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY
 
@@ -45,21 +42,21 @@ def read(path: str | Path, source: str, resize: int | None = None, num_labels: i
     image.load()  # before the metadata, so that what is raised here is about the pixels
     with contextlib.suppress(Exception):  # broken metadata around good pixels
         ImageOps.exif_transpose(image, in_place=True)  # a phone held upright stores the image lying on its side
-    if source == "image":
-        image = _rgb(image)
+    if source == "labels":
+        image = _labels(image, path, num_labels)
     elif source == "depth":
-        unit = _deep_to_unit(image) if _is_deep(image) else np.asarray(image.convert("L"), dtype=np.float32) / 255
+        unit = _unit(image) if _is_deep(image) else np.asarray(image.convert("L"), dtype=np.float32) / 255
         image = Image.fromarray(unit * 2 - 1)
     else:
-        image = _labels(image, path, num_labels)
+        image = _rgb(image)
     return to_array(fit(image, resize) if resize else image)
 
 
 def _is_deep(image: Image.Image) -> bool:
-    return image.mode.startswith("I") or image.mode == "F"
+    return image.mode.startswith(("I", "F"))
 
 
-def _deep_to_unit(image: Image.Image) -> np.ndarray:
+def _unit(image: Image.Image) -> np.ndarray:
     """16-bit and float images -> (H, W) float32 in [0, 1]. Pillow's own conversion clips them at 255.
 
     The mode alone says what is white: 65535 for whole numbers, 1 for floats. The brightest pixel would be a bad guide:
@@ -76,7 +73,7 @@ def _deep_to_unit(image: Image.Image) -> np.ndarray:
 def _rgb(image: Image.Image) -> Image.Image:
     """Transparent parts lie on white."""
     if _is_deep(image):
-        image = Image.fromarray((_deep_to_unit(image) * 255).round().astype(np.uint8))
+        image = Image.fromarray((_unit(image) * 255).round().astype(np.uint8))
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -88,9 +85,9 @@ def _labels(image: Image.Image, path: str | Path, num_labels: int | None) -> Ima
     if image.mode not in ("L", "P", "1") and not image.mode.startswith("I"):
         raise UserError(f"{path}: a label map has one channel of indices, this image is {image.mode}")
     a = np.asarray(image).astype(np.int32)
-    if num_labels and (a.min() < 0 or a.max() >= num_labels):
-        most = f"--num-labels {num_labels} allows 0 to {num_labels - 1}"
-        raise UserError(f"{path}: holds label {a.min() if a.min() < 0 else a.max()}, but {most}")
+    if num_labels and not 0 <= a.min() <= a.max() < num_labels:
+        odd = a.min() if a.min() < 0 else a.max()
+        raise UserError(f"{path}: holds label {odd}, but --num-labels {num_labels} allows 0 to {num_labels - 1}")
     return Image.fromarray(a)
 
 
