@@ -14,8 +14,10 @@ FID and Inception Score need InceptionV3's weights, which are downloaded once. I
 import json
 import math
 import os
+from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -35,25 +37,19 @@ def parse_flags(argv: list[str] | None):
     own = g.add_mutually_exclusive_group()
     own.add_argument("--reconstruct", metavar="PATH", help="an image or a folder: write reconstructions and codes")
     own.add_argument("--decode", metavar="NPY", help="codes (h, w) as --reconstruct writes them: write their image")
-    g.add_argument("--official-config", metavar="YAML", help="the file is an official checkpoint; this is its yaml")
     g.add_argument("--data", help="as in train_vqgan.py (what the model was trained on)")
     g.add_argument("--image-size", type=flags.size, help="side of the images (the model's)")
     g.add_argument("--resize", type=flags.size, help="scale the shorter side to this, then crop (the model's)")
     limit = "held-out images used, and training images searched for copies, at most"
     g.add_argument("--images", type=flags.positive, default=10_000, help=limit)
     g.add_argument("-n", type=flags.positive, default=1000, help="new images that --gpt makes")
-    flags.add_sampling_flags(p)
+    g.add_argument("--out", default="runs/evaluation", help="folder of metrics.json and the images")
     g = p.add_argument_group("judges")
     g.add_argument("--features", default="inception", help="network of the distances: inception, none, or a classifier")
-    g.add_argument("--classifier", metavar="FILE", help="for class accuracy (--features' file)")
     g.add_argument("--perceptual", default="vgg16", help="network of LPIPS: vgg16, none, or a classifier")
-    g = p.add_argument_group("how")
     g.add_argument("--splits", type=flags.positive, default=5, help="parts of the images for the spread")
     g.add_argument("--neighbours", type=flags.positive, default=10, help="new images shown with their nearest")
-    g.add_argument("--batch-size", type=flags.positive, default=50, help="images at a time")
-    g.add_argument("--seed", type=flags.seed, default=0, help="of the new images")
-    g.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
-    g.add_argument("--out", default="runs/evaluation", help="folder of metrics.json and the images")
+    flags.add_sampling_flags(p, batch_size=50)
     return p.parse_args(argv)
 
 
@@ -80,15 +76,6 @@ def open_sets(args, model: VQGAN | TwoStage, vqgan: VQGAN):
     return sets
 
 
-def prepare_out(folder: Path) -> None:
-    """Make the folder to write to. Raises UserError if files that are not ours would be overwritten."""
-    path = folder / "metrics.json"
-    ours = path.is_file() and '\n  "metrics": {' in path.read_text(errors="replace")
-    if not ours and (path.exists() or (folder / "neighbours.png").exists()):
-        raise UserError(f"--out {folder} holds files of something else, which would be overwritten")
-    folder.mkdir(parents=True, exist_ok=True)
-
-
 def optional(load, name: str, device: torch.device):
     """A judge, or None if its weights cannot be downloaded: then one line says which numbers are missing."""
     try:
@@ -99,13 +86,6 @@ def optional(load, name: str, device: torch.device):
             raise
         print(f"without {name}: {error}")
         return None
-
-
-def check_numbers(*numbers: int) -> None:
-    """Distances between sets need a few images in each. Raises UserError."""
-    if min(numbers) < 4:
-        advice = "more -n or --images, or --features none"
-        raise UserError(f"distances between sets need 4 images, not {min(numbers)}: {advice}")
 
 
 class Table:
@@ -151,18 +131,13 @@ def compare_sets(table: Table, args, name: str, real: torch.Tensor, fake: torch.
 
 
 @torch.no_grad()
-def evaluate_reconstructions(args, model: VQGAN, val_set, device: torch.device, table: Table) -> None:
+def evaluate_reconstructions(args, model: VQGAN, val_set, features, device: torch.device, table: Table) -> None:
     kind, labels = model.config.input_kind, model.config.input_kind == "labels"
-    perceptual = features = None
-    if not labels:
-        perceptual = optional(lambda name: judges.load_perceptual(name, args.image_size), args.perceptual, device)
-        features = optional(judges.load_features, args.features, device)
+    load = partial(judges.load_perceptual, image_size=args.image_size)
+    perceptual = None if labels else optional(load, args.perceptual, device)
     values: dict[str, list] = {}
     counts = torch.zeros(model.config.codebook_size, dtype=torch.long)
-    number = min(args.images, len(val_set))
-    if features is not None:
-        check_numbers(number)
-    batches = data.held_out_batches(val_set, args.batch_size, number)
+    batches = data.held_out_batches(val_set, args.batch_size, args.images)
     batches = runtime.progress_bar(0, batches, desc="reconstructions", unit="batch", leave=False)
     for x, x_hat, indices, row in metrics.reconstructions(model, batches, device, perceptual):
         counts += torch.bincount(indices.flatten().cpu(), minlength=len(counts))
@@ -181,7 +156,7 @@ def evaluate_reconstructions(args, model: VQGAN, val_set, device: torch.device, 
     table.add("codebook_perplexity", perplexity)
     if features is not None:
         compare_sets(table, args, features.name, real, fake, None)
-    print(f"{number} held-out images of {args.data} and their reconstructions")
+    print(f"{len(value)} held-out images of {args.data} and their reconstructions")
 
 
 @torch.no_grad()
@@ -201,13 +176,11 @@ def new_codes(args, model: TwoStage, val_set, to_c, sampling, device: torch.devi
 
 
 @torch.no_grad()
-def evaluate_gpt(args, model: TwoStage, train_set, val_set, device: torch.device, table: Table) -> None:
+def evaluate_gpt(args, model: TwoStage, train_set, val_set, features, device: torch.device, table: Table) -> None:
     kind, to_c = model.vqgan.config.input_kind, tokens.condition_input(model)
-    # Judges first: a missing one must not be found out after the sampling.
-    features, classifier = optional(judges.load_features, args.features, device), None
     judge = args.classifier or (args.features if args.features not in ("inception", "none") else None)
-    if judge and model.condition.kind == "class":
-        classifier = judges.load_classifier(judge).to(device)
+    classifier = judges.load_classifier(judge).to(device) if judge and model.condition.kind == "class" else None
+    if classifier is not None:
         number_of = torch.tensor(judges.match_classes(classifier.classes, model.config.classes), device=device)
     amp = runtime.pick_amp(args.amp, device, model.gpt.config.n_embd)
     with torch.autocast(device.type, torch.bfloat16, enabled=amp and device.type == "cuda"):
@@ -220,8 +193,6 @@ def evaluate_gpt(args, model: TwoStage, train_set, val_set, device: torch.device
     if features is None and classifier is None:
         print(f"{len(nats)} held-out images of {args.data}")
         return
-    if features is not None:
-        check_numbers(args.n, len(nats))
     if amp:
         print("new images in bfloat16")
         model.gpt.bfloat16()
@@ -267,20 +238,19 @@ def compare_new_images(args, features, vqgan: VQGAN, made: dict, train_set, val_
     closest = distance.argsort()[: args.neighbours]
     copies = []
     for i in index[closest].tolist():
-        item = train_set[i % count * len(train_set) // count, None]  # as `held_out_batches` spreads them
-        batch = {k: torch.as_tensor(v)[None] for k, v in item.items()}
-        copies += shown([batch], mirror=i >= count)
+        key = i % count * len(train_set) // count, None  # as `held_out_batches` spreads them
+        copies += shown(data.loader(train_set, 1, [key]), mirror=i >= count)
     samples = vqgan.decode_indices(made["codes"][closest].to(device))
-    pictures.save_grid(Path(args.out) / "neighbours.png", [pictures.to_rgb(samples, kind).cpu(), torch.cat(copies)])
+    path = Path(args.out) / "neighbours.png"
+    pictures.save_grid(path, [pictures.to_rgb(samples, kind).cpu(), torch.cat(copies)])
     searched = f"{count} of {len(train_set)} training images{', also mirrored' if train_set.flip else ''}"
-    print(f"{Path(args.out) / 'neighbours.png'}: the samples most like a training image, above it, of {searched}")
+    print(f"{path}: the samples most like a training image, above it, of {searched}")
 
 
+@torch.no_grad()
 def reconstruct(args, model: VQGAN, device: torch.device) -> None:
     """For each image a PNG of original | reconstruction | code map, its codes (h, w), and a line of numbers. Sides are
     padded to multiples of f by repeating the border, and cut back."""
-    import numpy as np
-
     source, out, c = Path(args.reconstruct), Path(args.out), model.config
     root, paths = source.parent, [source]
     if source.is_dir():
@@ -298,34 +268,29 @@ def reconstruct(args, model: VQGAN, device: torch.device) -> None:
             print(f"skipped: {error}")
             continue
         H, W = x.shape[2:]
-        padded = F.pad(x, (0, -W % c.f, 0, -H % c.f), mode="replicate").to(device)
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda" and args.amp is not False):
-            indices = model.encode_indices(padded)  # (1, h, w)
+        indices = model.encode_indices(F.pad(x, (0, -W % c.f, 0, -H % c.f), mode="replicate").to(device))  # (1, h, w)
         x_hat = model.decode_indices(indices)[:, :, :H, :W].cpu()
         code_map = pictures.code_map(model, indices, c.f)[:, :, :H, :W]
         shown = torch.cat([pictures.to_rgb(x, c.input_kind), pictures.to_rgb(x_hat, c.input_kind), code_map], 3)
         name = "_".join(path.relative_to(root).parts)  # with its suffix: a.jpg and a.png are two images
         out.mkdir(parents=True, exist_ok=True)
         pictures.save(pictures.to_image(shown[0]), out / f"{name}.png")
-        dtype = np.uint16 if c.codebook_size <= 2**16 else np.int64
-        np.save(out / f"{name}.npy", indices[0].cpu().numpy().astype(dtype))
-        bits, labels = indices.numel() * math.ceil(math.log2(c.codebook_size)), c.input_kind == "labels"
+        np.save(out / f"{name}.npy", indices[0].cpu().numpy().astype("u2" if c.codebook_size <= 2**16 else "i8"))
+        labels = c.input_kind == "labels"
         numbers = metrics.label_metrics(x, x_hat) if labels else {"psnr": metrics.psnr(x, x_hat)}
         quality = ", ".join(f"{key} {value.item():.2f}" for key, value in numbers.items())
+        bits = indices.numel() * math.ceil(math.log2(c.codebook_size))
         pixel_bits = 8 * H * W * (1 if labels else c.in_channels)
         print(f"{path}: {H} x {W}, {quality}, {bits:,} bits of codes for {pixel_bits:,} of pixels")
 
 
+@torch.no_grad()
 def decode(args, model: VQGAN, device: torch.device) -> None:
     """The image of codes that `reconstruct` wrote."""
-    import numpy as np
-
     out = Path(args.out) / f"{Path(args.decode).stem}.decoded.png"
-    try:
+    with checkpoint.door(f"--decode {args.decode}"):
         codes = torch.from_numpy(np.load(args.decode, allow_pickle=False).astype(np.int64, casting="safe"))
         image = model.decode_indices(codes[None].to(device)).cpu()
-    except (OSError, EOFError, TypeError, ValueError) as error:
-        raise UserError(f"--decode {args.decode}: {runtime.first_line(error)}") from None
     out.parent.mkdir(parents=True, exist_ok=True)
     pictures.save(pictures.to_image(pictures.to_rgb(image, model.config.input_kind)[0]), out)
     print(f"{image.shape[2]} x {image.shape[3]}: {out}")
@@ -339,17 +304,23 @@ def main(argv: list[str] | None = None) -> int:
     model = official.open_model(args.vqgan or args.gpt, args.official_config)
     if args.gpt and not isinstance(model, TwoStage):
         raise UserError(f"{args.gpt} holds a VQGAN; evaluate it by --vqgan")
-    vqgan = model.vqgan if isinstance(model, TwoStage) else model
+    vqgan = getattr(model, "vqgan", model).to(device)
     if args.reconstruct or args.decode:
-        (reconstruct if args.reconstruct else decode)(args, vqgan.to(device), device)
+        (reconstruct if args.reconstruct else decode)(args, vqgan, device)
         return 0
     train_set, val_set = open_sets(args, model if args.gpt else vqgan, vqgan)
-    prepare_out(Path(args.out))
+    # Judges before the sampling: a missing one must not be found out after it.
+    labels = args.vqgan and vqgan.config.input_kind == "labels"
+    features = None if labels else optional(judges.load_features, args.features, device)
+    fewest = min(args.images, len(val_set), *([args.n] if args.gpt else []))
+    if features is not None and fewest < 4:
+        raise UserError(f"distances between sets need 4 images, not {fewest}: more -n or --images, or --features none")
+    Path(args.out).mkdir(parents=True, exist_ok=True)
     table = Table()
     if args.gpt:
-        evaluate_gpt(args, model.to(device), train_set, val_set, device, table)
+        evaluate_gpt(args, model.to(device), train_set, val_set, features, device, table)
     else:
-        evaluate_reconstructions(args, vqgan.to(device), val_set, device, table)
+        evaluate_reconstructions(args, vqgan, val_set, features, device, table)
     out = Path(args.out) / "metrics.json"
     with runtime.written_whole(out, "x") as file:
         json.dump({"flags": vars(args), "metrics": table.rows}, file, indent=2)

@@ -9,17 +9,14 @@ torchrun --nproc_per_node=4 sample.py -n 1000 --out many the same images, made b
 """
 
 import math
-import os
 import re
 import time
 from argparse import ArgumentTypeError
-from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from tqdm import tqdm
 
 from minvqgan import sampler
 from minvqgan.harness import data, flags, imagefiles, judges, official, pictures, processes, runtime
@@ -38,7 +35,6 @@ def parse_flags(argv: list[str] | None):
     p = flags.Parser(description=__doc__)
     g = p.add_argument_group("what")
     g.add_argument("--gpt", default="runs/gpt/best.pt", help="checkpoint of train_gpt.py")
-    g.add_argument("--official-config", metavar="YAML", help="--gpt is an official checkpoint; this is its yaml")
     g.add_argument("-n", type=flags.positive, default=16, help="images, for each class or for the given image")
     g.add_argument("--classes", help="names or numbers, separated by commas (all)")
     g.add_argument("--complete", metavar="IMAGE", help="keep the first rows of this image and sample the rest")
@@ -46,17 +42,11 @@ def parse_flags(argv: list[str] | None):
     g.add_argument("--cond-image", metavar="IMAGE", help="the condition, for a model with --cond spatial")
     g.add_argument("--size", type=size, metavar="HxW", help="in pixels; above the training size a window slides")
     g.add_argument("--stride", type=flags.positive, default=1, help="columns it moves by; 4: about 3 times as fast")
-    flags.add_sampling_flags(p)
-    g = p.add_argument_group("how")
     rate = flags.Number(float, most=1, above=0)
     g.add_argument("--reject", type=rate, metavar="RATE", help="keep this fraction, the best by --classifier")
-    g.add_argument("--classifier", metavar="FILE", help="of minvqgan.harness.judges")
-    g.add_argument("--seed", type=flags.seed, default=0, help="image i of a seed is the same in any batch")
-    g.add_argument("--batch-size", type=flags.positive, default=64, help="images sampled together")
-    g.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
-    g = p.add_argument_group("where")
     g.add_argument("--out", default="samples.png", help="a PNG for one grid, or a folder for single files")
     g.add_argument("--steps-gif", metavar="FILE", help="an animation of the images as their codes arrive")
+    flags.add_sampling_flags(p, batch_size=64)
     return p.parse_args(argv)
 
 
@@ -66,15 +56,15 @@ def chosen_classes(text: str | None, names: tuple[str, ...]) -> list[int]:
         if len(names) > 100:
             raise UserError(f"this model has {len(names)} classes; choose some, such as --classes 1,7,22")
         return list(range(len(names)))
-    numbers = []
-    for word in map(str.strip, text.split(",")):
-        if word not in names and not (re.fullmatch("[0-9]{1,9}", word) and int(word) < len(names)):
+    number_of = {str(number): number for number in range(len(names))} | {name: i for i, name in enumerate(names)}
+    words = [word.strip() for word in text.split(",")]
+    for word in words:
+        if word not in number_of:
             known = f"{', '.join(names[:20])} (0 to {len(names) - 1})"
             raise UserError(f"--classes: there is no {word[:40]!r}; there are {known}")
-        numbers.append(names.index(word) if word in names else int(word))
-    if len(set(numbers)) < len(numbers):
+    if len({number_of[word] for word in words}) < len(words):
         raise UserError(f"--classes {text[:80]} names a class twice")
-    return numbers
+    return [number_of[word] for word in words]
 
 
 def pixel_size(wanted: tuple[int, int] | None, default: tuple[int, int], model: TwoStage) -> tuple[int, int]:
@@ -99,10 +89,6 @@ def cover(x: torch.Tensor, height: int, width: int, shrink: bool) -> torch.Tenso
     """x (1, C, h, w) scaled until it just covers height x width if it is smaller, or also if it is larger (`shrink`),
     then centre-cropped."""
     scale = max(height / x.shape[2], width / x.shape[3])
-    # Crop before enlarging: a long strip could take gigabytes.
-    h, w = min(x.shape[2], math.ceil(height / scale) + 2), min(x.shape[3], math.ceil(width / scale) + 2)
-    if scale > 1:
-        x = x[:, :, (x.shape[2] - h) // 2 :, (x.shape[3] - w) // 2 :][:, :, :h, :w]
     if scale > 1 or (scale < 1 and shrink):
         new = max(height, round(x.shape[2] * scale)), max(width, round(x.shape[3] * scale))
         smooth = {"mode": "bilinear", "antialias": True} if scale < 1 else {"mode": "nearest"}
@@ -113,9 +99,8 @@ def cover(x: torch.Tensor, height: int, width: int, shrink: bool) -> torch.Tenso
 
 @dataclass
 class Start:
-    """What the images start from, and where they go."""
+    """What the images start from."""
 
-    folder: Path | None  # of single files; None: one grid
     height: int
     width: int
     classes: list[int | None]  # one row of the grid each; [None] for a model without classes
@@ -130,14 +115,12 @@ def class_names(model: TwoStage) -> tuple[str, ...]:
 
 
 def file_names(classes: tuple[str, ...]) -> list[str]:
-    """Class names as file names. They come from the checkpoint, so one such as `../../x` must not leave the folder: a
-    name that is not plain, or equals another, is cleaned and gets its number in front."""
+    """Class names as file names. They come from the checkpoint, so one such as `../../x` must not leave the folder: if
+    not all are plain and different, they are cleaned and get their numbers in front."""
     safe = [re.sub(r"[^\w -]", "_", name)[:40] for name in classes]
-    count = Counter(map(str.casefold, safe))
-    for i, name in enumerate(safe):
-        if name != classes[i] or not name or count[name.casefold()] > 1 or re.match("[0-9]+_", name):
-            safe[i] = f"{i}_{name}"
-    return safe
+    if all(safe) and safe == list(classes) and len(set(map(str.casefold, safe))) == len(safe):
+        return safe
+    return [f"{i}_{name}" for i, name in enumerate(safe)]
 
 
 def prepare(args, model: TwoStage) -> Start:
@@ -167,8 +150,7 @@ def prepare(args, model: TwoStage) -> Start:
         c_config = model.condition.vqgan.config
         c = data.open_image(args.cond_image, c_config.input_kind, c_config.in_channels)
         default = tuple(c.shape[2:])
-    folder = None if suffix == ".png" else Path(args.out)
-    start = Start(folder, *pixel_size(args.size, default, model), classes)
+    start = Start(*pixel_size(args.size, default, model), classes)
     if kind == "spatial":
         start.c = cover(c, start.height, start.width, shrink=False)
     elif kind != "class":
@@ -177,6 +159,9 @@ def prepare(args, model: TwoStage) -> Start:
         x = data.open_image(args.complete, config.input_kind, config.in_channels)
         start.x = cover(x, start.height, start.width, shrink=True)
         start.keep = round(args.keep * start.height / config.f) * (start.width // config.f)
+    folder = Path(args.out).parent if suffix == ".png" else Path(args.out)
+    for path in (folder, Path(args.steps_gif or "x").parent):  # what cannot be made is found out before the sampling
+        path.mkdir(parents=True, exist_ok=True)
     return start
 
 
@@ -195,26 +180,18 @@ def main(argv: list[str] | None = None) -> int:
     if args.reject is not None:
         classifier = judges.load_classifier(args.classifier).to(device)
         number_of = judges.match_classes(classifier.classes, class_names(model))
-        per_row = math.ceil(min(args.n / args.reject, flags.positive.most))
-    C, ch, pixels = model.vqgan.config.in_channels, model.vqgan.config.ch, start.height * start.width
-    count = len(start.classes) * per_row
-    what, advice = f"{count:,} images of {start.height} x {start.width}", "a smaller -n or --size, or a higher --reject"
-    runtime.check_memory(pixels * max(2 * count * C, 3 * ch * min(16, count)), what, advice)
+        per_row = math.ceil(args.n / args.reject)
     if rank == 0:
         print(f"{args.gpt} on {device} in {'bfloat16' if amp else 'float32'}")
-        for path in (start.folder or Path(args.out).parent, Path(args.steps_gif or "x").parent):
-            path.mkdir(parents=True, exist_ok=True)
-            if not os.access(path, os.W_OK):  # found out now and not after the sampling
-                raise UserError(f"cannot write to the folder {path}")
 
     h, w = start.height // model.vqgan.config.f, start.width // model.vqgan.config.f
     with torch.autocast(device.type, torch.bfloat16, enabled=amp and device.type == "cuda"):
         given = None if start.x is None else model.vqgan.encode_indices(start.x.to(device))  # (1, h, w)
-    codes, began, rows = count * (h * w - start.keep), time.time(), []
-    bar = tqdm(total=codes // world, unit="code", unit_scale=True, dynamic_ncols=True, disable=rank > 0 or None)
+    codes, began, rows = len(start.classes) * per_row * (h * w - start.keep), time.time(), []
+    bar = runtime.progress_bar(rank, total=codes // world, unit="code", unit_scale=True)
     sampling = replace(flags.sampling(args), stride=args.stride, on_token=bar.update)
     for row, number in enumerate(start.classes):
-        images = [torch.empty(0, C, start.height, start.width)]  # those done, on the CPU
+        images = []  # those done, on the CPU
         mine = range(row * per_row + rank, (row + 1) * per_row, world)  # dealt out over the processes
         for numbers in (mine[i : i + args.batch_size] for i in range(0, len(mine), args.batch_size)):
             if start.c is None:
@@ -227,7 +204,7 @@ def main(argv: list[str] | None = None) -> int:
             except ValueError as error:  # a --stride, --size or --guidance that this model does not have
                 raise UserError(str(error)) from None
             images += [model.vqgan.decode_indices(part).cpu() for part in indices.split(16)]
-        images = torch.cat(images)
+        images = torch.cat([torch.empty(0, model.vqgan.config.in_channels, start.height, start.width), *images])
         if classifier is not None:
             shown = pictures.to_rgb(images, model.vqgan.config.input_kind)
             with torch.no_grad():
@@ -252,12 +229,12 @@ def write(args, model: TwoStage, rows: list[torch.Tensor], start: Start) -> None
     shown = [pictures.to_rgb(images, kind) for images in rows]
     if args.steps_gif:
         save_steps(Path(args.steps_gif), model, shown)
-    if start.folder:
+    if Path(args.out).suffix.lower() != ".png":
         names = file_names(class_names(model))
         for number, images in zip(start.classes, shown, strict=True):
             for i, image in enumerate(images):
                 name = f"{i:04d}.png" if number is None else f"{names[number]}_{i:04d}.png"
-                pictures.save(pictures.to_image(image), start.folder / name)
+                pictures.save(pictures.to_image(image), Path(args.out) / name)
         return
     if len(shown) == 1:  # one class or none: as square as possible
         shown = list(shown[0].split(math.ceil(len(shown[0]) ** 0.5)))

@@ -138,13 +138,19 @@ def add_run_flags(p: Parser, presets: dict, out: str):
     return g
 
 
-def add_sampling_flags(p: Parser) -> None:
-    """How codes are drawn, for the scripts that sample."""
+def add_sampling_flags(p: Parser, batch_size: int) -> None:
+    """The flags that the scripts share that sample."""
     g = p.add_argument_group("sampling")
     g.add_argument("--temperature", type=weight, default=1.0, help="below 1 sharpens; 0 takes the likeliest code")
     g.add_argument("--top-k", type=positive, help="only the k likeliest codes")
     g.add_argument("--top-p", type=fraction, help="only the likeliest codes that together have this probability")
     g.add_argument("--guidance", type=Number(float, 0, 1e4), default=1.0, help="above 1 exaggerates the condition")
+    g = p.add_argument_group("how")
+    g.add_argument("--official-config", metavar="YAML", help="the model is an official checkpoint; this is its yaml")
+    g.add_argument("--classifier", metavar="FILE", help="of minvqgan.harness.judges, to reject or judge new images")
+    g.add_argument("--seed", type=seed, default=0, help="image i of a seed is the same in any batch")
+    g.add_argument("--batch-size", type=positive, default=batch_size, help="images at a time")
+    g.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     g.add_argument("--amp", action=argparse.BooleanOptionalAction, help="the transformer in bfloat16 (where faster)")
 
 

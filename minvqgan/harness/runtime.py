@@ -159,13 +159,6 @@ def check_outputs(outputs: list[Path], **inputs: str | None) -> None:
                 raise UserError(f"{out} would be written over, and it is what {flag} reads: choose another --out")
 
 
-def check_memory(count: float, what: str, advice: str) -> None:
-    """Raises UserError for more float32 numbers than this machine can hold."""
-    have = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else float("inf")
-    if 4 * count > have:
-        raise UserError(f"{what} need {4 * count / 2**30:,.0f} GiB of memory, {have / 2**30:,.0f} are here; {advice}")
-
-
 def pick_device(name: str) -> torch.device:
     """`auto`: a GPU if there is one. Under torchrun each process takes its own. Raises UserError."""
     if name == "auto":
