@@ -4,8 +4,8 @@
     python notebooks/site.py              into notebooks/_site; open its index.html
 
 Sphinx with MyST-NB makes the pages. Nothing is executed: what is shown is what is saved in the notebooks. The start
-page is FRONT and notebooks/README.md. Which modules are shown, and in which order, is read from the docstring of
-minvqgan/__init__.py, and the line beside each from its own.
+page is notebooks/index.md followed by notebooks/README.md. Which modules are shown, and in which order, is read from
+the docstring of minvqgan/__init__.py, and the line beside each from its own.
 """
 
 import argparse
@@ -28,22 +28,9 @@ except (ImportError, AttributeError):
     print('notebooks/site.py needs Sphinx, MyST-NB, Furo and MathJax: pip install -e ".[site]"', file=sys.stderr)
     sys.exit(2)
 
-ROOT = Path(__file__).resolve().parents[1]
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent
 
-# Code has lines of up to 120 characters, prose is read best in shorter ones. What is wider still scrolls by itself.
-CSS = """
-body { --code-font-size: 0.75rem; }
-.content { width: 60em; padding: 0 min(2em, 4vw); }
-.sidebar-drawer { width: max(15em, 50% - 34em); }
-article p, article li, article details { max-width: 46em; }
-article p { overflow: auto hidden; }
-div.math { padding-left: min(2em, 4vw); }
-div.math mjx-container { text-align: left !important; }
-article h1 { font-size: 2em; } article h2 { font-size: 1.5em; } article h3 { font-size: 1.2em; }
-article figure { margin: 0.5em 0 1.5em; }
-article figure img { display: block; margin-left: 0; }
-article figcaption { font-style: italic; text-align: left; }
-"""
 CONFIG = {
     "extensions": ["myst_nb", "sphinx.ext.mathjax"],
     "nb_execution_mode": "off",
@@ -61,37 +48,6 @@ CONFIG = {
     "html_show_search_summary": False,  # would fetch pages, which browsers refuse from a disk
     "html_show_copyright": False,
 }
-
-FRONT = """# minvqgan
-
-**VQGAN, small enough to read in an afternoon and good enough to use.** An image becomes a small map of code numbers,
-and from the numbers an image again:
-
-![](way.png)
-
-*A photograph, its 8 x 8 codes, the transformer's prediction in the middle of them, new codes, and their image.*
-
-A transformer learns which number follows which. It then draws new maps, and the decoder makes images of them:
-
-![](samples_scenes.png)
-
-*New images, drawn code by code: buildings, forests, glaciers, mountains, sea, streets.*
-
-<p><a href="playground.html">Here is a page to play with</a>: change an image's codes and see what they draw, encode an
-image of your own, and watch the transformer draw new ones.</p>
-
-## Three ways in
-
-- **Read.** Begin with [one image's way through the whole system](00_tour.ipynb), then one idea a notebook:
-  [E and G](01_autoencoder.ipynb), [the codebook](02_quantizer.ipynb), [the perceptual loss](03_perceptual.ipynb),
-  [the adversary](04_adversarial.ipynb), [the transformer](05_transformer.ipynb), and on. Nothing has to be installed:
-  all results are on the pages.
-- **Build.** [Both stages from nothing](09_from_scratch.ipynb), in one notebook that imports PyTorch and nothing of
-  this package, is trained in minutes, and in the end gives the same numbers as the package.
-- **Teach.** Exercises with checks that name the mistake, student versions, and marking for a class:
-  [for instructors](#for-instructors).
-
-"""
 
 
 def docstring(path: Path) -> str:
@@ -112,16 +68,17 @@ def contents(pages: list[str], caption: str = "") -> str:
 
 def write_pages(folder: Path) -> None:
     """What Sphinx reads: the notebooks as they are, the start page, the reading order, a page for each file of it."""
-    notebooks = sorted((ROOT / "notebooks").glob("[0-9]*.ipynb"))
+    notebooks = sorted(HERE.glob("[0-9]*.ipynb"))
     for path in notebooks:
         shutil.copy(path, folder)
     sidebar = contents(["Overview <self>", *(path.stem for path in notebooks)], "Notebooks")
     sidebar += contents(["reading_order"], "Code")
     for name in ("way", "samples_scenes"):
         shutil.copy(ROOT / "figures" / f"{name}.png", folder)
-    readme = (ROOT / "notebooks" / "README.md").read_text().replace("# The notebooks", "## The notebooks", 1)
-    (folder / "index.md").write_text(FRONT + readme + sidebar)
-    (folder / "site.css").write_text(CSS)
+    front, readme = ((HERE / f"{name}.md").read_text() for name in ("index", "README"))
+    front = front.replace("](../figures/", "](")
+    (folder / "index.md").write_text(f"{front}\n#{readme}{sidebar}")  # the README's heading one level lower
+    shutil.copy(HERE / "site.css", folder)
 
     text = "# Reading order of the modules\n\n"
     for path in reading_order():
@@ -165,5 +122,5 @@ def build(out: Path) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("out", nargs="?", type=Path, default=ROOT / "notebooks" / "_site", help="the site's folder")
+    parser.add_argument("out", nargs="?", type=Path, default=HERE / "_site", help="the site's folder")
     build(parser.parse_args().out)
