@@ -132,24 +132,21 @@ def compare_sets(table: Table, args, name: str, real: torch.Tensor, fake: torch.
 
 @torch.no_grad()
 def evaluate_reconstructions(args, model: VQGAN, val_set, features, device: torch.device, table: Table) -> None:
-    kind, labels = model.config.input_kind, model.config.input_kind == "labels"
+    kind = model.config.input_kind
     load = partial(judges.load_perceptual, image_size=args.image_size)
-    perceptual = None if labels else optional(load, args.perceptual, device)
-    values: dict[str, list] = {}
-    counts = torch.zeros(model.config.codebook_size, dtype=torch.long)
+    perceptual = None if kind == "labels" else optional(load, args.perceptual, device)
+
+    def more(x: torch.Tensor, x_hat: torch.Tensor) -> dict[str, torch.Tensor]:
+        found = {} if kind == "labels" else {"ssim": metrics.ssim(x, x_hat)}
+        if features is not None:
+            found["real"], found["fake"] = (features(pictures.to_rgb(images, kind))[0] for images in (x, x_hat))
+        return found
+
     batches = data.held_out_batches(val_set, args.batch_size, args.images)
     batches = runtime.progress_bar(0, batches, desc="reconstructions", unit="batch", leave=False)
-    for x, x_hat, indices, row in metrics.reconstructions(model, batches, device, perceptual):
-        counts += torch.bincount(indices.flatten().cpu(), minlength=len(counts))
-        if not labels:
-            row["ssim"] = metrics.ssim(x, x_hat)
-        if features is not None:
-            row["real"], row["fake"] = (features(pictures.to_rgb(images, kind))[0] for images in (x, x_hat))
-        for name, value in row.items():
-            values.setdefault(name, []).append(value.cpu())
-    joined = {name: torch.cat(value) for name, value in values.items()}
-    real, fake = joined.pop("real", None), joined.pop("fake", None)
-    for name, value in joined.items():
+    values, counts = metrics.measure_vqgan(model, batches, device, perceptual, more)
+    real, fake = values.pop("real", None), values.pop("fake", None)
+    for name, value in values.items():
         table.mean(f"perceptual({Path(args.perceptual).stem})" if name == "perceptual" else name, value)
     usage, perplexity = codebook_stats(counts)
     table.add("codebook_usage", usage)

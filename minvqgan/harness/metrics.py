@@ -66,34 +66,35 @@ def label_metrics(x: Tensor, logits: Tensor) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def reconstructions(
-    model: VQGAN, batches: Iterable[dict], device: torch.device, perceptual: LPIPS | None
-) -> Iterator[tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]]:
-    """For each batch (x, x_hat, indices (B, h, w), the metrics of each image (B,) by name). Sets eval mode."""
-    kind = model.config.input_kind
+def measure_vqgan(
+    model: VQGAN, batches: Iterable[dict], device: torch.device, perceptual: LPIPS | None = None, more=None
+) -> tuple[dict[str, Tensor], Tensor]:
+    """(`image_metrics` or `label_metrics` of each image, (N,) by name; how often each code was chosen, (K,)), on the
+    CPU. more: a function of x and x_hat that gives further numbers or features of each image. Leaves the model in the
+    mode it was in."""
+    training, kind, rows = model.training, model.config.input_kind, []
+    counts = torch.zeros(model.config.codebook_size, dtype=torch.long)
     model.eval()
     for batch in batches:
         x = to_input({k: v.to(device) for k, v in batch.items()}, kind, model.config.in_channels)
         x = x.contiguous(memory_format=torch.channels_last)
         x_hat, quantized = model(x)
-        values = label_metrics(x, x_hat) if kind == "labels" else image_metrics(x, x_hat, perceptual)
-        yield x, x_hat, quantized.indices, values
+        row = label_metrics(x, x_hat) if kind == "labels" else image_metrics(x, x_hat, perceptual)
+        row |= more(x, x_hat) if more else {}
+        rows.append({name: value.cpu() for name, value in row.items()})
+        counts += torch.bincount(quantized.indices.flatten().cpu(), minlength=len(counts))
+    model.train(training)
+    return {name: torch.cat([row[name] for row in rows]) for name in rows[0]}, counts
 
 
 def evaluate_vqgan(
     model: VQGAN, batches: Iterable[dict], device: torch.device, perceptual: LPIPS | None = None
 ) -> dict[str, float]:
-    """Held-out metrics of a first-stage model: `image_metrics` or `label_metrics` as means over the images, usage
-    (fraction of the codes used at all) and perplexity of the codebook. Leaves the model in the mode it was in."""
-    training, counts, sums, n = model.training, torch.zeros(model.config.codebook_size, dtype=torch.long), {}, 0
-    for x, _, indices, values in reconstructions(model, batches, device, perceptual):
-        counts += torch.bincount(indices.flatten().cpu(), minlength=len(counts))
-        for name, value in values.items():
-            sums[name] = sums.get(name, 0.0) + value.sum().item()
-        n += len(x)
-    model.train(training)
+    """Held-out metrics of a first-stage model as means over the images, usage (fraction of the codes used at all) and
+    perplexity of the codebook."""
+    values, counts = measure_vqgan(model, batches, device, perceptual)
     usage, perplexity = codebook_stats(counts)
-    return {name: total / n for name, total in sums.items()} | {"usage": usage, "perplexity": perplexity}
+    return {name: value.mean().item() for name, value in values.items()} | {"usage": usage, "perplexity": perplexity}
 
 
 def spread(values: Tensor) -> tuple[float, float]:

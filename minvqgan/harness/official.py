@@ -78,25 +78,18 @@ def first_stage_config(node: dict, key: str = "image") -> VQGANConfig:
     return vqgan_config(*sizes, input_kind=kind, gumbel=name == "GumbelVQ")
 
 
-MIDDLE = ["mid.block_1", "mid.attn_1", "mid.block_2"]
+def layers(c: VQGANConfig) -> tuple[list[str], list[str]]:
+    """Official names of the modules in `Encoder.layers` and in `Decoder.layers`, in order."""
 
+    def level(way: str, i: int, blocks: int) -> list[str]:
+        kinds = ("block", "attn") if c.image_size // 2**i in c.attn_resolutions else ("block",)
+        return [f"{way}.{i}.{kind}.{j}" for j in range(blocks) for kind in kinds] + [f"{way}.{i}.{way}sample"]
 
-def _level(way: str, level: int, blocks: int, c: VQGANConfig) -> list[str]:
-    """Official names of a level's modules, in order; way: `down` or `up`, which also names its change of resolution."""
-    kinds = ("block", "attn") if c.image_size // 2**level in c.attn_resolutions else ("block",)
-    return [f"{way}.{level}.{kind}.{i}" for i in range(blocks) for kind in kinds] + [f"{way}.{level}.{way}sample"]
-
-
-def _encoder_names(c: VQGANConfig) -> list[str]:
-    """Official names of the modules in `Encoder.layers`, in order."""
-    levels = [name for i in range(len(c.ch_mult)) for name in _level("down", i, c.num_res_blocks, c)]
-    return ["conv_in", *levels[:-1], *MIDDLE, "norm_out", "SiLU", "conv_out"]  # the last level keeps its resolution
-
-
-def _decoder_names(c: VQGANConfig) -> list[str]:
-    """Official names of the modules in `Decoder.layers`, in order."""
-    levels = [name for i in reversed(range(len(c.ch_mult))) for name in _level("up", i, c.num_res_blocks + 1, c)]
-    return ["conv_in", *MIDDLE, *levels[:-1], "norm_out"]
+    levels, middle = range(len(c.ch_mult)), ["mid.block_1", "mid.attn_1", "mid.block_2"]
+    # [:-1]: the last level keeps its resolution.
+    down = [name for i in levels for name in level("down", i, c.num_res_blocks)][:-1]
+    up = [name for i in reversed(levels) for name in level("up", i, c.num_res_blocks + 1)][:-1]
+    return ["conv_in", *down, *middle, "norm_out", "SiLU", "conv_out"], ["conv_in", *middle, *up, "norm_out"]
 
 
 def names(module: nn.Module) -> dict[str, str]:
@@ -107,15 +100,15 @@ def names(module: nn.Module) -> dict[str, str]:
         return {key: ".".join(words.get(word, word) for word in key.split(".")) for key in module.state_dict()}
     if not isinstance(module, VQGAN):
         return {key: key.replace("layers.", "main.", 1) for key in module.state_dict()}
-    layers = {f"encoder.layers.{i}": f"encoder.{name}" for i, name in enumerate(_encoder_names(module.config))}
-    layers |= {f"decoder.layers.{i}": f"decoder.{name}" for i, name in enumerate(_decoder_names(module.config))}
-    layers |= {"decoder.conv_out": "decoder.conv_out", "to_code": "quant_conv", "from_code": "post_quant_conv"}
-    layers |= {"quantizer.codebook": "quantize.embed" if module.config.gumbel else "quantize.embedding"}
-    layers |= {"quantizer.proj": "quantize.proj"}
+    places = {"decoder.conv_out": "decoder.conv_out", "to_code": "quant_conv", "from_code": "post_quant_conv"}
+    places |= {"quantizer.codebook": "quantize.embed" if module.config.gumbel else "quantize.embedding"}
+    places |= {"quantizer.proj": "quantize.proj"}
+    for way, modules in zip(("encoder", "decoder"), layers(module.config), strict=True):
+        places |= {f"{way}.layers.{i}": f"{way}.{name}" for i, name in enumerate(modules)}
     state = module.state_dict()
     return {
         key: theirs + key.removeprefix(ours).replace(".skip.", ".nin_shortcut.").replace(".proj.", ".proj_out.")
-        for ours, theirs in layers.items()
+        for ours, theirs in places.items()
         for key in state
         if key.startswith(ours + ".")
     }
