@@ -252,7 +252,7 @@ def collect(course: Path, sources: dict, roster: Roster) -> tuple[dict, list[str
 
 def by_content(path: Path, sources: dict) -> str | None:
     try:
-        inside = marking.exercises_in(marking.read(path))
+        inside = marking.read(path)[1]
     except marking.Unreadable:
         return None
     counts = {name: len(inside & marking.checks_of(source).keys()) for name, source in sources.items()}
@@ -264,7 +264,7 @@ def newest(paths: list[Path], source) -> Path:
 
     def order(path: Path) -> tuple:
         try:
-            written = marking.touched(marking.read(path), marking.checks_of(source))
+            written = marking.is_touched(path, source)
         except marking.Unreadable:
             written = False
         return written, path.stat().st_mtime, path.name

@@ -1,18 +1,17 @@
-"""Marks one handed-in notebook: its cells run in a process of their own, with the instructor's checks between them.
+"""Marks one handed-in notebook: its cells run in a process of their own, and then the instructor's checks.
 
 A class has accidents. A cell that runs too long or ends the process is left out, and the rest is run again; copied,
 split, moved and deleted cells change nothing; a file that cannot be read gets a status and no points.
 
-A student's code runs in the same process as the checks and with the marker's rights. The process works in a temporary
-folder with a copy of the package, so it finds no solutions, seeds or other students there. What the checks use is
-compared before and after each check with references that were taken before the student's first cell. This stops and
-shows the plain ways to cheat, not all of them: see notebooks/README.md.
+A student's code runs in the same process as the checks and with the marker's rights. It works in a temporary folder
+with a copy of the package, without solutions, seeds and other students' files. Once something that the checks use has
+been replaced, nothing counts as right. This stops the plain ways to cheat, not all of them: see notebooks/README.md.
 """
 
 import contextlib
+import faulthandler
 import json
 import os
-import queue
 import re
 import secrets
 import shutil
@@ -20,14 +19,12 @@ import signal
 import subprocess
 import sys
 import tempfile
-import threading
-import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 SECONDS = 20  # for a cell, and for each call of a student's function by a check
-LONGEST = 200  # seconds for all calls of one check together
+LONGEST = 600  # seconds for a whole notebook
 ATTEMPTS = 12  # runs of one notebook: one more for each cell that hangs or ends the process
 
 PACKAGE = Path(__file__).resolve().parents[1]
@@ -39,7 +36,7 @@ SUSPICIOUS = re.compile(
     r"|subprocess|get_ipython|\bIn\[|\b_ih\b|\bchecks\.[\w.]+\s*=(?!=)|importlib|\breload\(|__path__|__import__|builtins"
     r"|__dict__|input_transformer|(?<![.\w])(?:open|exec|eval|globals|getattr)\(|read_text|read_bytes|\bos\.|\bglob\b"
     r"|__file__|\binspect\b|\.ipynb|__torch_function__|TorchFunctionMode|TorchDispatchMode|\bTensor\.\w+\s*=(?!=)"
-    r"|__eq__|base64"
+    r"|__eq__|base64|faulthandler"
 )
 
 
@@ -57,144 +54,86 @@ def checks_of(source) -> dict[str, tuple[float, str]]:
     return {grade_id(c).removesuffix("_check"): (c.metadata.nbgrader.points, c.source) for c in graded}
 
 
-def read(path: Path):
-    """A handed-in notebook. Raises Unreadable."""
+def read(path: Path) -> tuple[list[tuple[str, list[str]]], set[str]]:
+    """-> the student's own cells (code, the functions and classes that it defines), and all exercises in the file.
+
+    A marking cell is known by its id or, since some editors drop the metadata, by its call, checks.NAME(NAME).
+    """
     import nbformat
 
+    own, exercises = [], set()
     try:
         with warnings.catch_warnings():  # copied cells have copied ids
             warnings.simplefilter("ignore")
-            notebook = nbformat.reads(path.read_text(encoding="utf-8"), 4)
-        _ = [(cell.cell_type, cell.source + "", cell.metadata.get("nbgrader", {}).get) for cell in notebook.cells]
+            cells = nbformat.reads(path.read_text(encoding="utf-8"), 4).cells
+        for cell in cells:
+            if cell.cell_type == "code":
+                defined = re.findall(r"^(?:def|class)\s+(\w+)", cell.source, flags=re.M)
+                called = re.findall(r"^checks\.(\w+)\(", cell.source, flags=re.M)
+                exercises |= {*defined, *called}
+                if defined or not (called or grade_id(cell).endswith("_check")):
+                    own.append((cell.source, defined))
     except Exception as error:  # whatever a broken file makes nbformat say
         raise Unreadable(f"unreadable: {type(error).__name__} (is the file complete?)") from error
-    return notebook
+    return own, exercises
 
 
-def code_of(notebook) -> list[tuple[str | None, str, set[str]]]:
-    """Its code cells: (exercise that the cell checks, code, functions and classes that it defines).
-
-    Some editors drop the metadata, so a marking cell is also known by its call, checks.NAME(NAME).
-    """
-    found = []
-    for cell in notebook.cells:
-        if cell.cell_type == "code":
-            defined = set(re.findall(r"^(?:def|class)\s+(\w+)", cell.source, flags=re.M))
-            called = re.search(r"^checks\.(\w+)\(", cell.source, flags=re.M)
-            by_id = grade_id(cell).removesuffix("_check") if grade_id(cell).endswith("_check") else None
-            found.append((None if defined else by_id or (called and called[1]), cell.source, defined))
-    return found
+def written(own: list, name: str) -> list[bool]:
+    """For each cell that defines an exercise, in order: is it more than the stub?"""
+    return [STUB.format(name) not in code for code, defined in own if name in defined]
 
 
-def exercises_in(notebook) -> set[str]:
-    return {name for checked, _, defined in code_of(notebook) for name in defined | {checked} if name}
+def is_touched(path: Path, source) -> bool:
+    own, _ = read(path)
+    return any(any(written(own, name)) for name in checks_of(source))
 
 
-def definitions(notebook, name: str) -> list[bool]:
-    """For each cell that defines an exercise, in order: was it written, that is, more than the stub?"""
-    return [STUB.format(name) not in code for _, code, defined in code_of(notebook) if name in defined]
-
-
-def touched(notebook, names) -> bool:
-    return any(any(definitions(notebook, name)) for name in names)
-
-
-def assemble(notebook, source) -> list[tuple[str | None, str]]:
-    """What is run, in order: (None, a cell of the student's) or (exercise, its check).
-
-    A check runs where the student had it, else below the last definition, else at the end. Code below the
-    assignment's last check only demonstrates the functions and is left out.
-    """
-    checks, own = checks_of(source), code_of(notebook)
-    if not checks.keys() & exercises_in(notebook):
-        others = sorted(exercises_in(notebook))
-        what = f"its exercises are {', '.join(others[:2])} ..." if others else "it has no exercises"
-        raise Unreadable(f"another notebook: {what}")
-    last_check = max(i for i, (name, _, _) in enumerate(code_of(source)) if name in checks)
-    left_out = {"".join(code.split()) for _, code, _ in code_of(source)[last_check + 1 :]}
-    place = {}
-    for name in checks:
-        defined = [i for i, cell in enumerate(own) if name in cell[2]]
-        checked = [i for i, cell in enumerate(own) if name == cell[0] and (not defined or i > defined[0])]
-        place[name] = (checked or defined or [len(own)])[-1]
-    cells = []
-    for i, (checked, code, _) in enumerate([*own, ("end", "", set())]):
-        if checked is None and "".join(code.split()) not in left_out:
-            cells.append((None, code))
-        cells += [(name, checks[name][1]) for name in checks if place[name] == i]
-    return cells
-
-
-def run(cells: list, skip: set[int], done: dict[int, dict]) -> tuple[int, str] | None:
-    """Runs the cells in a new process. Results go to `done`; (cell, why) if one hung or ended the process."""
+def run(job: dict, done: dict) -> tuple[int | str, str] | None:
+    """Runs the cells and checks of a job in a new process. What they said goes to `done`, by the number of the cell or
+    the name of the exercise. -> (cell or exercise, why) if one hung or ended the process."""
     word = secrets.token_hex(8)
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as room:
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as room, tempfile.TemporaryFile("w+") as reports:
         shutil.copytree(PACKAGE, Path(room) / "minvqgan")
         for folder in ("notebooks/checkpoints", "figures", "results"):  # what whole notebooks load
             if (PACKAGE.parent / folder).is_dir():
                 shutil.copytree(PACKAGE.parent / folder, Path(room) / folder, ignore=shutil.ignore_patterns("*.py"))
-        env = os.environ | {"PYTHONPATH": room, "QUICK": "1", "MPLBACKEND": "Agg", "IPYTHONDIR": room, "PWD": room}
         user = os.environ.get("MARKING_USER")  # in a container: one who cannot read solutions and seeds
         if user:
             shutil.chown(room, user)
+        env = {"PYTHONPATH": room, "QUICK": "1", "MPLBACKEND": "Agg", "IPYTHONDIR": room, "PWD": room}
         child = subprocess.Popen(
             [sys.executable, "-m", "minvqgan.course.marking"],
             cwd=room,
-            env=env | {"OMP_NUM_THREADS": "1"},
+            env=os.environ | env | {"OMP_NUM_THREADS": "1"},
             stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
+            stdout=reports,
             stderr=subprocess.DEVNULL,
             text=True,
             start_new_session=True,
             user=user,
         )
         try:
-            child.stdin.write(json.dumps({"word": word, "cells": cells, "skip": [*skip]}))
-            child.stdin.close()
-            return follow(events(child.stdout, word), done)
-        finally:
-            with contextlib.suppress(
-                OSError, AttributeError
-            ):  # and what the student's code has started; not on Windows
-                os.killpg(child.pid, signal.SIGKILL)
-            child.kill()
-            child.wait()
+            child.communicate(json.dumps(job | {"word": word, "seconds": SECONDS}), timeout=LONGEST)
+            late = False
+        except subprocess.TimeoutExpired:
+            late = True
+        with contextlib.suppress(OSError, AttributeError):  # and what the student's code has started; not on Windows
+            os.killpg(child.pid, signal.SIGKILL)
+        child.kill()
+        child.wait()
+        reports.seek(0)
+        lines = reports.read().split("\n")
+    events = [json.loads(line.removeprefix(word)) for line in lines if line.startswith(word)]
+    done |= {key: said for kind, key, said in events if kind == "end"}
+    current = next((key for kind, key, _ in reversed(events) if kind == "begin" and key not in done), None)
+    if [kind for kind, *_ in events[-1:]] == ["finished"] or current is None:
+        return None
+    late = late or any(line.startswith("Timeout (") for line in lines)  # faulthandler's word
+    return current, f"ran longer than {SECONDS} s" if late else "ended the process"
 
 
-def events(stream, word: str) -> Callable[[float], tuple[str, int, dict] | None]:
-    """A function of a number of seconds: what the process reports next, None at its end. Raises queue.Empty."""
-    lines = queue.Queue()
-
-    def listen() -> None:
-        for line in stream:
-            if line.startswith(word):
-                lines.put(json.loads(line[len(word) :]))
-        lines.put(None)
-
-    threading.Thread(target=listen, daemon=True).start()
-    return lambda seconds: lines.get(timeout=seconds)
-
-
-def follow(report: Callable, done: dict[int, dict]) -> tuple[int, str] | None:
-    current, started, patience = -1, time.monotonic(), 300.0  # importing may take long, and is not the student's
-    while True:
-        try:
-            event = report(min(patience, max(0.1, started + LONGEST - time.monotonic())) if current >= 0 else patience)
-        except queue.Empty:
-            return current, f"ran longer than {SECONDS} s"
-        if event is None:
-            return current, "ended the process"
-        kind, cell, result = event
-        if kind == "finished":
-            return None
-        if kind == "begin":
-            current, started, patience = cell, time.monotonic(), SECONDS
-        elif kind == "end":
-            done[cell] = result
-
-
-def watched() -> dict:
-    """References to what the checks use: {module or class: {name: (object, its code)}}."""
+def watched() -> dict[str, tuple]:
+    """References to what the checks use: name -> (object, its code)."""
     import builtins
     import functools
     import itertools
@@ -205,77 +144,56 @@ def watched() -> dict:
 
     from minvqgan.course import checks
 
-    things = [checks, builtins, functools, itertools, math, operator, torch, torch.Tensor, torch.autograd]
-    things += [torch.nn, torch.nn.functional, torch.nn.Module]
-    things += [value for value in vars(checks).values() if isinstance(value, type)]
-    return {thing: current(thing) for thing in things}
-
-
-def current(thing) -> dict:
+    things = [checks, builtins, functools, itertools, math, operator, torch, torch.autograd, torch.nn.functional]
+    things += [torch.nn, torch.Tensor, torch.nn.Module, *(v for v in vars(checks).values() if isinstance(v, type))]
     # torch replaces manual_seed when it first compiles something and Storage with the default dtype, copy adds
     # __slotnames__, IPython uses _.
     ignored = ("manual_seed", "Storage", "__slotnames__", "_")
-    return {n: (v, getattr(v, "__code__", None)) for n, v in vars(thing).items() if n not in ignored}
+    names = [(thing, name) for thing in things for name in (dir(thing) if isinstance(thing, type) else vars(thing))]
+    found = {f"{thing.__name__}.{name}": getattr(thing, name, None) for thing, name in names if name not in ignored}
+    return {name: (value, getattr(value, "__code__", None)) for name, value in found.items()}
 
 
-def restored(references: dict) -> Iterator[str]:
-    """Puts back what was replaced, and gives its names."""
-    for thing, was in references.items():
-        now = current(thing)
-        for name in [n for n in was.keys() | now.keys() if was.get(n) != now.get(n)]:
-            if name in was:
-                setattr(thing, name, was[name][0])
-                if was[name][1]:
-                    was[name][0].__code__ = was[name][1]
-            elif isinstance(thing, type):  # modules gain names by imports
-                delattr(thing, name)
-            else:
-                continue
-            yield f"{thing.__name__}.{name}"
-
-
-def work(job: dict, report: Callable[[str, int, dict], None]) -> None:
-    """In the process of the student's code: runs the cells in an IPython shell, and each check outside of it."""
+def work(job: dict, report: Callable) -> None:
+    """In the process of the student's code: runs the cells in an IPython shell, and the checks outside of it."""
     import torch
     from IPython.core.interactiveshell import InteractiveShell
 
     from minvqgan.course import checks
 
-    shell = InteractiveShell.instance()
-    checks.on_call = lambda: report("call", 0, {})
-    references, execute, names = watched(), exec, {name for name, _ in job["cells"]}
-    for i, (name, code) in enumerate(job["cells"]):
-        if i in job["skip"]:
+    shell, own = InteractiveShell.instance(), {}
+    checks.on_call = lambda: report("call", None, None)
+    before, execute = watched(), exec
+    for number, (code, defined) in enumerate(job["cells"]):
+        if number not in job["skip"]:
+            report("begin", number, None)
+            result = shell.run_cell(code)
+            error = result.error_before_exec or result.error_in_exec
+            own |= {name: shell.user_ns[name] for name in defined if name in shell.user_ns}
+            report("end", number, error and message(error))
+    for name, code in job["checks"].items():
+        if name in job["skip"]:
             continue
-        report("begin", i, {})
-        if name is None:
-            error = shell.run_cell(code)
-            error = error.error_before_exec or error.error_in_exec
-            report("end", i, {"said": error and message(error), "changed": []})
-            continue
-        changed = [*restored(references)]
+        report("begin", name, None)
         torch.set_default_dtype(torch.float32)
         torch.set_default_device(None)
         torch.set_grad_enabled(True)
         said = "right"
         try:
-            own = {n: shell.user_ns[n] for n in names & shell.user_ns.keys()}
-            execute(code, own | {"checks": checks})
+            execute(code, {"checks": checks} | {n: v for n, v in (shell.user_ns | own).items() if n == name})
         except BaseException as error:  # SystemExit, too
             said = message(error)
-        during = [*restored(references)]
-        if during:
-            said = "the function replaces what its check uses"
-        report("end", i, {"said": said, "changed": changed + during})
-    report("finished", 0, {})
+        now = watched()
+        replaced = [key for key, was in before.items() if now.get(key) != was]
+        report("end", name, f"replaced, though the checks use it: {', '.join(replaced)}" if replaced else said)
+    report("finished", None, None)
 
 
 def message(error: BaseException) -> str:
     """What a student is told: the check's sentence, or another error with its name; never a traceback."""
     said = re.sub(r"\([^()]*, line", "(line", str(error))
-    return (
-        said if said and isinstance(error, (AssertionError, NotImplementedError)) else f"{type(error).__name__}: {said}"
-    )
+    plain = said and isinstance(error, AssertionError | NotImplementedError)
+    return said if plain else f"{type(error).__name__}: {said}"
 
 
 def main() -> None:
@@ -287,55 +205,63 @@ def main() -> None:
         os.dup2(nowhere, stream)
     # An editable installation has the repository on the path, with the solutions in it.
     sys.path[:] = [p for p in sys.path if p == os.environ["PYTHONPATH"] or not os.path.isdir(f"{p}/notebooks")]
-    word = job.pop("word")
-    work(job, lambda *event: print(word + json.dumps(event), file=out, flush=True))
+    word, seconds = job.pop("word"), job.pop("seconds")
+
+    def report(kind: str, key, said) -> None:
+        if kind in ("begin", "call"):  # a new clock, which ends this process whatever the student's code does
+            faulthandler.dump_traceback_later(seconds, exit=True, file=out)
+        if kind != "call":
+            print(word + json.dumps([kind, key, said]), file=out, flush=True)
+
+    work(job, report)
     os._exit(0)  # threads that the student's code has started do not matter
 
 
 def mark(path: Path, source) -> dict:
     """-> status, exercises (name -> points, of, message) and look: what the instructor should look at.
 
-    source: the instructor's version of the assignment, with its hidden tests.
+    source: the instructor's version of the assignment, with its hidden tests. Cells that only show an exercise at work
+    are not run; they catch NotImplementedError.
     """
-    names = checks_of(source)
-    exercises = {n: {"points": 0, "of": of, "message": "not marked"} for n, (of, _) in names.items()}
+    checks = checks_of(source)
+    exercises = {name: {"points": 0, "of": of, "message": "not marked"} for name, (of, _) in checks.items()}
     result = {"status": "marked", "look": [], "exercises": exercises}
     try:
-        notebook = read(path)
-        cells = assemble(notebook, source)
+        own, found = read(path)
     except Unreadable as error:
         return result | {"status": str(error)}
-    if not touched(notebook, names):
+    if not checks.keys() & found:
+        return result | {"status": f"another notebook: its exercises are {', '.join(sorted(found)[:2]) or 'none'}"}
+    if not any(any(written(own, name)) for name in checks):
         for name, exercise in exercises.items():
-            exercise["message"] = STUB.format(name) if definitions(notebook, name) else f"{name} is not in the file"
+            exercise["message"] = STUB.format(name) if written(own, name) else f"{name} is not in the file"
         return result | {"status": "untouched"}
-    look = [
-        f"uses {word}" for word in sorted({m[0] for n, code in cells if n is None for m in SUSPICIOUS.finditer(code)})
-    ]
+    cells = [(code, defined) for code, defined in own if "except NotImplementedError" not in code]
+    job = {"cells": cells, "checks": {name: code for name, (_, code) in checks.items()}}
     done, stopped = {}, {}
     for _ in range(ATTEMPTS):
         # What was marked is not marked again, but the student's own cells must run.
-        hung = run(cells, stopped.keys() | {i for i in done if cells[i][0]}, done)
-        if hung is None or hung[0] in stopped or hung[0] < 0:
+        hung = run(job | {"skip": [*stopped, *(key for key in done if key in checks)]}, done)
+        if hung is None or hung[0] in stopped:
             break
         stopped[hung[0]] = hung[1]
-    notes = [f"{cells[i][0]} {why}" for i, why in stopped.items() if cells[i][0]]
-    notes += [f"without a cell that {why}: {cells[i][1].strip()[:50]}" for i, why in stopped.items() if not cells[i][0]]
-    result["status"] = f"marked; {'; '.join(notes)}".replace("\n", " ") if notes else "marked"
-    failed = [done[i]["said"] for i, (name, _) in enumerate(cells) if name is None and i in done and done[i]["said"]]
-    for i, (name, _) in enumerate(cells):
-        if name is None:
-            continue
-        said = done[i]["said"] if i in done else f"your function {stopped.get(i, 'was not reached')}"
-        written = definitions(notebook, name)
-        if any(written) and not written[-1]:
+    without = {key: cells[key][0].strip()[:50].replace("\n", " ") for key in stopped if key not in checks}
+    notes = [f"without a cell that {why}: {without[k]}" if k in without else f"{k} {why}" for k, why in stopped.items()]
+    failed = [said for key, said in done.items() if key not in checks and said]
+    look = [f"uses {word}" for word in sorted({m[0] for code, _ in cells for m in SUSPICIOUS.finditer(code)})]
+    for name, exercise in exercises.items():
+        said = done.get(name, f"your function {stopped.get(name, 'was not reached')}")
+        if said == "right":
+            exercise["points"] = exercise["of"]
+        elif said.startswith("replaced"):
+            look.append(said)
+        elif any(written(own, name)) and not written(own, name)[-1]:
             said += " (your solution is in a cell above, but the stub below replaces it)"
             look.append(f"{name}: a solution above the stub")
         elif failed and said.startswith("NameError"):
             said += f" (the first cell that fails says {failed[0]})"
-        exercises[name] |= {"message": said, "points": exercises[name]["of"] if said == "right" else 0}
-        look += [f"replaced {', '.join(done[i]['changed'])}"] if i in done and done[i]["changed"] else []
-    return result | {"look": list(dict.fromkeys(look))}
+        exercise["message"] = said
+    return result | {"status": "; ".join(["marked", *notes]), "look": list(dict.fromkeys(look))}
 
 
 if __name__ == "__main__":

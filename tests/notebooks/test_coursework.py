@@ -218,17 +218,17 @@ CLASS = [
     Student("roejohn_123", kept, 4, file="../roejohn_123_00_tour-1.ipynb"),
     Student("Łukasz O'Brien 2", kept, 4, file="../Łukasz O'Brien 2_4711_assignsubmission_file_/00_tour.ipynb"),
     # Cheats
-    Student("replaces", with_cell(f"{IMPORT}\nchecks.to_model_range = print", CHEAT), 2,
-            look="replaced minvqgan.course.checks.to_model_range"),
+    Student("replaces", with_cell(f"{IMPORT}\nchecks.to_model_range = print", CHEAT), 0, alone=True,
+            look="minvqgan.course.checks.to_model_range", told="replaced, though the checks use it"),
     Student("recodes", with_cell(f"{IMPORT}\nchecks.to_model_range.__code__ = (lambda s, seed=0: 0).__code__", CHEAT),
-            2, look="uses __code__"),
-    Student("during", with_range(f"{IMPORT}; checks._compare = print; return pixels"), 2,
-            look="replaced minvqgan.course.checks._compare", told="replaces what its check uses"),
+            0, look="minvqgan.course.checks.to_model_range", alone=True),
+    Student("during", with_range(f"{IMPORT}; checks._compare = print; return pixels"), 0, alone=True,
+            look="minvqgan.course.checks._compare"),
     Student("frames", with_range("import sys; return sys._getframe(3).f_locals['p']"), 2, look="_getframe"),
     Student("yes", with_cell("import torch" + ALWAYS, with_range("return Yes()")), 2, look="__torch_function__",
             told="expected a tensor, got Yes"),
-    Student("item", with_cell("import torch\ntorch.Tensor.item = lambda self: 0.0", CHEAT), 2, alone=True,
-            look="replaced Tensor.item"),
+    Student("item", with_cell("import torch\ntorch.Tensor.item = lambda self: 0.0", CHEAT), 0, alone=True,
+            look="Tensor.item"),
     Student("imports", with_cell("import importlib\nimportlib.import_module = lambda name: None", CHEAT), 2, alone=True,
             look="uses importlib"),
     Student("lines", with_cell("get_ipython().input_transformers_cleanup.append(lambda lines: [])", CHEAT), 0,
@@ -271,11 +271,11 @@ class Course:
         return (self.folder / "feedback" / place).with_suffix(".md").read_text()
 
 
-def run_here(cells, skip, done):
+def run_here(job, done):
     """marking.run without a process: for students who leave the interpreter as it is."""
     InteractiveShell.clear_instance()
     InteractiveShell.instance(history_load_length=0)
-    marking.work({"cells": cells, "skip": [*skip]}, lambda kind, i, result: kind == "end" and done.update({i: result}))
+    marking.work(job, lambda kind, key, said: kind == "end" and done.update({key: said}))
     InteractiveShell.clear_instance()
 
 
@@ -327,7 +327,7 @@ def test_a_class(tmp_path, here):
 def test_what_ends_or_changes_the_process(tmp_path, monkeypatch):
     """Two loops, an exit, a dying cell and a cheat, in processes of their own and of a chosen user."""
     monkeypatch.setenv("MARKING_USER", getpass.getuser())
-    students = [student for student in CLASS if student.name in ("twice", "exit", "dies", "lines")]
+    students = [student for student in CLASS if student.name in ("twice", "exit", "dies", "lines", "during", "item")]
     course, rows = marked_class(tmp_path, students)
     compare(course, rows, students)
 
@@ -353,14 +353,15 @@ def test_solutions_get_all_points(name, here, tmp_path):
     assert sum(e["points"] for e in result["exercises"].values()) == of
 
 
-def test_the_time_limit_is_of_one_call():
-    """A function that takes 5 s and is called three times takes longer than 8 s in all."""
-    names = iter(
-        [["begin", 0, {}], ["call", 0, {}], ["call", 0, {}], ["end", 0, {"said": "right"}], ["finished", 0, {}]]
-    )
-    patience, done = [], {}
-    assert marking.follow(lambda seconds: patience.append(seconds) or next(names), done) is None
-    assert patience[0] == 300 and all(7 < seconds <= 8 for seconds in patience[1:]) and done == {0: {"said": "right"}}
+def test_the_time_limit_is_of_one_call(tmp_path, here, monkeypatch):
+    """The clock begins anew at each call of a function: three sizes in the visible and in the hidden check."""
+    events, work = [], marking.work
+    monkeypatch.setattr(marking, "work", lambda job, report: work(job, lambda *e: events.append(e[:2]) or report(*e)))
+    source = coursework.exercises(ROOT / "notebooks" / f"{TOUR}.ipynb")
+    nbformat.write(source, tmp_path / "solved.ipynb")
+    assert marking.mark(tmp_path / "solved.ipynb", source)["status"] == "marked"
+    first = events.index(("begin", "to_model_range"))
+    assert events[first + 1 : first + 8] == [("call", None)] * 6 + [("end", "to_model_range")]
 
 
 def test_nothing_about_one_file_ends_the_marking(tmp_path, here, monkeypatch):
