@@ -632,6 +632,18 @@ def top_p(student, g):
 
 
 @check
+def coded_bits(student, g):
+    """-log2 p of a code, for each of its f x f pixels"""
+    mistakes = {
+        "these are nats: a bit is ln 2 = 0.69 of them": lambda nats, f: nats / f**2,
+        "a code stands for f x f pixels, not for f": lambda nats, f: nats / math.log(2) / f,
+    }
+    for f in (16, 2, _int(g, 3, 8)):
+        nats = 1 + 5 * torch.rand((), generator=g).item()
+        _ask(student, (nats, f), lambda nats, f: math.log2(math.exp(nats)) / f**2, mistakes)
+
+
+@check
 def cached_attention(student, g):
     """1. attention of the new token to all so far, 2. (keys, values), each with the new one last"""
     B, T, D = _int(g, 1, 3), _int(g, 5, 8), 2 * _int(g, 3, 6)
@@ -690,6 +702,24 @@ def PrefixBlock(student, g):
 
 
 @check
+def codes_kept(student, g):
+    """how many codes, from the likeliest on, reach p together, if p_k is proportional to r^(k / tau)"""
+
+    def right(r: float, tau: float, p: float, more: int = 0) -> int:
+        probabilities = (torch.arange(3000).double() * math.log(r) / tau).softmax(0)
+        return 1 + int((probabilities.cumsum(0) < p).sum()) + more
+
+    mistakes = {
+        "the code that crosses p belongs to the set: round up": {"more": -1},
+        "the first n codes, k = 0 to n - 1, have 1 - r^n of the sum": {"more": 1},
+        "a higher temperature keeps more codes, not fewer": lambda r, tau, p: right(r, 1 / tau, p),
+    }
+    cases = torch.rand(10, 3, generator=g) * torch.tensor([0.6, 2.0, 0.75]) + torch.tensor([0.3, 0.4, 0.2])
+    for case in [(0.5, 2.0, 0.9), *cases.tolist()]:
+        _ask(student, case, right, mistakes)
+
+
+@check
 def generate(student, g):
     """(B, T) codes, each the first at which the sum of the probabilities exceeds its u"""
     B, R, T, K = _int(g, 2, 4), _int(g, 2, 3), _int(g, 5, 7), 8
@@ -731,29 +761,79 @@ def generate(student, g):
 
 
 @check
-def sequence(student, g):
-    """[K + c | s], R + T tokens"""
-    B, T, R, K = 3, _int(g, 5, 7), _int(g, 1, 3), _int(g, 9, 20)
-    mistakes = {
-        "the condition comes first: only what follows it can depend on it": lambda s, c, K: torch.cat([s, c + K], 1),
-        "condition index 0 and code 0 have the same number: number c from K on": lambda s, c, K: torch.cat([c, s], 1),
-        "the codes keep their numbers: shift the condition": lambda s, c, K: torch.cat([c, s + K], 1),
+def diagnose(student, g):
+    """what the held-out curve shows: fine, overfits, guesses or leaks"""
+    t = torch.linspace(0, 1, 40)
+    learned = 0.6 + 0.4 * (-6 * t).exp()
+    runs = {  # training and held-out, in units of ln K
+        "fine": (learned - 0.15 * t, learned),
+        "overfits": (1 - 0.95 * t, learned + 0.5 * (t - 0.4).clamp(min=0)),
+        "guesses": (torch.ones(40), torch.ones(40)),
+        "leaks": ((-30 * t).exp() + 0.02, (-20 * t).exp() + 0.02),
     }
-    s, c = torch.randint(K, (B, T), generator=g), torch.randint(5, (B, R), generator=g)
-    _ask(student, (s, c, K), lambda s, c, K: torch.cat([c + K, s], 1), mistakes)
+    gap = {"a gap does not mean that it overfits: this held-out loss has never turned": lambda *_: "overfits"}
+    for K, (name, curves) in itertools.product((256, _int(g, 500, 2000)), runs.items()):
+        noisy = (math.log(K) * (curve + 0.01 * torch.randn(40, generator=g)).clamp(min=0.01) for curve in curves)
+        _ask(student, (*noisy, K), lambda *_, name=name: name, gap if name == "fine" else {})
+
+
+@check
+def sequence(student, g):
+    """[c_1 | c_2 | ... | s], c_1 numbered from K on, and each later condition from the end of the one before"""
+
+    def right(s: Tensor, conditions: list, K: int, apart: bool = True) -> Tensor:
+        starts = [K + apart * sum(count for _, count in conditions[:i]) for i in range(len(conditions))]
+        return torch.cat([c + start for (c, _), start in zip(conditions, starts, strict=True)] + [s], 1)
+
+    mistakes = {
+        "the conditions come first: only what follows depends on them": lambda s, *c: right(s, *c).roll(s.shape[1], 1),
+        "two conditions share numbers: the second one's begin where the first one's end": {"apart": False},
+        "codes and conditions share numbers: number conditions from K on": lambda s, cs, K: right(s, cs, 0),
+    }
+    s, K = torch.randint(9, (3, _int(g, 5, 7)), generator=g), _int(g, 9, 20)
+    conditions = [(torch.randint(n, (3, _int(g, 1, 3)), generator=g), n) for n in (_int(g, 3, 6), 8, 2)]
+    for count in (1, 2, 3):
+        _ask(student, (s, conditions[:count], K), right, mistakes)
+
+
+@check
+def posterior(student, g):
+    """p(c | s) of each image, (B, C)"""
+
+    def right(nats: Tensor, T: int, prior: Tensor, sign: int = -1) -> Tensor:
+        joint = prior.double() * (sign * T * nats.double()).exp()
+        return (joint / joint.sum(1, keepdim=True)).float()
+
+    mistakes = {
+        "a sequence has T codes: -log p(s | c) is T times the nats a code": lambda nats, T, prior: right(
+            nats, 1, prior
+        ),
+        "the prior is missing": lambda nats, T, prior: right(nats, T, torch.ones_like(prior)),
+        "the sign is wrong: the class under which s costs least is the most probable": {"sign": 1},
+    }
+    for T, low in ((4, 0.1), (64, 4.0)):
+        prior = 0.2 + torch.rand(5, generator=g)
+        args = low + 0.3 * torch.rand(3, 5, generator=g), T, prior / prior.sum()
+        found = _call(student, *args)
+        assert found.isfinite().all(), "exp(-T nats) is 0 in float32: a softmax of log p divides by the largest first"
+        _compare(found, args, right, mistakes)
 
 
 @check
 def guided(student, g):
-    """logits on the line from without_c (scale 0) through with_c (scale 1)"""
+    """the softmax of the guided logits, (K,)"""
+
+    def right(p: Tensor, p_c: Tensor, scale: float) -> Tensor:
+        given_c = p * p_c / (p * p_c).sum()
+        return (p.log() + scale * (given_c.log() - p.log())).softmax(0)
+
     mistakes = {
-        "with scale 1 the result must be the logits with c": lambda c, n, g: c + g * (c - n),
-        "the direction is wrong: walk from without_c towards with_c": lambda c, n, g: n - g * (c - n),
-        "with scale 0 the result must be the logits without c": lambda c, n, g: g * c,
+        "the probabilities do not sum to 1: divide by their sum": lambda p, p_c, scale: p * p_c**scale,
+        "p(s_i) keeps the exponent 1": lambda p, p_c, scale: (p * p_c) ** scale / ((p * p_c) ** scale).sum(),
     }
-    logits = torch.randn(2, 3, _int(g, 7, 11), generator=g)
-    for scale in (1.0, 0.0, 3.0):
-        _ask(student, (*logits, scale), lambda c, n, scale: n + scale * (c - n), mistakes)
+    p, p_c = torch.rand(2, _int(g, 7, 11), generator=g).clamp(min=0.05)
+    for scale in (1.0, 0.0, 2.5):
+        _ask(student, (p / p.sum(), p_c, scale), right, mistakes)
 
 
 @check
@@ -803,18 +883,6 @@ def _context(i: int, j: int, h: int, w: int, n: int) -> list[tuple[int, int]]:
 
 
 @check
-def window_start(student, g):
-    """inside the image, i is in the middle, n // 2 rows below the window's first"""
-    mistakes = {
-        "at the upper border the window begins at 0": lambda i, size, n: min(i - n // 2, size - n),
-        "at the lower border the window ends with the image": lambda i, size, n: max(i - n // 2, 0),
-    }
-    for size, n in [(20, 8)] + [(9 + _int(g, 0, 12), _int(g, 1, 9)) for _ in range(20)]:
-        for i in range(size):
-            _ask(student, (i, size, n), _window, mistakes)
-
-
-@check
 def context_of(student, g):
     """the positions of the window that come before (i, j), in reading order"""
     for _ in range(20):
@@ -825,6 +893,31 @@ def context_of(student, g):
         late = [place for place in found if place >= args[:2]]
         assert not late, f"(i, j) = {args[:2]}: {late and late[0]} is not there yet when it is predicted"
         _compare(found, args, _context, {})
+
+
+@check
+def rounds(student, g):
+    """(rounds with one window at a time, rounds with all windows that are ready at a time)"""
+
+    def right(h: int, w: int, n: int) -> tuple[int, int]:
+        first = [_window(j, w, n) for j in range(w)]  # where the window of each column begins
+        when, windows = torch.zeros(h, w), sorted(set(first))
+        for i, left in itertools.product(range(h), windows):
+            columns = [j for j in range(w) if first[j] == left]
+            before = when[_window(i, h, n) : i + 1, left : left + n].clone()
+            before[-1, columns[0] - left :] = 0
+            when[i, columns] = before.max() + 1
+        return h * len(windows), int(when.max())
+
+    mistakes = {
+        "codes that share a window are drawn in one round": lambda h, w, n: (h * w, right(h, w, n)[1]),
+        "a row is never more rounds behind the one above than it has windows": lambda h, w, n: (
+            right(h, w, n)[0],
+            w - n + 1 + (h - 1) * (n // 2),
+        ),
+    }
+    for case in ((16, 16, 8), (4, 4, 4), (6, 5, 4), (_int(g, 6, 9), _int(g, 9, 12), 2 * _int(g, 1, 3))):
+        _ask(student, case, right, mistakes)
 
 
 @check
@@ -859,6 +952,51 @@ def slide(student, g):
 
 
 @check
+def frechet(student, g):
+    """|mean_1 - mean_2|^2 + tr(C_1 + C_2 - 2 (C_1 C_2)^(1/2))"""
+
+    def right(mean_1, C_1, mean_2, C_2, power: int = 2, factor: int = 2) -> Tensor:
+        root = torch.linalg.eigvals(C_1 @ C_2).real.clamp(min=0).sqrt().sum()
+        return (mean_1 - mean_2).norm() ** power + C_1.trace() + C_2.trace() - factor * root
+
+    mistakes = {
+        "the distance of the means is squared": {"power": 1},
+        "the factor 2 before the root is missing": {"factor": 1},
+        "the root of a matrix is not the root of its entries": lambda *args: (
+            right(*args, factor=0) - 2 * (args[1] @ args[3]).abs().sqrt().trace()
+        ),
+    }
+    for d, rank in ((1, 1), (2, 2), (4, 4), (6, 3)):
+        mean_1, mean_2 = torch.randn(2, d, generator=g, dtype=torch.float64)
+        A, B = torch.randn(2, d, rank, generator=g, dtype=torch.float64)
+        args = mean_1, A @ A.T, mean_2, B @ B.T
+        found = _call(student, *args)
+        assert found.isfinite(), "rounding makes eigenvalues of 0 slightly negative: clamp them before the root"
+        _compare(found, args, right, mistakes)
+
+
+@check
+def precision_recall(student, g):
+    """(precision, recall): the fraction of fake covered by balls around real, and of real by balls around fake"""
+
+    def covered(points: list, centres: list, k: int) -> float:
+        reach = [sorted(math.dist(a, b) for b in centres)[k] for a in centres]  # [0] is the point itself
+        inside = [any(math.dist(p, a) <= r for a, r in zip(centres, reach, strict=True)) for p in points]
+        return sum(inside) / len(inside)
+
+    def right(real: Tensor, fake: Tensor, k: int) -> tuple[float, float]:
+        return covered(fake.tolist(), real.tolist(), k), covered(real.tolist(), fake.tolist(), k)
+
+    mistakes = {
+        "precision and recall are swapped": lambda real, fake, k: right(fake, real, k),
+        "the nearest neighbour of a point is the point itself": lambda real, fake, k: right(real, fake, k - 1),
+    }
+    for N, M, k in ((9, 12, 1), (20, 14, 3), (_int(g, 20, 30), _int(g, 20, 30), 2)):
+        points = torch.randn(N, 2, generator=g), torch.randn(M, 2, generator=g) * 0.8 + 0.5
+        _ask(student, (*points, k), right, mistakes)
+
+
+@check
 def causal_kernel(student, g):
     """(k, k), 1 in the rows above, also to the right, and to the left in the middle row, 0 in the future"""
 
@@ -871,16 +1009,18 @@ def causal_kernel(student, g):
 
 
 @check
-def accepted(student, g):
-    """indices of the best round(rate n), at least one, best first"""
+def rejection(student, g):
+    """(fraction that is kept, fraction of the kept ones that shows what was asked)"""
 
-    def right(scores: Tensor, rate: float, sign: int = -1) -> Tensor:
-        best = sorted(range(len(scores)), key=lambda i: sign * scores[i].item())
-        return torch.tensor(best[: max(1, round(rate * len(scores)))])
+    def right(q: float, t: float) -> tuple[float, float]:
+        grid = itertools.product(range(20), range(20))  # the first 20 q rows are right, 20 t columns are told rightly
+        kept = [i < round(20 * q) for i, j in grid if (i < round(20 * q)) == (j < round(20 * t))]
+        return len(kept) / 400, sum(kept) / len(kept)
 
     mistakes = {
-        "these are the worst: a high score is good": {"sign": 1},
-        "these are the scores: return their indices": lambda scores, rate: scores[right(scores, rate)],
+        "wrong samples that are taken for right ones are kept, too": lambda q, t: (q * t, 1.0),
+        "how many of the kept ones are right depends on q": lambda q, t: (right(q, t)[0], t),
+        "divide by the fraction that is kept": lambda q, t: (right(q, t)[0], q * t),
     }
-    for n, rate in ((40, 0.25), (40, 1.0), (40, 0.001), (100, 0.29), (40, 0.21), (2 * _int(g, 10, 30), 0.5)):
-        _ask(student, (torch.randn(n, generator=g), rate), right, mistakes)
+    for q, t in ((4, 15), (10, 20), (_int(g, 1, 19), _int(g, 11, 19))):
+        _ask(student, (q / 20, t / 20), right, mistakes)
