@@ -334,14 +334,23 @@ def _straight_through(z: Tensor, z_q: Tensor) -> Tensor:
 
 
 @check
-def straight_through(student, g):
-    """the value of z_q, whose gradient goes to z unchanged and not to z_q"""
-    z, z_q = (x.requires_grad_() for x in torch.randn(2, _int(g, 4, 9), 4, generator=g).unbind())
+def tangent(student, g):
+    """T(z) = L(z_q) + (slope of L at z_q) . (z - z_q), with its gradient at z"""
+    D = _int(g, 3, 6)
+    A, x = torch.randn(4, D, generator=g), torch.randn(4, generator=g)
+    z, z_q = torch.randn(2, D, generator=g).unbind()
+
+    def loss(v: Tensor) -> Tensor:
+        return 0.5 * (A @ v - x).square().sum()
+
     mistakes = {
-        "no gradient reaches z, so the encoder would never learn: detach the difference only": lambda z, z_q: z_q,
-        "a gradient reaches z_q: the codes learn from the codebook loss only": lambda z, z_q: z + z_q - z.detach(),
+        "this is the loss at z, which straight-through never evaluates": lambda loss, z, z_q: loss(z),
+        "its value is L(z_q) whatever z is: a tangent changes with z": lambda loss, z, z_q: loss(
+            _straight_through(z, z_q)
+        ),
     }
-    _ask(student, (z, z_q), _straight_through, mistakes, inputs={"z": z, "z_q": z_q})
+    z.requires_grad_()
+    _ask(student, (loss, z, z_q), lambda loss, z, q: loss(q) + A.T @ (A @ q - x) @ (z - q), mistakes, inputs={"z": z})
 
 
 def _codebook_loss(z: Tensor, z_q: Tensor, beta: float) -> Tensor:
@@ -349,20 +358,55 @@ def _codebook_loss(z: Tensor, z_q: Tensor, beta: float) -> Tensor:
 
 
 @check
-def codebook_loss(student, g):
-    """the mean of (sg[z] - z_q)^2 plus beta times that of (sg[z_q] - z)^2"""
-    z, z_q = (x.requires_grad_() for x in torch.randn(2, _int(g, 4, 9), 4, generator=g).unbind())
+def codebook_gradients(student, g):
+    """1. the gradient at z, 2. the gradient at codes, of the codebook loss"""
+    K, N, D = _int(g, 5, 8), 12, _int(g, 3, 5)
+    z, codes, indices = torch.randn(N, D, generator=g), torch.randn(K, D, generator=g), torch.arange(N) % (K - 2)
+
+    def right(z, codes, indices, beta, loss=_codebook_loss) -> tuple:
+        leaves = z.clone().requires_grad_(), codes.clone().requires_grad_()
+        return torch.autograd.grad(loss(leaves[0], leaves[1][indices], beta), leaves)
+
+    def last_only(z, codes, indices, beta) -> tuple:
+        dz, dcodes = right(z, codes, indices, beta)
+        dcodes[indices] = 2 * (codes[indices] - z) / z.numel()
+        return dz, dcodes
+
     mistakes = {
-        "beta weighs the wrong term: it belongs to the commitment, which moves z (the official code has this bug)": (
-            lambda z, z_q, beta: _codebook_loss(z_q, z, beta)
-        ),
-        "the stop-gradients (detach) are missing": lambda z, z_q, beta: (1 + beta) * F.mse_loss(z, z_q),
-        "beta is not 0.25 here: use the argument": lambda z, z_q, beta: _codebook_loss(z, z_q, 0.25),
-        "the commitment, the term with beta, is missing": lambda z, z_q, beta: _codebook_loss(z, z_q, 0.0),
-        "take the mean over all elements, not the sum": lambda *args: z.numel() * _codebook_loss(*args),
+        "a code feels every latent that chose it: sum over them, as index_add does": last_only,
+        "both terms move both here: one detaches z, the other z_q": {
+            "loss": lambda z, z_q, beta: (1 + beta) * F.mse_loss(z, z_q)
+        },
+        "beta weighs the wrong side: it belongs to the term that moves z": {
+            "loss": lambda z, z_q, beta: _codebook_loss(z_q, z, beta)
+        },
+        "descent goes against the gradient, which points away from the other side": {
+            "loss": lambda *args: -_codebook_loss(*args)
+        },
+        "the loss is a mean over N D numbers, not a sum": {
+            "loss": lambda z, *rest: z.numel() * _codebook_loss(z, *rest)
+        },
     }
-    beta = 0.3 + 0.6 * torch.rand((), generator=g).item()
-    _ask(student, (z, z_q, beta), _codebook_loss, mistakes, inputs={"z": z, "z_q": z_q})
+    _ask(student, (z, codes, indices, 0.3 + 0.6 * torch.rand((), generator=g).item()), right, mistakes)
+
+
+@check
+def weights_in_sums(student, g):
+    """the weights of 1. the term that moves the codes, 2. the commitment, beside a sum |x - x_hat|^2 of weight 1"""
+
+    def right(x_shape, z_shape, beta, legacy, a=1, b=-1) -> tuple:
+        ratio = math.prod(x_shape) ** a * math.prod(z_shape) ** b
+        return (ratio * beta, float(ratio)) if legacy else (float(ratio), ratio * beta)
+
+    mistakes = {
+        "beta is on the wrong term: `legacy` puts it on the one that moves the codes": lambda *args: right(*args)[::-1],
+        "upside down: a mean over fewer numbers divides by less, so it weighs more": {"a": -1, "b": 1},
+        "these weigh the means, and Eq. 4 has sums": {"a": 0, "b": 0},
+    }
+    for legacy in (False, True):
+        side, beta = 8 * _int(g, 2, 5), 0.1 + 0.8 * torch.rand((), generator=g).item()
+        shapes = (3, side, side), (_int(g, 4, 9), side // 4, side // 4)
+        _ask(student, (*shapes, beta, legacy), right, mistakes)
 
 
 @check
@@ -395,6 +439,23 @@ def Quantizer(student, g):
         found = _call(quantizer, z)
         _compare(found[1], (z,), indices, {mixed: {"order": (0, 1, 2, 3)}})
         _compare(found, (z,), right, mistakes, {"z": z, "the codebook": codes})
+
+
+@check
+def steps_until_dead(student, g):
+    """updates until fraction * decay^n < threshold / K for the first time, 0 if it is so at once"""
+
+    def right(fraction: float, K: int, decay: float, threshold: float) -> int:
+        steps = 0
+        while fraction >= threshold / K:
+            fraction, steps = fraction * decay, steps + 1
+        return steps
+
+    mistakes = {"one too few: after this many the fraction has not fallen below yet": lambda *args: right(*args) - 1}
+    cases = [(1 / 256, 256, 0.98, 0.05), (0.2, 64, 0.9, 0.05), (1e-9, 64, 0.9, 0.05)]
+    cases += [(0.5 + torch.rand((), generator=g).item(), _int(g, 8, 999), 0.95, 0.1) for _ in range(4)]
+    for case in cases:
+        _ask(student, case, right, mistakes)
 
 
 @check

@@ -1,5 +1,6 @@
 """Short trainings for the notebooks: the loops of train_vqgan.py and train_gpt.py without their harness."""
 
+import os
 from collections.abc import Callable, Iterator
 from itertools import chain
 
@@ -18,6 +19,13 @@ from ..vqgan import VQGAN
 def shapes(size: int = 32, crops_of: int | None = None, sources: tuple[str, ...] = ("image",)):
     """(training set, held-out set) of the built-in images; crops_of: cut `size` pixels out of larger ones."""
     return data.open_data("shapes", size, crops_of, sources, len(data.shapes.LABELS))
+
+
+def photographs(size: int = 32):
+    """(training set, held-out set) of the folder that the environment variable PHOTOS names; without it of CIFAR-10 if
+    torchvision has downloaded it, else of the built-in shapes."""
+    cifar10 = (data.TORCHVISION_ROOT / "cifar-10-batches-py").is_dir()
+    return data.open_data(os.environ.get("PHOTOS") or ("cifar10" if cifar10 else "shapes"), size)
 
 
 def batches(dataset, size: int, seed: int = 0) -> Iterator[dict]:
