@@ -209,8 +209,8 @@ def main(argv: list[str] | None = None) -> int:
             shown = pictures.to_rgb(images, model.vqgan.config.input_kind)
             with torch.no_grad():
                 scores = [classifier(x.to(device)).softmax(1)[:, number_of[number]].cpu() for x in shown.split(64)]
-            scores = processes.gathered(torch.cat(scores), rank, world)
-        images = processes.gathered(images, rank, world)  # (per_row, C, H, W)
+            scores = processes.gathered(torch.cat(scores))
+        images = processes.gathered(images)  # (per_row, C, H, W)
         if rank == 0:
             rows.append(images if classifier is None else images[sampler.reject(scores, args.reject)[: args.n]])
     bar.close()

@@ -11,7 +11,6 @@ codes are computed once. The loss is `TwoStage.forward`, in `minvqgan/two_stage.
 import math
 import shlex
 from argparse import BooleanOptionalAction
-from dataclasses import asdict
 
 import torch
 
@@ -42,8 +41,7 @@ PRESETS = {
         --weight-decay 0.01 --drop-cond 0.1 --pkeep 1 --log-every 100 --val-every 5000 --save-every 2000""",
 }
 
-COLUMNS = "step seconds lr loss val_nats val_bits_per_pixel".split()
-PANELS = [["loss", "val_nats"], ["val_bits_per_pixel"]]  # of loss.png
+PANELS = [["loss", "val_nats"], ["val_bits_per_pixel"]]  # columns of metrics.csv in loss.png
 
 
 def parse_flags(argv: list[str] | None = None):
@@ -135,15 +133,6 @@ def build(args, vqgan: VQGAN, condition, classes: tuple[str, ...]) -> TwoStage:
     return TwoStage(vqgan, condition, gpt, flags.config(TwoStageConfig, args, n=n, guided=guided, classes=classes))
 
 
-def check_resumed(args, model: TwoStage, classes: tuple[str, ...]) -> None:
-    """Raises UserError for data, or flags in a checkpoint, that are not those of its model."""
-    side = model.config.n * model.vqgan.config.f
-    if args.image_size != side:
-        raise UserError(f"{args.out}/last.pt: its --image-size is {args.image_size}, that of its model {side}")
-    if model.condition.kind == "class":
-        data.check_classes(args.data, classes, model.config.classes, model.condition.num_tokens)
-
-
 def open_all(args, run: Run, saved):
     """(model, training set, held-out set), new or as in the checkpoint `saved`. Raises UserError."""
     if saved:
@@ -152,14 +141,14 @@ def open_all(args, run: Run, saved):
     else:
         vqgan = open_first_stage(args)
         condition = make_condition(args, vqgan)
+    data.check_outside(args.out, args.data)
     sources, num_labels = tokens.sources_of(vqgan, condition)
     sets = data.open_data(args.data, args.image_size, args.resize, sources, num_labels, args.seed, args.flip)
-    data.check_outside(args.out, args.data)
     classes = tuple(sets[0].classes)
-    if saved:
-        check_resumed(args, model, classes)
-    else:
+    if not saved:
         model = build(args, vqgan, condition, classes)
+    elif condition.kind == "class":
+        data.check_classes(args.data, classes, model.config.classes, condition.num_tokens)
     if args.init and not saved:
         run.say(checkpoint.init_from(args.init, model))
     return model.to(run.device, memory_format=torch.channels_last), *sets  # this layout halves E's time on a CPU
@@ -168,7 +157,7 @@ def open_all(args, run: Run, saved):
 @runtime.global_state_restored()
 def main(argv: list[str] | None = None) -> int:
     args, saved = parse_flags(argv)
-    run = Run(args, "two_stage", COLUMNS, PANELS, ["loss"], saved)
+    run = Run(args, "two_stage", PANELS, ["loss"], saved)
     model, train_set, val_set = open_all(args, run, saved)
     gpt, fused = model.gpt, run.device.type in ("cpu", "cuda")
     opt = torch.optim.AdamW(parameter_groups(gpt, args.weight_decay), args.lr, betas=(0.9, 0.95), fused=fused)
@@ -178,19 +167,14 @@ def main(argv: list[str] | None = None) -> int:
     to_c = tokens.condition_input(model)
     val_tokens = tokens.held_out(model, val_set, to_c, args.val_images, run.device)
     batches = tokens.batches(run, model, train_set, to_c)
-    run.start(
-        {"opt": opt},
-        lambda: checkpoint.pack_two_stage(model),
-        {"gpt": asdict(gpt.config), "model": asdict(model.config)},
-        describe(model, train_set, val_tokens),
-    )
+    run.start({"opt": opt}, lambda: checkpoint.pack_two_stage(model), describe(model, train_set, val_tokens))
     del saved  # a second copy of the weights
     parallel = processes.distributed(model, run.device)
     drop_cond = args.drop_cond if model.config.guided else 0.0
 
     @run.cuda_graph(gpt)
     def gradients(s, r):
-        with run.autocast():
+        with torch.autocast(run.device.type, torch.bfloat16, enabled=run.amp):
             loss = parallel(s, r, args.pkeep, drop_cond).mean()  # -log p(s | r), Eq. 9 and 10
         (loss / args.accumulate).backward()
         return loss
@@ -241,8 +225,7 @@ def validate(run: Run, model: TwoStage, val_set, val_tokens, to_c) -> None:
     if nats > run.best + 0.02:
         run.say(
             f"held-out loss has risen since step {run.best_step}: the model overfits. best.pt is from there; "
-            "more data, --dropout, --pkeep 0.9 or a smaller model help",
-            once=True,
+            "more data, --dropout, --pkeep 0.9 or a smaller model help"
         )
     save_samples(run, model, val_set, to_c)
 

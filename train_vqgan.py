@@ -24,27 +24,25 @@ from minvqgan.objective import ObjectiveConfig, adversarial_ramp, stage_one_step
 from minvqgan.quantizer import codebook_stats
 from minvqgan.vqgan import VQGAN, VQGANConfig
 
-# A preset is a line of flags, complete in itself; flags on the command line win over it. How they were found:
-# results/LOG.md.
+# A preset is a line of flags, complete in itself but for the defaults that all three share; flags on the command line
+# win over it. How they were found: results/LOG.md.
 PRESETS = {
     # DEPARTURE: in tiny and small D has a rate of its own, and both rates rise at the start and fall at the end; the
     # official code has one constant rate.
     # 32 px, f = 4: for the built-in shapes, CIFAR-10 and a laptop.
     "tiny": """
-        --image-size 32 --ch 16 --ch-mult 1 2 4 --num-res-blocks 1 --attn-resolutions --norm-groups 1 --dropout 0
-        --z-channels 64 --codebook-size 256 --code-dim 16 --beta 0.25 --no-legacy --revive-every 20
+        --image-size 32 --ch 16 --ch-mult 1 2 4 --num-res-blocks 1 --attn-resolutions --norm-groups 1
+        --z-channels 64 --codebook-size 256 --code-dim 16 --no-legacy --revive-every 20
         --batch-size 32 --steps 1800 --lr 1e-3 --disc-lr 2e-4 --warmup 0.01 --lr-decay 0.4 --flip
-        --perceptual small --perceptual-weight 0.3 --disc-loss hinge --disc-weight 0.3 --max-lambda 0.05 --delta 1e-6
-        --loss vqgan --fixed-lambda 0 --no-l2-norm --no-rotation --no-gumbel
+        --perceptual small --perceptual-weight 0.3 --disc-weight 0.3 --max-lambda 0.05 --delta 1e-6
         --disc-start 0.4 --disc-warmup 0.1 --disc-ramp 0.1 --disc-channels 32 --disc-layers 2
         --log-every 20 --val-every 200 --save-every 200""",
     # 64 px, f = 8: for a folder of your own.
     "small": """
-        --image-size 64 --ch 32 --ch-mult 1 2 4 4 --num-res-blocks 1 --attn-resolutions --norm-groups 2 --dropout 0
-        --z-channels 128 --codebook-size 1024 --code-dim 16 --beta 0.25 --no-legacy --revive-every 20
+        --image-size 64 --ch 32 --ch-mult 1 2 4 4 --num-res-blocks 1 --attn-resolutions --norm-groups 2
+        --z-channels 128 --codebook-size 1024 --code-dim 16 --no-legacy --revive-every 20
         --batch-size 32 --steps 20000 --lr 4e-4 --disc-lr 8e-5 --warmup 0.01 --lr-decay 0.4 --flip
-        --perceptual small --perceptual-weight 0.3 --disc-loss hinge --disc-weight 0.5 --max-lambda 0.1 --delta 1e-6
-        --loss vqgan --fixed-lambda 0 --no-l2-norm --no-rotation --no-gumbel
+        --perceptual small --perceptual-weight 0.3 --disc-weight 0.5 --max-lambda 0.1 --delta 1e-6
         --disc-start 0.4 --disc-warmup 0.1 --disc-ramp 0.1 --disc-channels 64 --disc-layers 2
         --log-every 50 --val-every 1000 --save-every 1000""",
     # 256 px, f = 16: the official ImageNet model with 1024 codes, by the official recipe: 4.5e-6 for each image of the
@@ -53,21 +51,14 @@ PRESETS = {
     # DEPARTURE: even here bfloat16 where it is faster (--no-amp), D's step beside G's, and an end.
     "paper": """
         --image-size 256 --ch 128 --ch-mult 1 1 2 2 4 --num-res-blocks 2 --attn-resolutions 16 --norm-groups 32
-        --dropout 0 --z-channels 256 --codebook-size 1024 --code-dim 256 --beta 0.25 --legacy --revive-every 0
+        --z-channels 256 --codebook-size 1024 --code-dim 256 --legacy --revive-every 0
         --batch-size 12 --steps 1000000 --base-lr 4.5e-6 --warmup 0 --lr-decay 0 --no-flip
-        --perceptual vgg16 --perceptual-weight 1 --disc-loss hinge --disc-weight 0.8 --max-lambda 1e4 --delta 1e-4
-        --loss vqgan --fixed-lambda 0 --no-l2-norm --no-rotation --no-gumbel
+        --perceptual vgg16 --perceptual-weight 1 --disc-weight 0.8 --max-lambda 1e4 --delta 1e-4
         --disc-start 0.25 --disc-warmup 0 --disc-ramp 0 --disc-channels 64 --disc-layers 3
         --log-every 100 --val-every 5000 --save-every 2000""",
 }
 
-COLUMNS = (
-    "step seconds lr rec_loss l1 perceptual codebook_loss gen_loss disc_loss logits_real logits_fake lambda "
-    "adv_fraction usage perplexity revived val_l1 val_psnr val_lpips val_perceptual val_cross_entropy "
-    "val_pixel_accuracy val_usage val_perplexity"
-).split()
-
-# Which columns loss.png shows, panel by panel.
+# Which columns of metrics.csv loss.png shows, panel by panel.
 PANELS = [
     ["rec_loss", "l1", "val_l1", "val_cross_entropy"],
     ["perceptual", "val_lpips", "val_perceptual"],
@@ -111,22 +102,14 @@ def parse_flags(argv: list[str] | None = None):
 def check(args) -> None:
     """Fill in what follows from other flags. Raises UserError for flags that contradict each other."""
     if args.input == "labels":
-        if args.loss == "vqvae":
-            raise UserError("--loss vqvae is for images; --input labels has the cross-entropy")
         args.loss = "labels"
     elif args.loss == "labels":
         raise UserError(f"--loss labels needs --input labels, not {args.input}")
-    flags.config(VQGANConfig, args)  # before D's smallest image is computed, so that the plainer error comes first
-    if args.checkpoint_grad and args.compile:
-        raise UserError("--checkpoint-grad recomputes layers one by one, which --compile has fused: choose one of them")
     smallest = 2 ** (args.disc_layers + 2)
     if uses_disc(args) and args.image_size < smallest:
         raise UserError(f"--disc-layers {args.disc_layers} needs images of {smallest} pixels or more")
-    for name in ("lr", "disc_lr"):
-        if getattr(args, name) is None:
-            if args.base_lr is None:
-                raise UserError(f"--{name.replace('_', '-')} or --base-lr must be given")
-            setattr(args, name, args.base_lr * args.batch_size)
+    args.lr = args.lr or args.base_lr * args.batch_size
+    args.disc_lr = args.disc_lr or args.base_lr * args.batch_size
 
 
 def uses_disc(args) -> bool:
@@ -142,10 +125,9 @@ def lr_fraction(args, step: int) -> float:
 
 def open_data(args):
     """(training set, held-out set). Raises UserError."""
-    sources = (data.SOURCE_OF[args.input],)
-    sets = data.open_data(args.data, args.image_size, args.resize, sources, args.num_labels, args.seed, args.flip)
     data.check_outside(args.out, args.data)
-    return sets
+    sources = (data.SOURCE_OF[args.input],)
+    return data.open_data(args.data, args.image_size, args.resize, sources, args.num_labels, args.seed, args.flip)
 
 
 def build(args, device: torch.device):
@@ -174,7 +156,7 @@ def build(args, device: torch.device):
 def main(argv: list[str] | None = None) -> int:
     args, saved = parse_flags(argv)
     check(args)
-    run = Run(args, "vqgan", COLUMNS, PANELS, ["rec_loss", "disc_loss", "usage"], saved)
+    run = Run(args, "vqgan", PANELS, ["rec_loss", "disc_loss", "usage"], saved)
     train_set, val_set = open_data(args)
     vqgan, disc, perceptual, opt_g, opt_d = build(args, run.device)
     if args.init and not saved:
@@ -182,11 +164,9 @@ def main(argv: list[str] | None = None) -> int:
     objective, counts = flags.config(ObjectiveConfig, args), vqgan.quantizer.counts
     # Fractions of the steps that the run began with: resuming with more --steps must not take D away again.
     disc_steps = [round(f * run.planned_steps) for f in (args.disc_start, args.disc_warmup, args.disc_ramp)]
-    run.mark = disc_steps[0] if uses_disc(args) else None
     run.start(
         {"model": vqgan, "discriminator": disc, "opt_g": opt_g, "opt_d": opt_d, "counts": counts},
         lambda: {"config": asdict(vqgan.config), "model": vqgan.state_dict()},
-        {"model": asdict(vqgan.config)},
         describe(args, vqgan, train_set, val_set),
     )
     batches, revives = run.batches(train_set), args.revive_every > 0 and not args.gumbel

@@ -6,7 +6,6 @@ import io
 import os
 import runpy
 import signal
-import socket
 import struct
 import subprocess
 import sys
@@ -77,35 +76,30 @@ class NoFloat64(TorchDispatchMode):
         return out
 
 
-def run_script(*words, cwd: Path, timeout: float = 120, limit: str = "") -> subprocess.CompletedProcess:
-    """`python SCRIPT ...` in a process of its own. limit: a shell command before it, such as `ulimit -f 100`.
+def start(*words, cwd: Path, processes: int = 1, limit: str = "") -> subprocess.Popen:
+    """`python SCRIPT ...` in a process group of its own, or by torchrun. limit: a shell command before it, such as
+    `ulimit -f 100`.
 
     One thread: on few cores several torch processes slow each other down many times over.
     """
-    command = [sys.executable, str(ROOT / str(words[0])), *map(str, words[1:])]
-    if limit:
-        command = ["bash", "-c", f'{limit}; exec "$@"', "bash", *command]
-    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=timeout)
-
-
-def start_torchrun(processes: int, *words, cwd: Path) -> subprocess.Popen:
-    """The script over several processes, by gloo, at a port that is free just now, in a process group of its own."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    launch = ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", f"--master_port={port}"]
+    launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
     command = [sys.executable, *launch, str(ROOT / str(words[0])), *map(str, words[1:])]
+    # A shell starts background jobs with Ctrl-C ignored, and what tests start there would inherit that.
+    command = ["bash", "-c", f'{limit or ":"}; exec "$@"', "bash", "env", "--default-signal=INT", *command]
     env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     how = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "start_new_session": True}
     return subprocess.Popen(command, cwd=cwd, env=env, **how)
 
 
-def torchrun(processes: int, *words, cwd: Path) -> subprocess.CompletedProcess:
-    """`start_torchrun` to its end."""
-    process = start_torchrun(processes, *words, cwd=cwd)
-    out, err = process.communicate(timeout=300)
+def run_script(*words, cwd: Path, processes: int = 1, limit: str = "") -> subprocess.CompletedProcess:
+    """`start` to its end."""
+    process = start(*words, cwd=cwd, processes=processes, limit=limit)
+    out, err = process.communicate(timeout=600)
     return subprocess.CompletedProcess(words, process.returncode, out, err)
+
+
+def torchrun(processes: int, *words, cwd: Path) -> subprocess.CompletedProcess:
+    return run_script(*words, cwd=cwd, processes=processes)
 
 
 def same_bits(a, b) -> bool:
@@ -120,39 +114,34 @@ def same_bits(a, b) -> bool:
 
 
 def assert_same_run(one: Path, other: Path) -> None:
-    """Two checkpoints hold the same bits in everything but the clock and the name of the folder."""
-    a, b = checkpoint.read(one), checkpoint.read(other)
-    for name in (a.keys() | b.keys()) - {"seconds", "flags"}:
+    """Two run folders hold the same bits and rows in everything but the clock and the name of the folder."""
+    a, b = (checkpoint.read(folder / "last.pt") for folder in (one, other))
+    for name in (a.keys() | b.keys()) - {"seconds", "flags", "rows"}:
         assert same_bits(a[name], b[name]), name
+    rows, others = ([row | {"seconds": ""} for row in metrics_rows(folder)] for folder in (one, other))
+    assert rows == others
 
 
 def run_inside(*words, cwd: Path) -> subprocess.CompletedProcess:
     """The same in this process: the script runs as `__main__` and ends by SystemExit. Saves the seconds that importing
     torch takes, where dozens of mistakes are tried."""
-    out, err, before = io.StringIO(), io.StringIO(), (sys.argv, os.getcwd())
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    sys.argv = [str(word) for word in words]
-    os.chdir(cwd)
-    try:
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), pytest.raises(SystemExit) as ended:
+    out, err = io.StringIO(), io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as ended:
+        patch.setattr(sys, "argv", [str(word) for word in words])
+        patch.chdir(cwd)
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             runpy.run_path(str(ROOT / str(words[0])), run_name="__main__")
-    finally:
-        sys.argv = before[0]
-        os.chdir(before[1])
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
     return subprocess.CompletedProcess(words, ended.value.code, out.getvalue(), err.getvalue())
 
 
-def run_interrupted(step: int, *words, cwd: Path) -> subprocess.CompletedProcess:
-    """`run_inside`, with Ctrl-C in the middle of a training step: as the first optimizer makes its
-    `step`th step."""
+def run_interrupted(step: int, *words, cwd: Path, number: int = signal.SIGINT) -> subprocess.CompletedProcess:
+    """`run_inside`, with a signal in the middle of a training step, counted by the first optimizer."""
     seen: list = []
 
     def count(optimizer, *_):
         seen.append(optimizer)
-        if optimizer is seen[0] and sum(one is optimizer for one in seen) == step:
-            os.kill(os.getpid(), signal.SIGINT)
+        if optimizer is seen[0] and seen.count(optimizer) == step:
+            signal.raise_signal(number)
 
     hook = register_optimizer_step_pre_hook(count)
     try:

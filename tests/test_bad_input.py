@@ -1,4 +1,4 @@
-"""What users get wrong: one line, exit code 2, and nothing of theirs is lost. Each kind once, in the order of a run.
+"""What users get wrong: one line, exit code 2, and nothing of theirs is lost.
 
 How single files are read is tested in test_data.py, what a checkpoint may hold in test_checkpoint.py.
 """
@@ -11,7 +11,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from helpers import STAGE_ONE, STAGE_TWO, assert_one_line_error, make_photos, metrics_rows, run_inside, torchrun
+from helpers import STAGE_ONE, STAGE_TWO, assert_one_line_error, make_photos, run_inside, torchrun
 from PIL import Image
 
 from minvqgan.harness import checkpoint
@@ -21,6 +21,82 @@ VQGAN = [*STAGE_ONE, "--data", "photos", "--out", "new"]
 GPT = [*STAGE_TWO, *"--vqgan rgb/last.pt --data photos --cond none --out new".split()]
 SPATIAL = [*STAGE_TWO, *"--vqgan rgb/last.pt --cond spatial --cond-vqgan labels/last.pt --out new".split()]
 EVALUATE = "evaluate.py --features none --perceptual none --images 8 --out new".split()
+SAMPLE = "sample.py -n 1 --out new.png --gpt".split()
+
+# Beginning of a command: {what follows: words of the answer}.
+MISTAKES = [
+    (
+        VQGAN,
+        {
+            "--image-sise 32": ("unknown flag --image-sise", "did you mean --image-size"),
+            "--batch-size 4 --accumulate 3": ("cannot be split into 1 processes x 3",),
+            "--norm-groups 3": ("--norm-groups 3 does not divide",),
+            "--image-size 33": ("not divisible by f = 2", "32 or 34"),
+            "--image-size 8": ("--disc-layers 2 needs images of 16 pixels",),
+            "--device cuda:7": ("--device cuda:7 cannot be used here",),
+            "--input labels": ("needs --num-labels",),
+            "--loss labels": ("needs --input labels",),
+            "--disc-start 2": ("--disc-start",),
+            "--disc-lr 0": ("--disc-lr: 0.0 is not a number above 0",),
+            "--num-res-blocks 0": ("--num-res-blocks is 0, not a whole number from 1",),
+            "--dropout 1.5": ("--dropout is 1.5, not a number from 0 to 1",),
+            "--lr nan": ("--lr: nan is not a number above 0",),
+            "--seed -1": ("--seed: -1 is not a whole number from 0",),
+            "--perceptual nowhere.pt": ("no checkpoint at nowhere.pt",),
+            "--init photos/one/photo_00.png": ("photo_00.png is truncated or not a checkpoint",),
+            "--data nowhere": ("nowhere", "no such folder"),
+            "--data judge.pt": ("judge.pt", "no such folder"),
+            "--codebook-size 1000000 --code-dim 1000000": ("out of memory", "--batch-size"),
+            "--out rgb": ("already holds a run (last.pt); add --resume",),
+            "--out judge.pt": ("cannot read or write", "judge.pt"),
+            "--out photos/run": ("lies in --data", "choose another"),
+            "--resume": ("no checkpoint at new/last.pt",),
+        },
+    ),
+    (
+        ["train_vqgan.py", "--resume", "--out"],
+        {
+            "rgb": ("is at step 6 of 6 already", "--steps"),
+            "rgb --ch 16": ("--ch was 8", "another --out"),
+            "rgb --preset small --steps 20": ("--preset was tiny",),
+            "class": ("class/last.pt holds a two_stage, not a vqgan",),
+        },
+    ),
+    (
+        GPT,
+        {
+            "--vqgan nowhere.pt": ("no checkpoint at nowhere.pt",),
+            "--vqgan class/last.pt": ("holds a two_stage, not a vqgan",),
+            "--vqgan edges/last.pt --cond class --data pairs": ("fewer than two classes", "--cond none"),
+            "--cond spatial": ("--cond spatial needs --cond-vqgan",),
+            "--image-size 15": ("not divisible by f = 2", "use 14 or 16"),
+            "--n-head 3": ("--n-head 3 does not divide --n-embd 16",),
+            "--data nowhere": ("nowhere", "no such folder"),
+        },
+    ),
+    (["train_gpt.py", "--resume", "--out"], {"class --n-layer 2": ("--n-layer was 1",)}),
+    (
+        SAMPLE,
+        {
+            "class/best.pt --classes cat": ("there is no 'cat'", "one, two"),
+            "class/best.pt --classes two,1": ("names a class twice",),
+            "class/best.pt --size large": ("not a size like 256x512",),
+            "class/best.pt --cond-image x.png": ("conditioned on class",),
+            "class/best.pt --reject 0.5": ("--classifier",),
+            "class/best.pt --top-p 2": ("--top-p",),
+            "class/best.pt --steps-gif steps.mp4": ("must end in .gif",),
+            "class/best.pt --out one.jpg": ("--out one.jpg", "a .png for one grid"),
+            "none/best.pt --classes 1": ("conditioned on none",),
+            "none/best.pt --guidance 2": ("dropped conditions",),
+            "none/best.pt --size 8x16": ("below the 16x16",),
+            "none/best.pt --\x1b[31m": ("unknown flag --?[31m",),
+            "spatial/best.pt": ("--cond-image",),
+            "rgb/last.pt": ("holds a VQGAN",),
+            "nowhere.pt": ("no checkpoint at nowhere.pt",),
+        },
+    ),
+    (EVALUATE, {"--gpt none/best.pt --image-size 20": ("--image-size 20", "16 x 16")}),
+]
 
 
 def assert_refused(house, words, *answer) -> None:
@@ -29,13 +105,11 @@ def assert_refused(house, words, *answer) -> None:
     assert not (house / "new").exists()
 
 
-def make_pairs(folder, top: int) -> None:
-    """Eight images with label maps of 0 to `top`."""
-    (folder / "labels").mkdir(parents=True)
-    for photo in make_photos(folder / "images", 8, size=(24, 20)):
-        labels = np.random.default_rng(0).integers(0, top + 1, (20, 24), dtype=np.uint8)
-        labels[0, 0] = top
-        Image.fromarray(labels).save(folder / "labels" / photo.name)
+@pytest.mark.parametrize("words, mistakes", MISTAKES, ids=lambda value: value[0] if isinstance(value, list) else "")
+def test_mistakes(house, words, mistakes):
+    for more, answer in mistakes.items():
+        assert_refused(house, [*words, *more.split()], *answer)
+    assert (house / "judge.pt").is_file()
 
 
 @pytest.mark.parametrize("words", [VQGAN, GPT, [*EVALUATE, "--vqgan", "rgb/last.pt"]], ids=lambda words: words[0])
@@ -45,13 +119,11 @@ def test_folders_without_images(house, tmp_path, words):
     (tmp_path / "texts" / "one.png").write_text("not an image")
     make_photos(tmp_path / "single", n=1)
     for name, answer in (
-        ("nowhere", ("nowhere", "no such folder")),
-        ("empty", ("no readable image in", "empty")),
-        ("texts", ("no readable image in", "texts")),
-        ("texts/one.png", ("one.png", "no such folder")),
-        ("single", ("single", "at least two")),
+        ("empty", "no readable image in"),
+        ("texts", "no readable image in"),
+        ("single", "at least two"),
     ):
-        assert_refused(house, [*words, "--data", tmp_path / name], *answer)
+        assert_refused(house, [*words, "--data", tmp_path / name], name, answer)
 
 
 def test_broken_and_small_files_among_good_ones(house, tmp_path):
@@ -67,25 +139,16 @@ def test_broken_and_small_files_among_good_ones(house, tmp_path):
         assert done.stderr.count(f"text_{part}.jpg") == 1 and done.stderr.count(f"half_{part}.png") == 1
 
 
-def test_sizes_that_do_not_fit(house):
-    for words, answer in (
-        ([*VQGAN, "--image-size", "33"], ("not divisible by f = 2", "32 or 34")),
-        ([*GPT, "--image-size", "15"], ("not divisible by f = 2", "use 14 or 16")),
-        (["sample.py", "--gpt", "none/best.pt", "--size", "8x16"], ("below the 16x16",)),
-        ([*EVALUATE, "--gpt", "none/best.pt", "--image-size", "20"], ("--image-size 20", "16 x 16")),
-        ([*VQGAN, "--image-size", "8", "--disc-layers", "1", "--perceptual", "vgg16"], ("--perceptual small",)),
-        ([*VQGAN, "--batch-size", "4", "--accumulate", "3"], ("cannot be split into 1 processes x 3",)),
-    ):
-        assert_refused(house, words, *answer)
-
-
 def test_labels_outside_the_range_and_pairs_that_do_not_match(house, tmp_path):
-    make_pairs(tmp_path / "more", top=3)
-    done = run_inside(*SPATIAL, "--data", tmp_path / "more", "--out", tmp_path / "run", cwd=house)
+    pairs = tmp_path / "pairs"
+    (pairs / "labels").mkdir(parents=True)
+    for photo in make_photos(pairs / "images", 8, size=(24, 20)):
+        labels = np.random.default_rng(0).integers(0, 4, (20, 24), dtype=np.uint8)
+        Image.fromarray(labels).save(pairs / "labels" / photo.name)
+    done = run_inside(*SPATIAL, "--data", pairs, "--out", tmp_path / "run", cwd=house)
     assert_one_line_error(done, "labels/photo_0", "holds label 3", "0 to 2")
-    make_pairs(tmp_path / "lonely", top=2)
-    (tmp_path / "lonely" / "labels" / "photo_03.png").unlink()
-    assert_refused(house, [*SPATIAL, "--data", tmp_path / "lonely"], "photo_03.png has no partner", "labels")
+    (pairs / "labels" / "photo_03.png").unlink()
+    assert_refused(house, [*SPATIAL, "--data", pairs], "photo_03.png has no partner", "labels")
 
 
 class Bomb:
@@ -96,32 +159,29 @@ class Bomb:
         return os.mkdir, (str(self.path),)
 
 
-# Every flag that takes a checkpoint: what is typed before the file.
-TAKES_A_CHECKPOINT = {
-    "train_vqgan --resume": ["train_vqgan.py", "--steps", "9", "--resume", "--out"],
-    "train_vqgan --perceptual": [*VQGAN, "--perceptual"],
-    "train_gpt --resume": ["train_gpt.py", "--steps", "9", "--resume", "--out"],
-    "train_gpt --vqgan": [*GPT, "--vqgan"],
-    "train_gpt --cond-vqgan": [*SPATIAL, "--cond-vqgan"],
-    "sample --gpt": ["sample.py", "-n", "1", "--gpt"],
-    "sample --classifier": "sample.py -n 1 --reject 0.5 --gpt class/best.pt --classifier".split(),
-    "evaluate --vqgan": [*EVALUATE, "--vqgan"],
-    "evaluate --gpt": [*EVALUATE, "-n", "2", "--gpt"],
-    "evaluate --features": ["evaluate.py", "--vqgan", "rgb/last.pt", "--features"],
-}
-
-
-@pytest.mark.parametrize("flag", TAKES_A_CHECKPOINT)
-def test_checkpoints_with_code_or_cut_off(house, tmp_path, flag):
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["train_vqgan.py", "--steps", "9", "--resume", "--out"],
+        [*VQGAN, "--perceptual"],
+        [*VQGAN, "--init"],
+        [*SPATIAL, "--cond-vqgan"],
+        SAMPLE,
+        [*SAMPLE, *"class/best.pt --reject 0.5 --classifier".split()],
+        [*EVALUATE, "--vqgan"],
+    ],
+    ids=lambda words: f"{words[0]} {words[-1]}",
+)
+def test_checkpoints_with_code_or_cut_off(house, tmp_path, words):
     """One line; nothing is executed, and the file stays as it is."""
     path, mark = tmp_path / "run" / "last.pt", tmp_path / "executed"
     path.parent.mkdir()
     torch.save(checkpoint.read(house / "rgb" / "last.pt") | {"flags": Bomb(mark)}, path)
     whole = path.read_bytes()
-    given = path.parent if flag.endswith("--resume") else path
+    given = path.parent if "--resume" in words else path
     for content, answer in ((whole, "nothing in it was executed"), (whole[:5000], "last.pt is truncated")):
         path.write_bytes(content)
-        assert_refused(house, [*TAKES_A_CHECKPOINT[flag], given], answer)
+        assert_refused(house, [*words, given], answer)
         assert path.read_bytes() == content and os.listdir(path.parent) == ["last.pt"] and not mark.exists()
 
 
@@ -180,9 +240,8 @@ def test_losses_that_are_no_numbers(house, tmp_path, words):
 @pytest.mark.parametrize("script, run", [("train_vqgan.py", "rgb"), ("train_gpt.py", "none")])
 def test_a_full_disk(house, tmp_path, script, run):
     """A limit on the size of files stands for it. What was there before is intact."""
-    for name in ("rgb", "none"):
+    for name in ("rgb", "none", "photos"):
         shutil.copytree(house / name, tmp_path / name)
-    shutil.copytree(house / "photos", tmp_path / "photos")
     before = {path: path.read_bytes() for path in tmp_path.rglob("*.pt")}
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
@@ -190,80 +249,30 @@ def test_a_full_disk(house, tmp_path, script, run):
         done = run_inside(script, "--resume", "--steps", "9", "--out", run, cwd=tmp_path)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert_one_line_error(done, "cannot write")
+    assert_one_line_error(done, "cannot read or write", ".pt: ")
     assert {path: path.read_bytes() for path in tmp_path.rglob("*.pt")} == before
 
 
-def test_outputs_never_replace_an_input_or_a_run(house, tmp_path):
+def test_outputs_never_replace_an_input(house, tmp_path):
     photo = make_photos(tmp_path / "photos", n=1)[0]
     os.link(photo, tmp_path / "0000.png")
-    (tmp_path / "first").mkdir()
-    shutil.copy(house / "rgb" / "best.pt", tmp_path / "first")
-    before = {path: path.read_bytes() for path in tmp_path.rglob("*.*")}
-    complete = ["sample.py", "-n", "1", "--gpt", "none/best.pt", "--complete", photo, "--out"]
-    for words, answer in (
-        ([*complete, photo], "would be written over"),
-        ([*complete, tmp_path], "would be written over"),  # 0000.png is the same file by another name
-        ([*GPT, "--vqgan", tmp_path / "first" / "best.pt", "--out", tmp_path / "first"], "already holds a run"),
-        ([*VQGAN, "--out", "rgb"], "already holds a run (last.pt); add --resume"),
-    ):
-        assert_refused(house, words, answer)
-    assert {path: path.read_bytes() for path in tmp_path.rglob("*.*")} == before
-
-
-def test_a_run_folder_among_the_images(house, tmp_path):
-    """Resumed, the run would have trained on its own reconstructions."""
-    for part in ("photos", "parted/train", "parted/val"):
-        make_photos(tmp_path / part, n=4)
-    for folder, out in {"photos": "photos/run", "parted": "parted/val"}.items():
-        done = run_inside(*VQGAN, "--data", tmp_path / folder, "--out", tmp_path / out, cwd=house)
-        assert_one_line_error(done, "lies in --data", "choose another")
-        assert not (tmp_path / out / "config.json").exists()
+    before = photo.read_bytes()
+    for out in (photo, tmp_path):  # 0000.png is the same file by another name
+        words = ["sample.py", "-n", "1", "--gpt", "none/best.pt", "--complete", photo, "--out", out]
+        assert_refused(house, words, "would be written over")
+    assert photo.read_bytes() == before
 
 
 def test_other_classes_than_the_models(house, tmp_path):
     """With a new folder among them, the numbers of all classes behind it would mean others."""
     for name in ("one", "aa", "two"):
         make_photos(tmp_path / "photos" / name, n=4, size=(20, 20))
-    run = tmp_path / "run"
-    flags = checkpoint.read(house / "class" / "last.pt")["flags"] | {"data": str(tmp_path / "photos")}
-    edited(house / "class" / "last.pt", run / "last.pt", flags=flags)
-    done = run_inside("train_gpt.py", "--resume", "--steps", "9", "--out", run, cwd=house)
-    assert_one_line_error(done, "has 3 classes, the model 2 others: aa")
+    shutil.copytree(house / "class", tmp_path / "run")
+    words = ["train_gpt.py", "--resume", "--steps", "9", "--out", tmp_path / "run", "--data", tmp_path / "photos"]
+    assert_one_line_error(run_inside(*words, cwd=house), "has 3 classes, the model 2 others: aa")
     save_classifier(tmp_path / "other.pt", Classifier(("two", "another")))
-    sample = ["sample.py", *"-n 1 --gpt class/best.pt --reject 0.5 --classifier".split(), tmp_path / "other.pt"]
-    assert_refused(house, sample, "does not know the class 'one'")
-
-
-def test_a_cut_off_row_of_metrics_is_dropped(house, tmp_path):
-    """What a kill in the middle of a row leaves. Another damage is one line."""
-    shutil.copytree(house / "rgb", tmp_path / "run")
-    metrics = tmp_path / "run" / "metrics.csv"
-    before = metrics_rows(tmp_path / "run")
-    metrics.write_text(metrics.read_text() + "6,0.")
-    again = ["train_vqgan.py", "--resume", "--out", tmp_path / "run", "--steps"]
-    assert run_inside(*again, "7", cwd=house).returncode == 0
-    assert metrics_rows(tmp_path / "run")[:-1] == before
-    metrics.write_text(metrics.read_text().replace(",", ";"))
-    assert_one_line_error(run_inside(*again, "8", cwd=house), "metrics.csv", "rename it")
-
-
-def test_flags_that_nobody_means(house, tmp_path):
-    (tmp_path / "taken").write_text("mine")
-    sample = ["sample.py", "-n", "1", "--gpt"]
-    for words, answer in (
-        ([*VQGAN, "--data", ""], "--data: the name is empty"),
-        ([*VQGAN, "--out", " "], "--out: the name is empty"),
-        (["evaluate.py", "--vqgan", ""], "--vqgan: the name is empty"),
-        ([*sample, "none/best.pt", "--n\x1b[31m", "1"], "unknown flag --n?[31m"),
-        ([*VQGAN, "--data", "~nobody-at-all/x"], "no such folder"),
-        ([*VQGAN, "--seed", str(2**64)], "--seed: 18446744073709551616 is not a whole number from 0 to"),
-        ([*sample, "class/best.pt", "--classes", "²"], "there is no '²'"),
-        ([*sample, "none/best.pt", "--device", "meta"], "--device meta cannot be used here"),
-        ([*VQGAN, "--out", tmp_path / "taken"], "cannot write"),
-        ([*sample, "none/best.pt", "--out", tmp_path / "taken" / "x.png"], "cannot write"),
-    ):
-        assert_refused(house, words, answer)
+    words = [*SAMPLE, *"class/best.pt --reject 0.5 --classifier".split(), tmp_path / "other.pt"]
+    assert_refused(house, words, "does not know the class 'one'")
 
 
 @pytest.mark.slow

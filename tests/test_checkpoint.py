@@ -120,10 +120,9 @@ def test_weights_that_are_not_finite_replace_nothing(saved):
     state = vqgan.state_dict() | {"decoder.conv_out.bias": torch.tensor([0.0, float("nan"), 0.0])}
     with pytest.raises(UserError, match=r"opt_g\.state\.0 is no longer finite"):
         checkpoint.save(path, "vqgan", model=vqgan.state_dict(), opt_g={"state": {0: torch.tensor(float("inf"))}})
-    for target, kept in ((path, True), (path.with_name("first.pt"), False)):
-        with pytest.raises(UserError, match=r"model\.decoder\.conv_out\.bias is no longer finite") as error:
+    for target in (path, path.with_name("first.pt")):
+        with pytest.raises(UserError, match=r"model\.decoder\.conv_out\.bias is no longer finite"):
             checkpoint.save(target, "vqgan", model=state)
-        assert ("keeps the last good state" in str(error.value)) == kept  # where there is one
     assert path.read_bytes() == before and not path.with_name("first.pt").exists()
 
 
@@ -174,11 +173,8 @@ def test_a_run_of_another_version_resumes(house, tmp_path):
     content["flags"] = {k: v for k, v in content["flags"].items() if k != "delta"} | {"colour": "blue"}
     (tmp_path / "run").mkdir()
     torch.save(content, tmp_path / "run" / "last.pt")
-    words = ["train_vqgan.py", "--resume", "--out", "run", "--data", house / "photos", "--steps"]
-    assert_one_line_error(run_inside(*words, "9", cwd=tmp_path), "--data was")  # a resumed run keeps its data
-    content["flags"]["data"] = str(house / "photos")
-    torch.save(content, tmp_path / "run" / "last.pt")
-    done = run_inside(*words, "9", cwd=tmp_path)
+    words = ["train_vqgan.py", "--resume", "--out", "run", "--steps", "9", "--data", house / "photos"]  # data may move
+    done = run_inside(*words, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]
     flags = checkpoint.read(tmp_path / "run" / "last.pt")["flags"]
     assert flags["delta"] == 1e-6 and "colour" not in flags
@@ -188,4 +184,4 @@ def test_a_model_alone_cannot_be_resumed(house, tmp_path):
     (tmp_path / "run").mkdir()
     checkpoint.save_model(tmp_path / "run" / "last.pt", minvqgan.load(house / "rgb" / "last.pt"))
     done = run_inside("train_vqgan.py", "--resume", "--out", "run", cwd=tmp_path)
-    assert_one_line_error(done, "run/last.pt has no flags; training cannot resume from it")
+    assert_one_line_error(done, "run/last.pt does not fit: flags is missing")

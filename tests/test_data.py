@@ -17,7 +17,7 @@ import torchvision
 from helpers import NoFloat64, make_photos, png_that_claims
 from PIL import Image, PngImagePlugin, features
 
-from minvqgan.harness import checkpoint, data, folders, pictures, shapes
+from minvqgan.harness import data, folders, pictures, shapes
 from minvqgan.harness.data import open_data, to_input
 from minvqgan.harness.imagefiles import read
 from minvqgan.harness.runtime import UserError
@@ -444,20 +444,6 @@ def test_held_out_images_come_from_all_classes(tmp_path):
     batches = list(data.held_out_batches(val, batch_size=3, limit=8))
     assert [b["class"].tolist() for b in batches] == [[0, 0, 1], [1, 2, 2], [3, 3]]
     assert len(list(data.held_out_batches(val, 3, 1000))) == 7
-
-
-def test_the_data_of_a_run_is_found_from_any_folder(tmp_path, monkeypatch):
-    """`--data photos` in a checkpoint was a folder of the current folder, whichever that was."""
-    (tmp_path / "project" / "photos").mkdir(parents=True)
-    (tmp_path / "elsewhere").mkdir()
-    monkeypatch.chdir(tmp_path / "elsewhere")
-    last = "../project/runs/x/last.pt"
-    run = {"data": "photos", "out": "runs/x"}
-    assert os.path.samefile(checkpoint.data_of(run, last), tmp_path / "project" / "photos")
-    assert checkpoint.data_of(run | {"data": "gone"}, last) == "gone"
-    assert checkpoint.data_of(run | {"data": "cifar10"}, last) == "cifar10"
-    (tmp_path / "elsewhere" / "photos").mkdir()
-    assert checkpoint.data_of(run, last) == "photos"
 
 
 @pytest.mark.parametrize("counts, side", [((3, 3), 16), ((4, 2, 4), 32), ((1,), 16), ((5,), 80)])

@@ -1,19 +1,19 @@
-"""Both training scripts, interrupted at random moments, over and over, end with the bits of the uninterrupted run.
+"""Runs in processes of their own: interrupted at random moments, over and over, they end with the bits of the
+uninterrupted run; and several of them, started by torchrun, are one program.
 
-Five interruptions each and one of two processes; `KILLS=50 pytest tests/test_interruption.py` for the long run.
+Five interruptions each and one of two processes; `KILLS=50 pytest -m slow tests/test_interruption.py` for the long run.
+What the gradients and the codebook of several processes are is in test_training.py.
 """
 
-import csv
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
 
 import numpy as np
 import pytest
-from helpers import ROOT, assert_same_run, run_script, start_torchrun, torchrun
+import torch
+from helpers import STAGE_ONE, STAGE_TWO, assert_same_run, metrics_rows, run_inside, run_script, start, torchrun
 from PIL import Image
 
 from minvqgan.harness import checkpoint
@@ -21,139 +21,78 @@ from minvqgan.harness import checkpoint
 pytestmark = pytest.mark.slow
 
 KILLS = int(os.environ.get("KILLS", 5))
-
-VQGAN = (
-    "train_vqgan.py --image-size 16 --ch 8 --ch-mult 1 2 --z-channels 8 --code-dim 4 --codebook-size 32 --batch-size 4 "
-    "--val-images 8 --val-every 20 --log-every 5 --save-every 7 --disc-start 0.1 --disc-channels 8 --perceptual none "
-    "--no-amp --steps"
-).split()
-GPT = (
-    "train_gpt.py --vqgan first/last.pt --n-layer 1 --n-head 2 --n-embd 16 --batch-size 4 --dropout 0.1 --pkeep 0.9 "
-    "--val-images 8 --val-every 20 --log-every 5 --save-every 7 --no-amp --steps"
-).split()
-
-# How a run can end: a signal, the script's exit code, and for a full disk a limit of the size of files, in kB.
-WAYS = {
-    "kill -9": (signal.SIGKILL, -9, None),
-    "SIGTERM": (signal.SIGTERM, 143, None),
-    "Ctrl-C": (signal.SIGINT, 130, None),
-    "a full disk": (None, 2, 20),
+EVERY = "--val-every 20 --log-every 5 --save-every 7".split()
+STAGES = {
+    "train_vqgan.py": [*STAGE_ONE, *EVERY, "--data", "photos"],
+    "train_gpt.py": [*STAGE_TWO, *EVERY, *"--vqgan rgb/last.pt --dropout 0.1 --pkeep 0.9 --drop-cond 0.3".split()],
 }
+# How a run can end: a signal and the script's exit code; a full disk is a limit of the size of files, in kB.
+WAYS = {"kill -9": (9, -9), "SIGTERM": (15, 143), "Ctrl-C": (2, 130), "a full disk": (0, 2)}
 
 
-def rows(run):
-    """metrics.csv without the clock."""
-    if not (run / "metrics.csv").exists():
-        return []
-    with open(run / "metrics.csv") as file:
-        return [{k: v for k, v in row.items() if k != "seconds"} for row in csv.DictReader(file)]
+def last_row(run) -> int:
+    rows = metrics_rows(run) if (run / "metrics.csv").exists() else []
+    return int(rows[-1]["step"]) if rows else 0
 
 
-def heed_ctrl_c():
-    """A shell starts background jobs with Ctrl-C ignored, and what tests start there would inherit that."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-
-
-def interrupted(words, cwd, way: str, after: int, delay: float) -> int:
-    """Start the script, end it in this way once metrics.csv shows the step `after`, and a delay; its exit code."""
-    number, _, kilobytes = WAYS[way]
-    command = [sys.executable, str(ROOT / words[0]), *words[1:]]
-    if kilobytes:
-        command = ["bash", "-c", f'ulimit -f {kilobytes}; exec "$@"', "bash", *command]
-    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
-    process = subprocess.Popen(command, cwd=cwd, env=env, preexec_fn=heed_ctrl_c, **pipes)
-    if number is not None:
-        began = time.time()
-        while process.poll() is None and max((int(r["step"]) for r in rows(cwd / "run")), default=0) < after:
-            time.sleep(0.02)
-            assert time.time() - began < 120
-        time.sleep(delay)
-        process.send_signal(number)
+def interrupted(process, run, number: int, after: int, delay: float) -> int:
+    """Send the signal once metrics.csv shows the step `after`, and a delay; the exit code."""
+    began = time.time()
+    while number and process.poll() is None and last_row(run) < after:
+        time.sleep(0.02)
+        assert time.time() - began < 120
+    time.sleep(delay if number else 0)
+    if number and process.poll() is None:
+        os.killpg(process.pid, number)
     _, err = process.communicate(timeout=120)
-    if not err.endswith("KeyboardInterrupt\n"):  # Python's own way, while it still imports
-        assert "Traceback" not in err, err[-3000:]
+    # While it still imports, Ctrl-C ends Python in its own way.
+    assert "Traceback" not in err or err.endswith("KeyboardInterrupt\n"), err[-3000:]
     return process.returncode
 
 
-@pytest.mark.parametrize("script", ["train_vqgan.py", "train_gpt.py"])
-def test_any_interruption_ends_with_the_same_bits(script, tmp_path):
-    steps = 40 * KILLS
-    words = [*(VQGAN if script == "train_vqgan.py" else GPT), str(steps)]
-    if script == "train_gpt.py":
-        assert run_script(*VQGAN, "3", "--out", "first", cwd=tmp_path).returncode == 0
-    done = run_script(*words, "--out", "whole", cwd=tmp_path, timeout=600)
+@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("script", STAGES)
+def test_any_interruption_ends_with_the_same_bits(house, tmp_path, script, processes):
+    """Two processes are killed all at once, as a machine that loses its power does."""
+    kills = KILLS if processes == 1 else max(1, KILLS // 5)
+    words, run, reached, random_moment = (
+        [*STAGES[script], "--steps", 40 * kills],
+        tmp_path / "run",
+        0,
+        random.Random(script),
+    )
+    done = run_script(*words, "--out", tmp_path / "whole", cwd=house, processes=processes)
     assert done.returncode == 0, done.stderr[-3000:]
 
-    last, reached, random_moment, endings = tmp_path / "run" / "last.pt", 0, random.Random(script), []
-    for i in range(KILLS):
+    def resume() -> list:
+        return ["--out", run, *["--resume"] * (run / "last.pt").exists()]
+
+    for i in range(kills):
         way = list(WAYS)[i % len(WAYS)]
-        before = last.read_bytes() if last.exists() else None
+        number, expected = WAYS[way]
+        before = (run / "last.pt").read_bytes() if (run / "last.pt").exists() else None
         # One in six while it still starts, the others some steps further on than the last.
         after = 0 if random_moment.random() < 1 / 6 else reached + random_moment.randint(1, 50)
-        resume = ["--resume"] if before else []
-        code = interrupted([*words, "--out", "run", *resume], tmp_path, way, after, random_moment.uniform(0, 0.3))
+        process = start(*words, *resume(), cwd=house, processes=processes, limit="" if number else "ulimit -f 20")
+        code = interrupted(process, run, number, after, random_moment.uniform(0, 0.3))
         # A signal that comes before the script listens ends it in Python's way; one after the end, not at all.
-        number, expected, _ = WAYS[way]
-        assert code in {expected, 0} | ({-number} if number else set()), (way, code)
+        assert code in (0, expected, -number), (way, code)
         if way == "a full disk":
-            assert before is None or last.read_bytes() == before
-        step = checkpoint.read(last)["step"] if last.exists() else 0
-        assert step >= reached, "a checkpoint was replaced by an older one"
-        reached = step
-        endings.append(f"{way} {step}")
-        if reached == steps:
-            break
-    print("\n", script, ", ".join(endings))
-    assert len(endings) > KILLS / 2
-    if reached < steps:
-        resume = ["--resume"] if last.exists() else []
-        done = run_script(*words, "--out", "run", *resume, cwd=tmp_path, timeout=600)
-        assert done.returncode == 0, done.stderr[-3000:]
-    assert_same_run(tmp_path / "whole" / "last.pt", last)
-    assert_same_run(tmp_path / "whole" / "best.pt", tmp_path / "run" / "best.pt")
-    assert rows(tmp_path / "whole") == rows(tmp_path / "run")
-    assert not list((tmp_path / "run").glob(".*.part")), "half files are left"
-
-
-@pytest.mark.parametrize("script", ["train_vqgan.py", "train_gpt.py"])
-def test_two_processes_killed_end_with_the_same_bits(script, tmp_path):
-    """All processes at once, as a machine that loses its power does."""
-    kills = max(1, KILLS // 5)
-    words = [*(VQGAN if script == "train_vqgan.py" else GPT), str(40 * kills)]
-    if script == "train_gpt.py":
-        assert run_script(*VQGAN, "3", "--out", "first", cwd=tmp_path).returncode == 0
-    assert torchrun(2, *words, "--out", "whole", cwd=tmp_path).returncode == 0
-    last, reached, random_moment = tmp_path / "run" / "last.pt", 0, random.Random(script)
-    for _ in range(kills):
-        process = start_torchrun(2, *words, "--out", "run", *(["--resume"] if last.exists() else []), cwd=tmp_path)
-        after, began = reached + random_moment.randint(1, 30), time.time()
-        while process.poll() is None and max((int(r["step"]) for r in rows(tmp_path / "run")), default=0) < after:
-            time.sleep(0.02)
-            assert time.time() - began < 120
-        time.sleep(random_moment.uniform(0, 0.3))
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-        _, err = process.communicate(timeout=120)
-        assert process.returncode in (0, -signal.SIGKILL), err[-3000:]  # 0: it was at its end before
-        step = checkpoint.read(last)["step"] if last.exists() else 0
+            assert before is None or (run / "last.pt").read_bytes() == before
+        step = checkpoint.read(run / "last.pt")["step"] if (run / "last.pt").exists() else 0
         assert step >= reached, "a checkpoint was replaced by an older one"
         reached = step
         if reached == 40 * kills:
             break
     if reached < 40 * kills:
-        resume = ["--resume"] if last.exists() else []
-        done = torchrun(2, *words, "--out", "run", *resume, cwd=tmp_path)
+        done = run_script(*words, *resume(), cwd=house, processes=processes)
         assert done.returncode == 0, done.stderr[-3000:]
-    assert_same_run(tmp_path / "whole" / "last.pt", last)
-    assert rows(tmp_path / "whole") == rows(tmp_path / "run")
+    assert_same_run(tmp_path / "whole", run)
+    assert not list(run.glob(".*.part")), "half files are left"
 
 
-LAUNCHES = {"two readers": [], "two processes": ["-m", "torch.distributed.run", "--nproc_per_node=2"]}
-
-
-@pytest.mark.parametrize("launch", LAUNCHES)
-def test_ctrl_c_of_a_terminal(launch, tmp_path):
+@pytest.mark.parametrize("processes", [1, 2])
+def test_ctrl_c_of_a_terminal(tmp_path, processes):
     """It reaches every process at once: the readers, and all that torchrun has started, to which torchrun hands it on
     once more. The step under way is saved all the same."""
     (tmp_path / "photos").mkdir()
@@ -162,25 +101,39 @@ def test_ctrl_c_of_a_terminal(launch, tmp_path):
     Image.fromarray(pixels).save(tmp_path / "photos" / "0.png", compress_level=1)
     for i in range(1, 100):
         os.link(tmp_path / "photos" / "0.png", tmp_path / "photos" / f"{i}.png")
-    more = ["--workers", "2", "--data", "photos"] if launch == "two readers" else []
-    words = [str(ROOT / VQGAN[0]), *VQGAN[1:], "9999", "--out", "run", "--log-every", "1", *more]
-    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    process = subprocess.Popen(
-        [sys.executable, *LAUNCHES[launch], *words],
-        cwd=tmp_path,
-        env=env,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-    began = time.time()
-    while not rows(tmp_path / "run"):
+    more = ["--workers", "2", "--data", "photos"] if processes == 1 else []
+    words = [*STAGE_ONE, "--steps", "9999", "--log-every", "1", *more, "--out", "run"]
+    process, began = start(*words, cwd=tmp_path, processes=processes), time.time()
+    while not last_row(tmp_path / "run"):
         time.sleep(0.02)
         assert process.poll() is None and time.time() - began < 120
     os.killpg(process.pid, signal.SIGINT)
     out, err = process.communicate(timeout=120)
     assert "stopped and saved at step" in out, err[-3000:]
     assert checkpoint.read(tmp_path / "run" / "last.pt")["step"] >= 1
-    if launch == "two readers":  # torchrun ends in a way of its own
+    if processes == 1:  # torchrun ends in a way of its own
         assert process.returncode == 130 and "Traceback" not in err, err[-3000:]
+
+
+def test_one_log_one_checkpoint_and_resume_with_another_number(house, tmp_path):
+    """Two processes write once; one process continues where they stopped, with the images that come next."""
+    words = [*STAGE_ONE, "--data", "photos", "--steps", "12", "--out", tmp_path / "run"]
+    done = torchrun(2, *words, cwd=house)
+    assert done.returncode == 0 and done.stdout.count("next: python train_gpt.py") == 1, done.stderr[-2000:]
+    one, two = checkpoint.read(tmp_path / "run" / "last.pt")["random"]
+    assert not torch.equal(one["cpu"], two["cpu"]), "dropout would be drawn once for the whole batch"
+    for processes, steps in ((1, 16), (2, 20)):
+        words = ["train_vqgan.py", "--out", tmp_path / "run", "--resume", "--steps", steps]
+        done = run_script(*words, cwd=house, processes=processes)
+        assert done.returncode == 0, done.stderr[-2000:]
+    steps = [int(row["step"]) for row in metrics_rows(tmp_path / "run")]
+    assert steps == sorted({*range(2, 21, 2), *range(3, 21, 3)})
+
+
+def test_samples_are_those_of_one_process(house, tmp_path):
+    words = ["sample.py", "--gpt", house / "class" / "best.pt", "-n", "3", "--classes", "one,two", "--out"]
+    assert run_inside(*words, "one.png", cwd=tmp_path).returncode == 0
+    done = torchrun(2, *words, "two.png", cwd=tmp_path)
+    assert done.returncode == 0 and done.stdout.count("6 images") == 1, done.stderr[-2000:]
+    one, two = (np.asarray(Image.open(tmp_path / name)).astype(int) for name in ("one.png", "two.png"))
+    assert np.abs(one - two).max() <= 1  # the decoder's batches are other ones, and round in another way

@@ -9,10 +9,9 @@ is an error of the program and stays a traceback.
 """
 
 import contextlib
-import os
 import pickle
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import BinaryIO
@@ -54,9 +53,9 @@ def save(path: str | Path, kind: str, **content) -> None:
     NaN or infinite.
     """
     path = Path(path)
-    if broken := _not_finite(content):
-        kept = f"; {path} keeps the last good state" if path.exists() else ""
-        raise UserError(f"{broken} is no longer finite{kept}. Try a lower --lr")
+    for name, tensor in tensors(content):
+        if not tensor.isfinite().all():
+            raise UserError(f"{name} is no longer finite, so {path} was not written; try a lower --lr")
     try:
         with runtime.written_whole(path) as file:
             torch.save({"format": FORMAT, "kind": kind, **content}, file)
@@ -64,14 +63,13 @@ def save(path: str | Path, kind: str, **content) -> None:
         raise OSError(28, f"the disk is full or the file too large ({first_line(error)})", str(path)) from None
 
 
-def _not_finite(content, name: str = "") -> str | None:
-    """The name of the first tensor in nested dicts that holds NaN or infinity."""
+def tensors(content, name: str = "") -> Iterator[tuple[str, Tensor]]:
+    """All tensors in nested dicts, with their names."""
     if isinstance(content, Tensor):
-        return name if content.is_floating_point() and not content.isfinite().all() else None
-    for key, value in content.items() if isinstance(content, dict) else ():
-        if broken := _not_finite(value, f"{name}.{key}".lstrip(".")):
-            return broken
-    return None
+        yield name, content
+    elif isinstance(content, dict):
+        for key, value in content.items():
+            yield from tensors(value, f"{name}.{key}".lstrip("."))
 
 
 class Inert:
@@ -99,34 +97,20 @@ def unpickled(file: File, official: bool = False):
         raise UserError(f"{file} {says}") from error
 
 
-def read(file: File, kind: str | None = None, needs: Iterable[str] = ()) -> dict:
-    """The content of one of our checkpoints, on the CPU. kind: what it must hold. needs: what resuming needs of it.
-    Raises UserError."""
+def read(file: File, kind: str | None = None) -> dict:
+    """The content of one of our checkpoints, on the CPU. kind: what it must hold. Raises UserError."""
     content = unpickled(file)
     if not isinstance(content, dict) or content.get("format") != FORMAT or "kind" not in content:
         raise UserError(f"{file} is not a minvqgan checkpoint. {OFFICIAL}")
     if kind and content["kind"] != kind:
         raise UserError(f"{file} holds a {content['kind']}, not a {kind}")
-    for need in needs:
-        if need not in content:
-            raise UserError(f"{file} has no {need}; training cannot resume from it")
     return content
-
-
-def data_of(flags: dict, path: str | Path) -> str:
-    """A run's --data, found from any folder: a relative path that does not exist is taken from where the run was
-    started, as its run folder lies to it. So a project may be moved as a whole."""
-    name, out = flags["data"], flags.get("out", "")
-    beside = os.path.normpath(os.path.join(os.path.dirname(os.path.abspath(path)), os.path.relpath(name, out or ".")))
-    relative = name != "shapes" and not os.path.isabs(name) and not os.path.isabs(out)
-    return beside if relative and not os.path.exists(name) and os.path.isdir(beside) else name
 
 
 def trained_with(path: str | Path) -> dict:
     """Those of --data, --image-size, --resize, --flip and --seed that a model was trained with. Raises UserError."""
     flags, names = read(path).get("flags", {}), ("data", "image_size", "resize", "flip", "seed")
-    found = {name: flags[name] for name in names if flags.get(name) is not None}
-    return found | ({"data": data_of(flags, path)} if "data" in found else {})
+    return {name: flags[name] for name in names if flags.get(name) is not None}
 
 
 def empty(network: type[nn.Module], config) -> nn.Module:
@@ -191,13 +175,8 @@ def pack_two_stage(model: TwoStage) -> dict:
         stored |= {"f": condition.f, "levels": condition.levels}
     elif isinstance(condition, SpatialCondition):
         stored |= _pack_vqgan(condition.vqgan)
-    return {
-        "config": asdict(model.config),
-        "gpt_config": asdict(model.gpt.config),
-        "gpt": model.gpt.state_dict(),
-        "vqgan": _pack_vqgan(model.vqgan),
-        "condition": stored,
-    }
+    own = {"config": asdict(model.config), "gpt_config": asdict(model.gpt.config), "gpt": model.gpt.state_dict()}
+    return own | {"vqgan": _pack_vqgan(model.vqgan), "condition": stored}
 
 
 def _build_condition(kind: str, **stored) -> Condition:
@@ -247,7 +226,7 @@ def init_from(path: str | Path, model: VQGAN | TwoStage, **others: nn.Module) ->
 
     A VQGAN takes those of a VQGAN, or of the one in a stage-two file; a TwoStage those of a transformer. others:
     `discriminator=D`, filled if the file has one. A tensor fits if it has the same place in the network and the same
-    shape. If the codebooks differ in size, the first codes are copied; the rest count as dead, so call this before the
+    shape. Of a codebook of another size the first codes are copied; the rest count as dead, so call this before the
     first `revive_dead_codes`. Raises UserError if nothing fits.
     """
     from . import official  # here, because it imports this module
@@ -259,29 +238,23 @@ def init_from(path: str | Path, model: VQGAN | TwoStage, **others: nn.Module) ->
     return f"weights from {path}; " + "; ".join(said)
 
 
-# One row per code: if the codebooks differ in size, the first rows are copied.
-CODE_ROWS = ("quantizer.codebook.weight", "quantizer.recent_use", "head.weight", "codes")
+# A row for each code (and each condition token, after the codes): of another number of rows the first are copied.
+ROWS = ("quantizer.codebook.weight", "quantizer.recent_use", "token_embedding.weight", "head.weight")
 
 
 @torch.no_grad()
 def _take(module: nn.Module, found: dict[str, Tensor], official: dict[str, str]) -> str:
-    """Copy what fits and say what did and what did not. official: our key -> the official one."""
-    own, left, rows = module.state_dict(), [], ""
-    new = {key: found[name] for key in own for name in (official.get(key), key) if name in found}
-    if "token_embedding.weight" in new:
-        for state in (own, new):  # condition tokens come after the codes
-            K, tokens = len(state["head.weight"]), state.pop("token_embedding.weight")
-            state |= {"codes": tokens[:K], "condition tokens": tokens[K:]}
+    """Copy what fits and say what does not. official: our key -> the official one."""
+    own, left = module.state_dict(), []
     for key, tensor in own.items():
-        if key in new and new[key].shape == tensor.shape:
-            tensor.copy_(new[key])
-        elif key in new and key in CODE_ROWS and new[key].shape[1:] == tensor.shape[1:]:
-            K = min(len(new[key]), len(tensor))
-            tensor[:K] = new[key][:K]
-            rows = f", the first {K} of {len(tensor)} codes"
+        new = found.get(official.get(key, key), found.get(key))
+        if new is not None and key in ROWS and new.shape[1:] == tensor.shape[1:]:
+            tensor[: len(new)] = new[: len(tensor)]
+        elif new is not None and new.shape == tensor.shape:
+            tensor.copy_(new)
         else:
             left.append(key)
     if len(left) == len(own):
         raise ValueError("none of its weights has a place in this model")
     unfit = f"; not in it or of another shape: {', '.join(left[:8])}{', ...' if left[8:] else ''}" if left else ""
-    return f"{len(own) - len(left)} of {len(own)} tensors{rows}{unfit}"
+    return f"{len(own) - len(left)} of {len(own)} tensors{unfit}"

@@ -11,7 +11,6 @@ in [-1, 1], and of `class`, an int. `to_input` turns a batch of them into what a
     depth   (B, 1, S, S)  a depth map, or any other one-channel image
 """
 
-import hashlib
 import os
 import signal
 from collections.abc import Callable, Iterator
@@ -77,22 +76,17 @@ class Cut(NamedTuple):
 class Images(Dataset):
     """Square images.  dataset[(index, draw)]: `draw` seeds crop and flip; None means the centre, unflipped.
 
-    read(index) -> ({source: array}, class): one image as `imagefiles.read` gives it, not yet cut. what: says which
-    images these are. classes: their names.
+    read(index) -> ({source: array}, class): one image as `imagefiles.read` gives it, not yet cut. classes: names.
     """
 
-    def __init__(self, read: Callable, n: int, what: str, classes: tuple[str, ...], cut: Cut):
-        self.read, self.n, self.what, self.classes, self.cut = read, n, what, classes, cut
+    def __init__(self, read: Callable, n: int, classes: tuple[str, ...], cut: Cut):
+        self.read, self.n, self.classes, self.cut = read, n, classes, cut
         self.flip, self.fixed = cut.flip, cut.fixed
         self.kept: dict[int, tuple] = {}
         self.room = CACHE_BYTES  # bytes left for it
 
     def __len__(self) -> int:
         return self.n
-
-    def identity(self) -> str:
-        """What the images depend on, for codes that are kept."""
-        return f"{self.what} {self.n} {self.cut}"
 
     def __getitem__(self, key: tuple[int, int | None]) -> dict:
         index, draw = key
@@ -122,7 +116,7 @@ class FolderImages(Images):
     """Images from files, as `folders.open_folder` found them."""
 
     def __init__(self, root: str, rows: list[folders.Row], sources: tuple[str, ...], num_labels, classes, cut: Cut):
-        super().__init__(self.read, len(rows), "", classes, cut)  # its name is not told: a folder may be moved
+        super().__init__(self.read, len(rows), classes, cut)
         self.root, self.sources, self.num_labels = root, sources, num_labels
         # Arrays and not lists: a million Python strings would take 0.2 GB in every process.
         self.files = np.array([[os.fsencode(path) for path in row.paths] for row in rows])  # (N, sources)
@@ -132,14 +126,6 @@ class FolderImages(Images):
 
     def paths(self, index: int) -> list[str]:
         return [os.path.join(self.root, os.fsdecode(name)) for name in self.files[index]]
-
-    def identity(self) -> str:
-        """Also the name, size and time of each file."""
-        digest = hashlib.sha256(super().identity().encode())
-        for name in self.files.flat:
-            status = os.stat(os.path.join(os.fsencode(self.root), name))
-            digest.update(name + f" {status.st_size} {status.st_mtime_ns} ".encode())
-        return digest.hexdigest()
 
     def read(self, index: int) -> tuple[dict[str, np.ndarray], int]:
         # A file that cannot be decoded is replaced by the next good one, so that the data order stays the same.
@@ -205,7 +191,7 @@ def _torchvision(name: str, cut: Cut) -> list[Images]:
         processes.wait()
     classes = tuple(map(str, getattr(both[0], "classes", range(10))))  # SVHN's digits have no names
     cut = cut._replace(flip=cut.flip and name not in DIGITS)
-    return [Images(partial(_read_torchvision, one, cut.resize), len(one), name, classes, cut) for one in both]
+    return [Images(partial(_read_torchvision, one, cut.resize), len(one), classes, cut) for one in both]
 
 
 def open_data(
@@ -232,7 +218,7 @@ def open_data(
             raise UserError(f"shapes has {len(shapes.LABELS)} labels; --num-labels {num_labels} is too few")
         cut, both = cut._replace(flip=False), (range(1000, 13000), range(1000))  # no flip: each scene is new
         reads = [partial(_read_shape, some, sources, resize) for some in both]
-        return tuple(Images(read, len(read.args[0]), f"shapes {read.args}", shapes.KINDS, cut) for read in reads)
+        return tuple(Images(read, len(read.args[0]), shapes.KINDS, cut) for read in reads)
     root = os.path.expanduser(name)
     if os.path.isdir(root):
         train, val, classes, square = folders.open_folder(root, sources)

@@ -24,18 +24,8 @@ class Help(argparse.ArgumentDefaultsHelpFormatter):
 class Parser(argparse.ArgumentParser):
     """argparse with defaults shown, no abbreviations, and errors of one line that name the nearest flag."""
 
-    def __init__(self, description: str | None = None, **kwargs):
-        first_line = (description or "").split("\n")[0]  # python -OO leaves no docstrings
-        super().__init__(description=first_line, formatter_class=Help, allow_abbrev=False, **kwargs)
-
-    def parse_known_args(self, args=None, namespace=None):
-        known, others = super().parse_known_args(args, namespace)
-        for action in self._actions:
-            value = getattr(known, action.dest, None)
-            # --out "$FOLDER" with no such variable
-            if isinstance(value, str) and not value.strip() and value != action.default:
-                self.error(f"argument {action.option_strings[0]}: the name is empty")
-        return known, others
+    def __init__(self, description: str, **kwargs):
+        super().__init__(description=description.split("\n")[0], formatter_class=Help, allow_abbrev=False, **kwargs)
 
     def error(self, message: str):
         if message.startswith("unrecognized arguments: "):
@@ -105,8 +95,10 @@ def check_image_size(size: int, f: int) -> None:
 
 # What may be given anew with --resume: where a run is computed and for how long, what it writes, and what helps against
 # a loss of NaN or too little memory. Anything else would make another model.
-MAY_CHANGE = "steps device threads amp compile cuda_graph checkpoint_grad workers resume val_every val_images".split()
-MAY_CHANGE += "save_every log_every tensorboard out lr disc_lr accumulate".split()
+MAY_CHANGE = (
+    "steps device amp compile cuda_graph checkpoint_grad workers resume val_every val_images save_every".split()
+)
+MAY_CHANGE += "log_every data out lr disc_lr accumulate".split()
 
 
 def add_run_flags(p: Parser, presets: dict, out: str):
@@ -118,7 +110,6 @@ def add_run_flags(p: Parser, presets: dict, out: str):
     g.add_argument("--init", metavar="FILE", help="begin with what fits of a checkpoint's weights, ours or official")
     g.add_argument("--seed", type=seed, default=0, help="of weights, data order, crops, dropout")
     g.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
-    g.add_argument("--threads", type=size, help="on a CPU (the number that is fastest when the run begins)")
     g.add_argument("--amp", action=switch, help="bfloat16 mixed precision (where it is faster)")
     g.add_argument("--compile", action="store_true", help="torch.compile instead of --cuda-graph; starts in minutes")
     graph = "on a GPU, record a step's kernels once and replay them: Python is the bottleneck of small models"
@@ -128,7 +119,6 @@ def add_run_flags(p: Parser, presets: dict, out: str):
     g.add_argument("--val-every", type=positive, help="steps between held-out metrics and grids")
     g.add_argument("--val-images", type=positive, default=500, help="held-out images used, at most")
     g.add_argument("--save-every", type=positive, help="steps between checkpoints")
-    g.add_argument("--tensorboard", action="store_true", help="the same numbers and grids for TensorBoard")
     g = p.add_argument_group("training")
     g.add_argument("--steps", type=positive, help="optimizer steps in all")
     g.add_argument("--batch-size", type=positive, help="images a step, over all processes")
@@ -168,22 +158,16 @@ def parse(p: Parser, presets: dict, kind: str, argv: list[str] | None):
     presets: lines of flags by name. A run of an older version resumes: flags that it did not have take their defaults,
     those that are gone are ignored. Raises UserError.
     """
-    first = Parser(add_help=False)  # reads what decides about the defaults
-    first.add_argument("--preset", default=p.get_default("preset"))
-    first.add_argument("--out", default=p.get_default("out"))
-    first.add_argument("--resume", action="store_true")
-    early, _ = first.parse_known_args(argv)
-    saved = checkpoint.read(Path(early.out) / "last.pt", kind, ("flags", "step", "random")) if early.resume else None
-    preset = saved["flags"].get("preset") if saved else early.preset
-    if preset in presets:  # an unknown one is reported below
-        p.set_defaults(**vars(p.parse_args(presets[preset].split())))
-    if not saved:
+    given = p.parse_args(argv)
+    if not given.resume:
+        p.set_defaults(**vars(p.parse_args(presets[given.preset].split())))
         return p.parse_args(argv), None
-    known = {action.dest for action in p._actions}
-    kept = {name: value for name, value in saved["flags"].items() if name in known}
-    if "data" in kept:
-        kept["data"] = checkpoint.data_of(kept, Path(early.out) / "last.pt")
-    p.set_defaults(**kept | {"out": early.out, "resume": False})  # the folder may have been moved
+    path = Path(given.out) / "last.pt"
+    saved, known = checkpoint.read(path, kind), vars(given).keys()
+    with checkpoint.door(path):
+        kept = {name: value for name, value in saved["flags"].items() if name in known}
+        p.set_defaults(**vars(p.parse_args(presets[kept["preset"]].split())))
+    p.set_defaults(**kept | {"out": given.out, "resume": True})  # the folder may have been moved
     args = p.parse_args(argv)
     for name, value in kept.items():
         if name not in MAY_CHANGE and getattr(args, name) != value:

@@ -70,23 +70,18 @@ def save_grid(path: Path, rows: list[Tensor]) -> None:
     save(grid(rows), path)
 
 
-def plot_columns(path: Path, rows: list[dict], panels: list[list[str]], mark: int | None = None) -> None:
-    """Curves of metrics.csv over the steps, a panel for each list of columns; mark: a step at which to draw a line."""
+def plot_columns(path: Path, rows: list[dict], panels: list[list[str]]) -> None:
+    """Curves of the rows of metrics.csv over the steps, a panel for each list of columns."""
     from matplotlib.figure import Figure  # not pyplot, which has a backend for the whole process
 
-    panels = [[c for c in columns if any(row.get(c) for row in rows)] for columns in panels]
+    panels = [[c for c in columns if any(c in row for row in rows)] for columns in panels]
     panels = [columns for columns in panels if columns]
-    if not panels:
-        return
     figure = Figure(figsize=(4.2 * len(panels), 3.2))
-    axes = figure.subplots(1, len(panels), squeeze=False)
-    for ax, columns in zip(axes[0], panels, strict=True):
+    for i, columns in enumerate(panels):
+        ax = figure.add_subplot(1, len(panels), i + 1, xlabel="step")
         for column in columns:
-            points = [(int(r["step"]), float(r[column])) for r in rows if r.get(column)]
+            points = [(row["step"], row[column]) for row in rows if column in row]
             ax.plot(*zip(*points, strict=True), label=column, linewidth=1, marker="." if len(points) < 40 else None)
-        if mark is not None and mark <= int(rows[-1]["step"]):
-            ax.axvline(mark, color="gray", linestyle=":", linewidth=1)
-        ax.set_xlabel("step")
         ax.legend(fontsize=7)
     figure.tight_layout()
     with runtime.written_whole(path) as file:

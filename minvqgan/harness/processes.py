@@ -5,7 +5,7 @@ import os
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from .runtime import UserError, first_line
@@ -22,14 +22,33 @@ def start(device: torch.device) -> tuple[int, int]:
     return dist.get_rank(), dist.get_world_size()
 
 
-def cpu_group():
-    """All processes, for tensors on the CPU: NCCL carries only those on GPUs, and makes the GPUs wait."""
-    return _gloo(dist.group.WORLD)
-
-
 @functools.cache
 def _gloo(world):
+    """All processes, for objects on the CPU: NCCL carries only tensors on GPUs, and makes the GPUs wait."""
     return dist.new_group(backend="gloo")
+
+
+def gather(mine) -> list:
+    """One object of each process, in order of their ranks: the same list in all of them."""
+    if not dist.is_initialized():
+        return [mine]
+    found: list = [None] * dist.get_world_size()
+    dist.all_gather_object(found, mine, group=_gloo(dist.group.WORLD))
+    return found
+
+
+def wait() -> None:
+    """Until all processes are here."""
+    gather(None)
+
+
+def gathered(mine: Tensor) -> Tensor:
+    """Rows that were dealt out, row i to process i % world, in order again, on the CPU."""
+    parts = gather(mine.cpu())
+    rows = mine.new_empty(sum(map(len, parts)), *mine.shape[1:], device="cpu")
+    for i, part in enumerate(parts):
+        rows[i :: len(parts)] = part
+    return rows
 
 
 def distributed(module: nn.Module, device: torch.device) -> nn.Module:
@@ -44,47 +63,13 @@ def distributed(module: nn.Module, device: torch.device) -> nn.Module:
     return wrapped
 
 
-def wait() -> None:
-    """Until all processes are here."""
-    if dist.is_initialized():
-        dist.barrier(group=cpu_group())
-
-
-def says_rank_0(answer: bool) -> bool:
-    """Rank 0's answer, in all processes."""
-    told = [answer]
-    if dist.is_initialized():
-        dist.broadcast_object_list(told, src=0, group=cpu_group())
-    return told[0]
-
-
-def gathered(mine: torch.Tensor, rank: int, world: int) -> torch.Tensor | None:
-    """Rows that were dealt out, row i to process i % world, in order again: on the CPU of rank 0, None elsewhere."""
-    if world == 1:
-        return mine.cpu()
-    parts: list | None = [None] * world if rank == 0 else None
-    dist.gather_object(mine.cpu(), parts, group=cpu_group())
-    if parts is None:
-        return None
-    rows = mine.new_empty(sum(map(len, parts)), *mine.shape[1:], device="cpu")
-    for i, part in enumerate(parts):
-        rows[i::world] = part
-    return rows
-
-
-def random_states() -> list[dict]:
-    """State of torch's generators in each process, by rank; on ranks above 0 their own alone. (Crops and data order are
-    functions of the seed: see `data.Stream`.)"""
-    own = {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []}
-    if not dist.is_initialized():
-        return [own]
-    states: list | None = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
-    dist.gather_object(own, states, group=cpu_group())
-    return states or [own]
+def random_state() -> dict:
+    """Of torch's generators in this process. (Crops and data order are functions of the seed: see `data.Stream`.)"""
+    return {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []}
 
 
 def set_random_state(state: dict) -> None:
-    """Undo with what `random_states` has returned for this rank."""
+    """Undo with what `random_state` has returned."""
     torch.set_rng_state(state["cpu"])
     if state["cuda"] and len(state["cuda"]) == torch.cuda.device_count():
         torch.cuda.set_rng_state_all(state["cuda"])

@@ -4,7 +4,6 @@ The first-stage model is frozen. An image that is always shown whole (or mirrore
 encoding it again in every epoch would cost more than the transformer's own step.
 """
 
-import hashlib
 from collections.abc import Callable, Iterator
 
 import torch
@@ -71,34 +70,20 @@ def table(model: TwoStage, dataset: Images, to_c, device, workers=0, rank=0, wor
 
 def kept_table(run: Run, model: TwoStage, dataset: Images, to_c) -> tuple[Tensor, Tensor]:
     """`table` of the whole dataset, computed by all processes together and kept in the run folder. A resumed run finds
-    it there, if the models and the files are still the same."""
-    path, identity = run.out / "codes.pt", _identity(model, dataset)
-    if len(dataset) < run.world:
-        raise UserError(f"{len(dataset)} training images are too few for {run.world} processes")
-    try:
-        found = checkpoint.read(path, "codes", ("identity", "s", "r")) if path.exists() else None
-    except UserError:  # broken: computed again
-        found = None
-    if not processes.says_rank_0(found is not None and found["identity"] == identity):
+    it there; if the number of images has changed, it is computed anew."""
+    path, found = run.out / "codes.pt", None
+    if run.step and path.exists():
+        found = checkpoint.read(path, "codes")
+    if not all(processes.gather(found is not None and len(found["s"]) == len(dataset))):
+        if len(dataset) < run.world:
+            raise UserError(f"{len(dataset)} training images are too few for {run.world} processes")
         run.say(f"computing the codes of {len(dataset)} images, once")
         own = table(model, dataset, to_c, run.device, run.workers, run.rank, run.world)
-        s, r = (processes.gathered(rows, run.rank, run.world) for rows in own)
+        found = {name: processes.gathered(rows) for name, rows in zip("sr", own, strict=True)}
         if run.rank == 0:
             path.parent.mkdir(parents=True, exist_ok=True)
-            checkpoint.save(path, "codes", identity=identity, s=s, r=r)
-        processes.wait()
-        found = checkpoint.read(path, "codes")
+            checkpoint.save(path, "codes", **found)
     return found["s"], found["r"]
-
-
-def _identity(model: TwoStage, dataset: Images) -> str:
-    """A digest of what the codes depend on: the dataset, and the weights that make them."""
-    digest = hashlib.sha256(dataset.identity().encode())
-    weights = {**model.vqgan.state_dict(prefix="x."), **model.condition.state_dict(prefix="c.")}
-    for name, tensor in weights.items():
-        digest.update(name.encode() + tensor.cpu().contiguous().numpy().tobytes())
-    digest.update(f"{model.config} {model.condition.kind} {model.condition.num_tokens}".encode())
-    return digest.hexdigest()
 
 
 def batches(run: Run, model: TwoStage, dataset: Images, to_c) -> Iterator[tuple[Tensor, Tensor]]:
