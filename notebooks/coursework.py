@@ -11,6 +11,7 @@ how submissions may be named and what course/roster.csv and course/by_hand.csv a
 
 import argparse
 import ast
+import contextlib
 import csv
 import hashlib
 import io
@@ -55,16 +56,13 @@ def notebooks() -> list[Path]:
     return sorted(HERE.glob("0[0-8]_*.ipynb"))
 
 
-def is_exercise(cell: nbformat.NotebookNode) -> bool:
-    return "exercise" in cell.metadata.get("tags", [])
-
-
 def exercises(path: Path) -> nbformat.NotebookNode:
     """The cells of a notebook that are tagged `exercise`, below a head that makes them stand alone."""
     notebook = nbformat.read(path, 4)
     title = notebook.cells[0].source.splitlines()[0].strip("# ") + ": exercises"
     head = HEAD.format(title=title, name=path.stem, seconds=marking.SECONDS)
-    notebook.cells = [nbformat.v4.new_markdown_cell(head, id="title"), *filter(is_exercise, notebook.cells)]
+    tagged = [cell for cell in notebook.cells if "exercise" in cell.metadata.get("tags", [])]
+    notebook.cells = [nbformat.v4.new_markdown_cell(head, id="title"), *tagged]
     for cell in notebook.cells:
         if cell.cell_type == "markdown":
             cell.source = re.sub(r"(Sec\. \d+(?:(?:, | and | to )\d+)*) above", r"\1 of the notebook", cell.source)
@@ -74,16 +72,8 @@ def exercises(path: Path) -> nbformat.NotebookNode:
 
 def without(source: str, begin: str, end: str, instead: str) -> str:
     """The source with everything between the markers replaced by one line, indented as the first marker is."""
-    lines, inside = [], False
-    for line in source.splitlines():
-        if line.strip() == begin:
-            inside = True
-            lines += [line[: len(line) - len(line.lstrip())] + instead] * bool(instead)
-        elif line.strip() == end:
-            inside = False
-        elif not inside:
-            lines.append(line)
-    return "\n".join(lines)
+    instead = f"\\1{instead}\n" if instead else ""
+    return re.sub(rf"^( *){begin}\n.*?^ *{end}(\n|\Z)", instead, source, flags=re.M | re.S).rstrip("\n")
 
 
 def unsolved(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
@@ -111,7 +101,7 @@ def with_hints(source: str, count: int) -> str:
 
 
 def emptied(source: str) -> str:
-    """Code whose functions and methods, but for __init__, are still to be written."""
+    """Code whose functions and methods are still to be written. `__init__` stays, for the checkpoints' names."""
     lines, nodes = source.splitlines(), ast.walk(ast.parse(source))
     functions = [node for node in nodes if isinstance(node, ast.FunctionDef) and node.name != "__init__"]
     for node in sorted(functions, key=lambda node: -node.lineno):
@@ -121,49 +111,40 @@ def emptied(source: str) -> str:
     return "\n".join(lines)
 
 
-def capstone() -> nbformat.NotebookNode:
-    """Notebook 09 with empty functions. `__init__` stays: its parameters must have the names of the checkpoints."""
-    notebook = nbformat.read(CAPSTONE, 4)
-    for cell in notebook.cells:
-        if cell.cell_type == "code":
-            cell.outputs, cell.execution_count = [], None
-            if not cell.metadata.get("tags"):  # what draws the world and the figures stays
-                cell.source = emptied(cell.source)
-    return notebook
-
-
 def plain(out: Path) -> None:
-    """The whole notebooks without solutions, hidden tests and outputs."""
+    """The whole notebooks without solutions, hidden tests and outputs, and notebook 09 with empty functions."""
     out.mkdir(parents=True, exist_ok=True)
-    for path in notebooks():
-        nbformat.write(unsolved(nbformat.read(path, 4)), out / path.name)
-        print(out / path.name)
-    nbformat.write(capstone(), out / CAPSTONE.name)
-    print(out / CAPSTONE.name)
-
-
-def release(course: Path, only: list[str] | None, hints: int, seed: int) -> list[str]:
-    """source/, made once, and release/, made anew from it. -> names of the assignments."""
-    source, made = course / "source", []
-    for path in notebooks():
-        wanted = any(path.stem.startswith(word) for word in only) if only else not source.exists()
-        if wanted and not (source / path.stem).exists():
-            made.append((path.stem, exercises(path)))
-    for name, notebook in made:
+    for path in [*notebooks(), CAPSTONE]:
+        notebook = unsolved(nbformat.read(path, 4))
         for cell in notebook.cells:
-            cell.source = with_hints(cell.source, hints).replace(PUBLIC_SEED, f"seed={seed}")
-        (source / name).mkdir(parents=True)
-        nbformat.write(notebook, source / name / f"{name}.ipynb")
-    names = sorted(path.parent.name for path in source.glob("*/*.ipynb"))
-    names = [name for name in names if not only or any(name.startswith(word) for word in only)]
-    for name in names:
-        (course / "release" / name).mkdir(parents=True, exist_ok=True)
-        handed_out = unsolved(nbformat.read(source / name / f"{name}.ipynb", 4))
-        nbformat.write(handed_out, course / "release" / name / f"{name}.ipynb")
-    if not names:
+            # What draws the world and the figures of 09 is tagged, and stays.
+            if path == CAPSTONE and cell.cell_type == "code" and not cell.metadata.get("tags"):
+                cell.source = emptied(cell.source)
+        nbformat.write(notebook, out / path.name)
+        print(out / path.name)
+
+
+def release(course: Path, only: list[str] | None, hints: int, seed: int) -> dict[str, nbformat.NotebookNode]:
+    """source/, made once, and release/, made anew from it. -> the sources of the assignments by name."""
+    first = not (course / "source").exists()
+    for path in notebooks():
+        wanted = any(path.stem.startswith(word) for word in only) if only else first
+        if wanted and not (course / "source" / path.stem).exists():
+            notebook = exercises(path)
+            for cell in notebook.cells:
+                cell.source = with_hints(cell.source, hints).replace(PUBLIC_SEED, f"seed={seed}")
+            (course / "source" / path.stem).mkdir(parents=True)
+            nbformat.write(notebook, course / "source" / path.stem / path.name)
+    sources = {}
+    for path in sorted((course / "source").glob("*/*.ipynb")):
+        if not only or any(path.stem.startswith(word) for word in only):
+            sources[path.stem] = nbformat.read(path, 4)
+            (course / "release" / path.stem).mkdir(parents=True, exist_ok=True)
+            nbformat.write(unsolved(nbformat.read(path, 4)), course / "release" / path.stem / path.name)
+    if not sources:
         raise SystemExit(f"error: no assignment to hand out: {only} begins no name of a notebook or of course/source")
-    print(f"{len(names)} assignments to hand out: {course / 'release'}")
-    return names
+    print(f"{len(sources)} assignments to hand out: {course / 'release'}")
+    return sources
 
 
 def letters(text: str) -> str:
@@ -180,70 +161,65 @@ def table(path: Path) -> list[dict[str, str]]:
     return [{k: v or "" for k, v in row.items() if k} for row in reader]
 
 
+def write(path: Path, rows: list[dict]) -> None:
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+
+
 class Roster:
-    """The rows of course/roster.csv: a gradebook as the learning platform exports it. Each name, number and address
-    in a row that no other row has finds the student; first and last names count together, in both orders."""
+    """course/roster.csv: a gradebook as the learning platform exports it. Each name, number and address in a row that
+    no other row has finds the student; first and last names count together, in both orders."""
 
     def __init__(self, path: Path):
         self.rows, self.index = table(path), {}
-        for number, row in enumerate(self.rows):
-            words = [letters(v) for v in row.values() if v] + [
-                letters(v.split("@")[0]) for v in row.values() if "@" in v
-            ]
+        # Canvas has one column for the name, Moodle two.
+        single = [key for row in self.rows[:1] for key in row if letters(key) in ("student", "fullname", "name")]
+        self.names = [" ".join(row[key] for key in (single or list(row)[:2])).strip() for row in self.rows]
+        for name, row in zip(self.names, self.rows, strict=True):
+            words = [letters(part) for value in row.values() for part in {value, value.split("@")[0]} if part]
             words += ["".join(pair) for pair in itertools.permutations(words, 2)]
             for word in set(words):
-                self.index[word] = None if word in self.index else number
+                self.index[word] = None if word in self.index else name
+        # The second line of a Canvas export is none of a student.
+        self.students = [name for name in self.names if letters(name) != "pointspossible"]
 
-    def name(self, number: int) -> str:
-        """The full name. Canvas has one column for it, Moodle two."""
-        row = self.rows[number]
-        full = [v for k, v in row.items() if letters(k) in ("student", "fullname", "name")]
-        return (full or [" ".join(list(row.values())[:2])])[0].strip()
-
-    def is_student(self, number: int) -> bool:
-        return letters(self.name(number)) != "pointspossible"  # the second line of a Canvas export
-
-    def find(self, words: list[str]) -> str | None:
-        found = [self.index.get(letters(word)) for word in words]
-        return next((self.name(number) for number in found if number is not None), None)
+    def find(self, *words: str) -> str | None:
+        return next(filter(None, (self.index.get(letters(word)) for word in words)), None)
 
 
-def whose(place: Path, assignments: list[str], roster: Roster) -> str | None:
+def whose(parts: tuple[str, ...], assignments: list[str], roster: Roster) -> str | None:
     """The student of a file in submitted/, from the name of its folder or, if there is none, its own.
 
     Canvas (canvas-lms, lib/content_zipper.rb): lastnamefirstname_late_USER_FILE_name.ipynb, flat.
     Moodle (mod/assign/feedback/file/importziplib.php): "First Last_NUMBER_assignsubmission_file_/name.ipynb".
     """
-    parts = place.parts
+    inside = None
     if len(parts) > 1 and any(letters(name) in letters(parts[0]) for name in assignments):
-        inside = whose(Path(*parts[1:]), assignments, roster)  # one folder for each assignment
-        if inside:
-            return inside
-    name = parts[0]
-    moodle = re.match(r"(.+?)_\d+_assignsubmission_", name)
-    canvas = re.match(r"([^\W_]+)(?:_late)?_(\d+)_\w", name, flags=re.I)
+        inside = whose(parts[1:], assignments, roster)  # one folder for each assignment
+    moodle = re.match(r"(.+?)_\d+_assignsubmission_", parts[0])
+    canvas = re.match(r"([^\W_]+)(?:_late)?_(\d+)_\w", parts[0], flags=re.I) if len(parts) == 1 else None
     if moodle:
-        return roster.find([moodle[1]]) or moodle[1]
-    if canvas and len(parts) == 1:
-        return roster.find([canvas[2], canvas[1]]) or f"{canvas[1]}_{canvas[2]}"
-    return roster.find([name]) or name if len(parts) > 1 else None
+        return inside or roster.find(moodle[1]) or moodle[1]
+    if canvas:
+        return roster.find(canvas[2], canvas[1]) or f"{canvas[1]}_{canvas[2]}"
+    return inside or (roster.find(parts[0]) or parts[0] if len(parts) > 1 else None)
 
 
-def collect(course: Path, sources: dict, roster: Roster) -> tuple[dict, list[str]]:
+def collect(folder: Path, sources: dict, roster: Roster) -> tuple[dict[tuple[str, str], list[Path]], list[str]]:
     """-> {(student, assignment): files}, and what was ignored and why."""
     found, ignored = {}, []
-    for path in sorted((course / "submitted").rglob("*")):
-        place = path.relative_to(course / "submitted")
+    for path in sorted(folder.rglob("*")):
+        place = path.relative_to(folder)
         if any(part.startswith(".") or part == "__MACOSX" for part in place.parts):
             continue  # what archives and editors leave behind
-        if path.is_dir() and path.suffix != ".ipynb":
-            continue
         if path.suffix != ".ipynb" or not path.is_file():
-            ignored.append(f"{place}: no notebook")
+            ignored += [f"{place}: no notebook"] * (path.suffix == ".ipynb" or not path.is_dir())
             continue
         named = [name for part in reversed(place.parts) for name in sources if letters(name) in letters(part)]
         assignment = named[0] if named else by_content(path, sources)
-        student = whose(place, list(sources), roster)
+        student = whose(place.parts, list(sources), roster)
         if assignment and student:
             found.setdefault((student, assignment), []).append(path)
         else:
@@ -264,11 +240,9 @@ def newest(paths: list[Path], source) -> Path:
     """Of several files of one assignment the newest in which something was written."""
 
     def order(path: Path) -> tuple:
-        try:
-            written = marking.is_touched(path, source)
-        except marking.Unreadable:
-            written = False
-        return written, path.stat().st_mtime, path.name
+        with contextlib.suppress(marking.Unreadable):
+            return marking.is_touched(path, source), path.stat().st_mtime, path.name
+        return False, path.stat().st_mtime, path.name
 
     return max(paths, key=order)
 
@@ -282,36 +256,19 @@ def result_of(paths: list[Path], source, kept: Path) -> dict:
         path = newest(paths, source)
         used = [path.read_bytes(), Path(checks.__file__).read_bytes(), Path(marking.__file__).read_bytes()]
         now = hashlib.sha256(b"".join([*used, nbformat.writes(source).encode()])).hexdigest()
-        try:
+        result = {}
+        with contextlib.suppress(OSError, ValueError):  # not marked yet, or cut off while it was written
             result = json.loads(kept.read_text())
-        except (OSError, ValueError):  # not marked yet, or cut off while it was written
-            result = {}
         if result.get("version") != now:
             result = marking.mark(path, source) | {"version": now}
             kept.parent.mkdir(parents=True, exist_ok=True)
             kept.write_text(json.dumps(result, indent=1))
         if len(paths) > 1:
-            result["look"] = [*result["look"], f"{len(paths)} files handed in, {path.name} was marked"]
+            result["look"].append(f"{len(paths)} files handed in, {path.name} was marked")
         return result | {"path": path}
     except Exception as error:  # one student's file must not end the marking of the others; it is tried again next time
-        return {"status": f"not marked: {type(error).__name__}: {error}", "look": [], "exercises": nothing}
-
-
-def by_hand(course: Path, students: list[str], sources: dict) -> tuple[dict, list[str]]:
-    """course/by_hand.csv, which the instructor writes: {(student, exercise): row}, and lines that fit nothing."""
-    path = course / "by_hand.csv"
-    if not path.exists():
-        path.write_text("student,exercise,points,comment\n")
-    names, known = {letters(s): s for s in students}, {n for source in sources.values() for n in points_of(source)}
-    rows, wrong = {}, []
-    for row in table(path):
-        student, exercise, points = (row.get(name, "").strip() for name in ("student", "exercise", "points"))
-        student = names.get(letters(student))
-        if student and exercise in known and re.fullmatch(r"\d+(\.\d+)?", points):
-            rows[student, exercise] = row
-        else:
-            wrong.append(f"by_hand.csv: {', '.join(row.values())}: no such student, exercise or number of points")
-    return rows, wrong
+        status = f"not marked: {type(error).__name__}: {error}"
+        return {"status": status, "look": [], "exercises": nothing, "path": paths[0]}
 
 
 def points_of(source) -> dict[str, float]:
@@ -320,60 +277,64 @@ def points_of(source) -> dict[str, float]:
     return {marking.grade_id(c).removesuffix("_check"): c.metadata.nbgrader.points for c in graded}
 
 
-def with_hand(result: dict, student: str, source, hand: dict) -> dict:
-    used = {exercise for _, exercise in hand}
-    exercises = dict(result["exercises"])
-    for name, of in points_of(source).items():
-        row = hand.get((student, name))
-        if row:
-            exercises[name] = {
-                "points": float(row["points"]),
-                "of": of,
-                "message": f"by hand: {row.get('comment', '')}",
-            }
-        elif name in used and name not in exercises:
-            exercises[name] = {"points": 0, "of": of, "message": "not marked yet"}
-    return result | {"exercises": exercises}
+def by_hand(path: Path, students: list[str], sources: dict) -> tuple[dict[tuple[str, str], dict], list[str]]:
+    """course/by_hand.csv, which the instructor writes: {(student, exercise): marks}, and lines that fit nothing."""
+    if not path.exists():
+        path.write_text("student,exercise,points,comment\n")
+    names = {letters(student): student for student in students}
+    of = {name: points for source in sources.values() for name, points in points_of(source).items()}
+    marks, wrong = {}, []
+    for row in table(path):
+        student, exercise, points = (row.get(key, "").strip() for key in ("student", "exercise", "points"))
+        student = names.get(letters(student))
+        if student and exercise in of and re.fullmatch(r"\d+(\.\d+)?", points):
+            comment = f"by hand: {row.get('comment', '')}"
+            marks[student, exercise] = {"points": float(points), "of": of[exercise], "message": comment}
+        else:
+            wrong.append(f"by_hand.csv: {', '.join(row.values())}: no such student, exercise or number of points")
+    return marks, wrong
 
 
-def feedback(assignment: str, points: float, of: float, result: dict) -> str:
+def feedback(assignment: str, row: dict, exercises: dict) -> str:
     """What may be handed to the student: no hidden test, no seed, no traceback."""
-    lines = [f"# {assignment}: {points:g} of {of:g} points", ""]
-    lines += [f"Note: {result['status']}", ""] * (result["status"] != "marked")
-    for name, exercise in result["exercises"].items():
-        lines.append(f"- `{name}`, {exercise['points']:g} of {exercise['of']:g}: {exercise['message']}")
+    lines = [f"# {assignment}: {row['points']:g} of {row['of']:g} points", ""]
+    lines += [f"Note: {row['status']}", ""] * (row["status"] != "marked")
+    lines += [f"- `{name}`, {e['points']:g} of {e['of']:g}: {e['message']}" for name, e in exercises.items()]
     return "\n".join(lines) + "\n"
 
 
-def mark(course: Path, assignments: list[str], jobs: int) -> None:
+def mark(course: Path, sources: dict, jobs: int) -> None:
     """grades.csv, gradebook.csv and feedback/, with a row for every student, whatever was handed in."""
-    sources = {name: nbformat.read(course / "source" / name / f"{name}.ipynb", 4) for name in assignments}
     roster = Roster(course / "roster.csv")
-    found, ignored = collect(course, sources, roster)
-    listed = [roster.name(number) for number in range(len(roster.rows)) if roster.is_student(number)]
-    students = listed + sorted({student for student, _ in found} - set(listed))
-    hand, wrong = by_hand(course, students, sources)
+    found, ignored = collect(course / "submitted", sources, roster)
+    students = roster.students + sorted({student for student, _ in found} - set(roster.students))
+    hand, wrong = by_hand(course / "by_hand.csv", students, sources)
+    counted = {exercise for _, exercise in hand}  # open experiments count for everyone once one is marked
     print(WARNING * bool(found), file=sys.stderr)
 
     def one(case: tuple[str, str]) -> dict:
         student, assignment = case
         kept = course / "marked" / letters(student) / f"{assignment}.json"
         result = result_of(found.get(case, []), sources[assignment], kept)
-        result = with_hand(result, student, sources[assignment], hand)
-        points, of = (sum(e[key] for e in result["exercises"].values()) for key in ("points", "of"))
-        look = result["look"] + ["not in roster.csv"] * (bool(listed) and student not in listed)
-        look += ["several students of this name"] * (listed.count(student) > 1)
+        marks = result["exercises"]
+        for name, of in points_of(sources[assignment]).items():
+            if name in counted:
+                marks.setdefault(name, {"points": 0, "of": of, "message": "not marked yet"})
+                marks[name] = hand.get((student, name), marks[name])
+        look = result["look"] + ["not in roster.csv"] * (bool(roster.rows) and student not in roster.students)
+        look += ["several students of this name"] * (roster.students.count(student) > 1)
+        points, of = (sum(e[key] for e in marks.values()) for key in ("points", "of"))
         row = {"student": student, "assignment": assignment, "points": points, "of": of, "status": result["status"]}
-        if case in found:
-            place = result.get("path", found[case][0]).relative_to(course / "submitted")
-            told = (course / "feedback" / place).with_suffix(".md")  # the name under which platforms take it back
+        if "path" in result:
+            # Platforms take feedback back under the name of the file.
+            told = course / "feedback" / result["path"].relative_to(course / "submitted").with_suffix(".md")
             told.parent.mkdir(parents=True, exist_ok=True)
-            told.write_text(feedback(assignment, points, of, result))
+            told.write_text(feedback(assignment, row, marks))
             print(f"{student}  {assignment}  {points:g} of {of:g}  {result['status']}  {'; '.join(look)}".rstrip())
         return row | {"look": "; ".join(look)}
 
     with ThreadPoolExecutor(jobs) as pool:
-        rows = list(pool.map(one, itertools.product(students, assignments)))
+        rows = list(pool.map(one, itertools.product(students, sources)))
     if rows:
         write(course / "grades.csv", rows)
         write(course / "gradebook.csv", gradebook(rows, roster))
@@ -386,47 +347,32 @@ def gradebook(rows: list[dict], roster: Roster) -> list[dict]:
     A Canvas export already has a column for each assignment, "02_quantizer (1234)"; otherwise one is added, which
     Canvas's and Moodle's gradebook import both take. What was not handed in stays empty.
     """
-    points = {(row["student"], row["assignment"]): row for row in rows}
-    students = list(dict.fromkeys(row["student"] for row in rows))
-    book = []
-    for number, old in enumerate(roster.rows or [{"student": student} for student in students]):
-        name = roster.name(number) if roster.rows else old["student"]
-        new = dict(old)
-        for assignment in dict.fromkeys(row["assignment"] for row in rows):
-            column = next((c for c in old if letters(assignment) in letters(c)), assignment)
-            row = points.get((name, assignment), {"points": points[students[0], assignment]["of"], "status": ""})
-            new[column] = "" if row["status"] == "not handed in" else f"{row['points']:g}"
-        book.append(new)
+    students, assignments = (list(dict.fromkeys(row[key] for row in rows)) for key in ("student", "assignment"))
+    points = {("Points Possible", row["assignment"]): f"{row['of']:g}" for row in rows}
+    for row in rows:
+        handed_in = row["status"] != "not handed in"
+        points[row["student"], row["assignment"]] = f"{row['points']:g}" if handed_in else ""
+    book = [dict(row) for row in roster.rows or [{"student": student} for student in students]]
+    for name, row in zip(roster.names or students, book, strict=True):
+        for assignment in assignments:
+            column = next((key for key in row if letters(assignment) in letters(key)), assignment)
+            row[column] = points[name, assignment]
     return book
 
 
-def write(path: Path, rows: list[dict]) -> None:
-    with open(path, "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
-
-
-def autograder(course: Path, folder: Path) -> None:
-    """Marks folder/submission as Gradescope's container has it, and writes folder/results/results.json
-    (https://gradescope-autograders.readthedocs.io/en/latest/specs/)."""
-    sources = {path.stem: nbformat.read(path, 4) for path in sorted((course / "source").glob("*/*.ipynb"))}
-    found = {}
-    for path in sorted((folder / "submission").rglob("*.ipynb")):
-        named = [name for name in sources if letters(name) in letters(path.name)] or [by_content(path, sources)]
-        found.setdefault(named[0], []).append(path)
-    name = next((name for name in sources if name in found), None)
-    results = {"score": 0, "output": "There is no notebook of this assignment among the files."}
-    if name:
-        result = result_of(found[name], sources[name], folder / "marked.json")
-        tests = [
-            {"name": n, "score": e["points"], "max_score": e["of"], "output": e["message"], "visibility": "visible"}
-            for n, e in result["exercises"].items()
-        ]
-        look = {"name": "look", "score": 0, "max_score": 0, "output": "; ".join(result["look"]), "visibility": "hidden"}
-        results = {"output": result["status"], "tests": tests + [look] * bool(result["look"])}
+def autograder(sources: dict, folder: Path) -> None:
+    """Marks folder/submission, of the course's one assignment, as Gradescope's container has it, and writes
+    folder/results/results.json (https://gradescope-autograders.readthedocs.io/en/latest/specs/)."""
+    (source,) = sources.values()
+    result = result_of(sorted((folder / "submission").rglob("*.ipynb")), source, folder / "marked.json")
+    tests = [
+        {"name": name, "score": e["points"], "max_score": e["of"], "output": e["message"]}
+        for name, e in result["exercises"].items()
+    ]
+    look = {"name": "look", "score": 0, "max_score": 0, "output": "; ".join(result["look"]), "visibility": "hidden"}
     (folder / "results").mkdir(exist_ok=True)
-    (folder / "results" / "results.json").write_text(json.dumps(results, indent=1))
+    text = json.dumps({"output": result["status"], "tests": tests + [look] * bool(result["look"])}, indent=1)
+    (folder / "results" / "results.json").write_text(text)
 
 
 def main(words: list[str] | None = None) -> None:
@@ -439,18 +385,15 @@ def main(words: list[str] | None = None) -> None:
     p.add_argument("--jobs", type=int, default=2, help="notebooks that are marked at the same time (default: 2)")
     p.add_argument("--autograder", type=Path, metavar="FOLDER", help="mark FOLDER/submission for Gradescope")
     args = p.parse_args(words)
-    given = args.hints is not None or args.seed is not None
-    if args.plain and given:
-        p.error("--plain hands out everything: --hints and --seed are for a course")
     if args.plain:
         return plain(args.course)
-    if args.autograder:
-        return autograder(args.course, args.autograder)
-    if given and not args.only and (args.course / "source").exists():
+    if (args.hints, args.seed) != (None, None) and not args.only and (args.course / "source").exists():
         p.error(f"{args.course / 'source'} exists and stays as it is: edit it, or move it away to choose anew")
     seed = secrets.randbelow(10**9) if args.seed is None else args.seed
-    assignments = release(args.course, args.only, 2 if args.hints is None else args.hints, seed)
-    mark(args.course, assignments, args.jobs)
+    sources = release(args.course, args.only, 2 if args.hints is None else args.hints, seed)
+    if args.autograder:
+        return autograder(sources, args.autograder)
+    mark(args.course, sources, args.jobs)
 
 
 if __name__ == "__main__":
