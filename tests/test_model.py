@@ -21,25 +21,35 @@ def vqgan():
 
 
 @pytest.mark.parametrize("size", [(16, 16), (8, 24), (4, 4)])
-def test_any_size_divisible_by_f(vqgan, size):
+def test_any_size_divisible_by_f_to_indices_and_back(vqgan, size):
     x = torch.randn(2, 3, *size)
     x_hat, quantized = vqgan(x)
     assert x_hat.shape == x.shape
     assert quantized.indices.shape == (2, size[0] // 4, size[1] // 4) and quantized.indices.dtype == torch.int64
     assert quantized.z_q.shape == (2, 4, size[0] // 4, size[1] // 4)
+    assert torch.equal(vqgan.encode_indices(x), quantized.indices)
+    assert torch.allclose(vqgan.decode_indices(quantized.indices), x_hat, atol=1e-5)
 
 
-def test_image_to_indices_to_image(vqgan):
-    x = torch.randn(2, 3, 16, 16)
-    indices = vqgan.encode_indices(x)
-    assert torch.allclose(vqgan.decode_indices(indices), vqgan(x)[0], atol=1e-5)
-
-
-def test_sizes_that_do_not_fit_are_named(vqgan):
-    with pytest.raises(ValueError, match=r"not divisible by f = 4; nearest sizes that work: \(16, 12\), \(20, 16\)"):
-        vqgan(torch.randn(1, 3, 18, 15))
-    with pytest.raises(ValueError, match=r"expected images \(B, 3, H, W\)"):
-        vqgan(torch.randn(1, 1, 16, 16))
+def test_what_is_no_image_and_no_indices(vqgan):
+    for x, answer in (
+        (torch.randn(1, 3, 18, 15), r"not divisible by f = 4; nearest sizes that work: \(16, 12\), \(20, 16\)"),
+        (torch.randn(1, 1, 16, 16), r"expected images \(B, 3, H, W\)"),
+    ):
+        with pytest.raises(ValueError, match=answer):
+            vqgan(x)
+    for wrong in (torch.zeros(1, 16), torch.zeros(1, 4, 4), torch.zeros(1, 4, 4, dtype=torch.bool)):
+        with pytest.raises(ValueError, match=r"expected integer indices \(B, h, w\), got \(1, "):
+            vqgan.decode_indices(wrong)
+    for number, dtype in ((-1, torch.int8), (200, torch.uint8), (32, torch.int64)):
+        with pytest.raises(ValueError, match=rf"indices must lie in \[0, 32\), got {number} to {number}"):
+            vqgan.decode_indices(torch.full((1, 4, 4), number, dtype=dtype))
+    x = torch.rand(2, 3, 16, 16)
+    with pytest.warns(UserWarning, match=r"these images are in \[0, 1\]"):
+        vqgan.encode_indices(x)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        vqgan.encode_indices(2 * x - 1)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
@@ -79,35 +89,15 @@ def test_indices_of_any_integer_type(dtype):
     assert torch.equal(model.decode_indices(indices.to(dtype)), model.decode_indices(indices))
 
 
-def test_indices_of_other_types_and_shapes_are_refused(vqgan):
-    for wrong in (torch.zeros(1, 16), torch.zeros(1, 4, 4), torch.zeros(1, 4, 4, dtype=torch.bool)):
-        with pytest.raises(ValueError, match=r"expected integer indices \(B, h, w\), got \(1, "):
-            vqgan.decode_indices(wrong)
-    for number, dtype in ((-1, torch.int8), (200, torch.uint8), (32, torch.int64)):
-        with pytest.raises(ValueError, match=rf"indices must lie in \[0, 32\), got {number} to {number}"):
-            vqgan.decode_indices(torch.full((1, 4, 4), number, dtype=dtype))
-
-
-def test_images_in_0_to_1_are_warned_about(vqgan):
-    x = torch.rand(2, 3, 16, 16)
-    with pytest.warns(UserWarning, match=r"these images are in \[0, 1\]"):
-        vqgan.encode_indices(x)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        vqgan.encode_indices(2 * x - 1)
-
-
 def test_initial_weights_depend_on_the_seed_alone():
-    state = torch.get_rng_state()
-    with seeded(0, "vqgan"):
-        first = VQGAN(SMALL).state_dict()
+    def weights(seed: int) -> dict:
+        with seeded(seed, "vqgan"):
+            return VQGAN(SMALL).state_dict()
+
+    state, first = torch.get_rng_state(), weights(0)
     assert torch.equal(state, torch.get_rng_state())
-    torch.manual_seed(7)
     torch.rand(5)
-    with seeded(0, "vqgan"):
-        again = VQGAN(SMALL).state_dict()
-    with seeded(1, "vqgan"):
-        other = VQGAN(SMALL).state_dict()
+    again, other = weights(0), weights(1)
     assert all(torch.equal(first[name], again[name]) for name in first)
     assert not torch.equal(first["to_code.weight"], other["to_code.weight"])
 
