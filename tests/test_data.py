@@ -367,7 +367,8 @@ def test_shapes_are_held_out_and_each_seed_has_its_own():
     for dataset, first in ((train, 1000), (val, 0)):
         scenes = [shapes.draw(0, first + i, 32, 32)["image"] for i in (0, len(dataset) - 1)]
         assert [np.array_equal(dataset[i, None]["image"], scenes[i]) for i in (0, -1)] == [True, True]
-    assert (len(train), len(val)) == (12000, 1000)
+    assert (len(train), len(val), train.flip, train.fixed) == (12000, 1000, False, True)
+    assert not open_data("shapes", 16, resize=20)[0].fixed
     a, again, other = (shapes.draw(seed, 5, 32, 32)["image"] for seed in (0, 0, 1))
     assert np.array_equal(a, again) and not np.array_equal(a, other)
 
