@@ -83,13 +83,12 @@ def open_first_stage(args) -> VQGAN:
     """The first-stage model; --data, --image-size, --resize and --flip that were not given become those it was trained
     with. Raises UserError."""
     if args.official_config:
-        model = official.load(args.vqgan, args.official_config)
         if not args.data:
             raise UserError("--official-config needs --data: images such as that model was trained on")
-        vqgan, trained_with = (model.vqgan if isinstance(model, TwoStage) else model), {}
+        model, trained_with = official.load(args.vqgan, args.official_config), {}
+        vqgan = getattr(model, "vqgan", model)
     else:
-        vqgan = checkpoint.load_vqgan(args.vqgan)
-        trained_with = checkpoint.trained_with(args.vqgan)
+        vqgan, trained_with = checkpoint.load_vqgan(args.vqgan), checkpoint.trained_with(args.vqgan)
     args.data = args.data or trained_with.get("data", "shapes")
     args.image_size = args.image_size or vqgan.config.image_size
     args.resize = args.resize or trained_with.get("resize")
@@ -110,9 +109,7 @@ def make_condition(args, vqgan: VQGAN):
         raise UserError("--cond spatial needs --cond-vqgan: the checkpoint of a VQGAN of label maps, edges, depth, ...")
     other = checkpoint.load_vqgan(args.cond_vqgan)
     if other.config.f != vqgan.config.f:
-        raise UserError(
-            f"{args.cond_vqgan} has f = {other.config.f}, the first-stage model {vqgan.config.f}; they must agree"
-        )
+        raise UserError(f"{args.cond_vqgan} has f = {other.config.f}, the first-stage model {vqgan.config.f}")
     return SpatialCondition(other)
 
 
@@ -121,15 +118,10 @@ def build(args, vqgan: VQGAN, condition, classes: tuple[str, ...]) -> TwoStage:
     if condition is None and len(classes) < 2:
         raise UserError(f"{args.data} has fewer than two classes (subfolders with images); train with --cond none")
     condition = condition or ClassCondition(len(classes))
-    n = args.image_size // vqgan.config.f
-    guided = args.drop_cond > 0 and args.cond != "none"
-    sizes = {
-        "num_codes": vqgan.config.codebook_size,
-        "num_cond": condition.num_tokens + guided,
-        "block_size": sequence_length(condition, n),
-    }
+    n, guided = args.image_size // vqgan.config.f, args.drop_cond > 0 and args.cond != "none"
+    sizes = {"num_codes": vqgan.config.codebook_size, "num_cond": condition.num_tokens + guided}
     with seeded(args.seed, "gpt"):
-        gpt = GPT(flags.config(GPTConfig, args, **sizes))
+        gpt = GPT(flags.config(GPTConfig, args, **sizes, block_size=sequence_length(condition, n)))
     return TwoStage(vqgan, condition, gpt, flags.config(TwoStageConfig, args, n=n, guided=guided, classes=classes))
 
 
@@ -147,10 +139,10 @@ def open_all(args, run: Run, saved):
     classes = tuple(sets[0].classes)
     if not saved:
         model = build(args, vqgan, condition, classes)
+        if args.init:
+            run.say(checkpoint.init_from(args.init, model))
     elif condition.kind == "class":
         data.check_classes(args.data, classes, model.config.classes, condition.num_tokens)
-    if args.init and not saved:
-        run.say(checkpoint.init_from(args.init, model))
     return model.to(run.device, memory_format=torch.channels_last), *sets  # this layout halves E's time on a CPU
 
 
@@ -200,19 +192,17 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def describe(model: TwoStage, train_set, val_tokens) -> str:
-    K = model.gpt.config.num_codes
+    K, parameters = model.gpt.config.num_codes, sum(p.numel() for p in model.gpt.parameters()) / 1e6
     return (
-        f"{len(train_set)} training images, {len(val_tokens[0])} held-out; "
-        f"{sum(p.numel() for p in model.gpt.parameters()) / 1e6:.1f} M parameters; sequences of {len(model.order)} "
-        f"codes after {condition_length(model.condition, model.config.n)} of the condition; a uniform guess costs "
-        f"ln K = {math.log(K):.3f} nats per code"
+        f"{len(train_set)} training images, {len(val_tokens[0])} held-out; {parameters:.1f} M parameters; sequences of "
+        f"{len(model.order)} codes after {condition_length(model.condition, model.config.n)} of the condition; a "
+        f"uniform guess costs ln K = {math.log(K):.3f} nats per code"
     )
 
 
 def finish(run: Run) -> None:
     """Say where the results are, and the next command."""
     print(f"done in {run.seconds / 60:.1f} minutes: {run.best:.4f} held-out nats per code, at step {run.best_step}")
-    print(f"samples: {run.out / 'images'}   curves: {run.out / 'loss.png'}")
     image = " --cond-image IMAGE" if run.args.cond == "spatial" else ""
     print(f"next: python sample.py --gpt {shlex.quote(str(run.out / 'best.pt'))}{image}")
 
@@ -227,30 +217,29 @@ def validate(run: Run, model: TwoStage, val_set, val_tokens, to_c) -> None:
             f"held-out loss has risen since step {run.best_step}: the model overfits. best.pt is from there; "
             "more data, --dropout, --pkeep 0.9 or a smaller model help"
         )
+    model.eval()
     save_samples(run, model, val_set, to_c)
+    model.train()
 
 
 @torch.no_grad()
 def save_samples(run: Run, model: TwoStage, val_set, to_c) -> None:
     """Samples; held-out images with their lower halves completed; c | sample | truth where c is an image."""
-    model.eval()
     kind, cond = model.vqgan.config.input_kind, model.condition.kind
     batch = {k: v.to(run.device) for k, v in next(data.held_out_batches(val_set, 8, 8)).items()}
     x, c = data.to_input(batch, kind, model.vqgan.config.in_channels), to_c(batch)
-    if cond == "class":  # every class in turn, not those that happen to be held out
-        c = (torch.arange(8 * 3, device=run.device) % len(model.config.classes)).sort().values
-    elif cond != "spatial":
-        c = torch.cat([c] * 3)
-    samples = pictures.to_rgb(model.sample(c), kind).cpu()
+    truth = pictures.to_rgb(x, kind).cpu()
     if cond == "spatial":
         shown = pictures.to_rgb(c, model.condition.vqgan.config.input_kind).cpu()
-        run.save_images([shown, samples, pictures.to_rgb(x, kind).cpu()], "samples")
+        run.save_images([shown, pictures.to_rgb(model.sample(c), kind).cpu(), truth], "samples")
     else:
-        run.save_images(list(samples.chunk(3)), "samples")
+        n = 8 * 3  # every class in turn, not those that happen to be held out
+        classes = (torch.arange(n, device=run.device) % max(1, len(model.config.classes))).sort().values
+        samples = model.sample(classes if cond == "class" else torch.cat([c] * 3))
+        run.save_images(list(pictures.to_rgb(samples, kind).cpu().chunk(3)), "samples")
     if model.config.order == "row":
         completed = model.complete(x, 0.5, to_c(batch))
-        run.save_images([pictures.to_rgb(x, kind).cpu(), pictures.to_rgb(completed, kind).cpu()], "completions")
-    model.train()
+        run.save_images([truth, pictures.to_rgb(completed, kind).cpu()], "completions")
 
 
 if __name__ == "__main__":

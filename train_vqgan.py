@@ -31,8 +31,8 @@ PRESETS = {
     # official code has one constant rate.
     # 32 px, f = 4: for the built-in shapes, CIFAR-10 and a laptop.
     "tiny": """
-        --image-size 32 --ch 16 --ch-mult 1 2 4 --num-res-blocks 1 --attn-resolutions --norm-groups 1
-        --z-channels 64 --codebook-size 256 --code-dim 16 --no-legacy --revive-every 20
+        --image-size 32 --ch 16 --ch-mult 1 2 4 --num-res-blocks 1 --attn-resolutions --norm-groups 1 --no-legacy
+        --z-channels 64 --codebook-size 256 --code-dim 16 --revive-every 20
         --batch-size 32 --steps 1800 --lr 1e-3 --disc-lr 2e-4 --warmup 0.01 --lr-decay 0.4 --flip
         --perceptual small --perceptual-weight 0.3 --disc-weight 0.3 --max-lambda 0.05 --delta 1e-6
         --disc-start 0.4 --disc-warmup 0.1 --disc-ramp 0.1 --disc-channels 32 --disc-layers 2
@@ -123,13 +123,6 @@ def lr_fraction(args, step: int) -> float:
     return warm * (max(0.05, min(1.0, left)) if args.lr_decay else 1.0)
 
 
-def open_data(args):
-    """(training set, held-out set). Raises UserError."""
-    data.check_outside(args.out, args.data)
-    sources = (data.SOURCE_OF[args.input],)
-    return data.open_data(args.data, args.image_size, args.resize, sources, args.num_labels, args.seed, args.flip)
-
-
 def build(args, device: torch.device):
     """VQGAN, D, the perceptual network (or None), and the optimizers of the first two. Raises UserError."""
     in_channels = data.input_channels(args.input, args.num_labels)
@@ -157,7 +150,9 @@ def main(argv: list[str] | None = None) -> int:
     args, saved = parse_flags(argv)
     check(args)
     run = Run(args, "vqgan", PANELS, ["rec_loss", "disc_loss", "usage"], saved)
-    train_set, val_set = open_data(args)
+    data.check_outside(args.out, args.data)
+    how = ((data.SOURCE_OF[args.input],), args.num_labels, args.seed, args.flip)
+    train_set, val_set = data.open_data(args.data, args.image_size, args.resize, *how)
     vqgan, disc, perceptual, opt_g, opt_d = build(args, run.device)
     if args.init and not saved:
         run.say(checkpoint.init_from(args.init, vqgan, discriminator=disc))
@@ -229,28 +224,27 @@ DISC_BEGINS = (
 )
 
 
+@torch.no_grad()
 def validate(run: Run, vqgan: VQGAN, val_set, perceptual, d_full: int) -> None:
     """Held-out numbers, best.pt, and a grid of always the same images: originals, reconstructions, codes.
 
     d_full: the last step before D's gradient has its full weight; 0 without D.
     """
-    args, kind = run.args, vqgan.config.input_kind
+    args, c = run.args, vqgan.config
     batches = data.held_out_batches(val_set, run.micro_batch, args.val_images)
     values = metrics.evaluate_vqgan(vqgan, batches, run.device, perceptual)
     # best.pt starts anew once D is at full weight: earlier models have lower errors, but they are blurry.
     score = sum(values.get(name, 0.0) for name in ("cross_entropy", "l1", "lpips", "perceptual"))
     run.save_best(values, score, since=d_full)
-    positions = min(len(val_set), args.val_images) * (args.image_size // vqgan.config.f) ** 2
-    if values["usage"] < 0.5 and positions >= 4 * args.codebook_size:  # fewer positions could not show all codes
+    positions = min(len(val_set), args.val_images) * (args.image_size // c.f) ** 2
+    if values["usage"] < 0.5 and positions >= 4 * c.codebook_size:  # fewer positions could not show all codes
         run.say("less than half of the codes in use: fewer codes, --revive-every 20 or --l2-norm help")
 
     x = to_x(run, next(data.held_out_batches(val_set, 8, 8)))
-    vqgan.eval()
-    with torch.no_grad():
-        x_hat, quantized = vqgan(x)
+    x_hat, quantized = vqgan.eval()(x)
     vqgan.train()
-    codes = pictures.code_map(vqgan, quantized.indices, vqgan.config.f)
-    run.save_images([pictures.to_rgb(x, kind).cpu(), pictures.to_rgb(x_hat, kind).cpu(), codes])
+    codes = pictures.code_map(vqgan, quantized.indices, c.f)
+    run.save_images([*(pictures.to_rgb(images, c.input_kind).cpu() for images in (x, x_hat)), codes])
 
 
 def to_x(run: Run, batch: dict) -> torch.Tensor:
@@ -260,19 +254,15 @@ def to_x(run: Run, batch: dict) -> torch.Tensor:
 
 
 def describe(args, vqgan: VQGAN, train_set, val_set) -> str:
-    side = args.image_size // vqgan.config.f
-    return (
-        f"{len(train_set)} training images, {min(len(val_set), args.val_images)} held-out; "
-        f"{sum(p.numel() for p in vqgan.parameters()) / 1e6:.1f} M parameters; an image becomes {side} x {side} of "
-        f"{args.codebook_size} codes"
-    )
+    side, parameters = args.image_size // vqgan.config.f, sum(p.numel() for p in vqgan.parameters()) / 1e6
+    images = f"{len(train_set)} training images, {min(len(val_set), args.val_images)} held-out"
+    return f"{images}; {parameters:.1f} M parameters; an image becomes {side} x {side} of {args.codebook_size} codes"
 
 
 def finish(run: Run, train_set) -> None:
     """Say where the results are, and the next command."""
     print(f"done in {run.seconds / 60:.1f} minutes; originals, reconstructions, codes: {run.out / 'images'}")
-    model = shlex.quote(str(run.out / "last.pt"))
-    cond = "" if len(train_set.classes) > 1 else " --cond none"
+    model, cond = shlex.quote(str(run.out / "last.pt")), "" if len(train_set.classes) > 1 else " --cond none"
     print(f"next: python train_gpt.py --vqgan {model}{cond}")
     if run.args.input != "rgb":
         print(f"or, as the condition of photos: python train_gpt.py --vqgan RGB.pt --cond spatial --cond-vqgan {model}")

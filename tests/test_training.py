@@ -319,42 +319,41 @@ def test_every_image_is_seen_once_an_epoch_and_flip_mirrors_half(folder, tmp_pat
         assert all(sorted(epoch) == list(range(8)) for epoch in epochs) and epochs[0] != epochs[1]
 
 
-@pytest.mark.parametrize("script", [STAGE_ONE, STAGE_TWO])
-def test_last_is_saved_every_few_steps_and_at_the_end(folder, tmp_path, monkeypatch, script):
-    plain, saved = checkpoint.save, []
-
-    def save(path, *args, **content):
-        saved.append((path.name, content.get("step")))
-        plain(path, *args, **content)
-
-    monkeypatch.setattr(checkpoint, "save", save)
-    more = "--vqgan first/last.pt" if script is STAGE_TWO else "--data data"
-    train(script, f"--steps 7 --save-every 3 {more}", folder, str(tmp_path / "run"))
-    assert [step for name, step in saved if name == "last.pt"] == [3, 6, 7]
+ONE = [*STAGE_ONE, *"--data data --val-every 3 --perceptual small --steps 12 --save-every 5".split()]
+TWO = [*STAGE_TWO, *"--vqgan first/last.pt --val-every 3 --steps 12 --save-every 5".split()]
+D_AT_6 = "--disc-start 0.5 --disc-warmup 0 --disc-ramp"
 
 
-@pytest.mark.parametrize("stage", [1, 2])
-def test_best_is_the_model_of_the_lowest_score(folder, tmp_path, monkeypatch, stage):
-    """Scores 3, 1, 2 in place of the true ones, which are L1 with the perceptual distance, and nats."""
-    plain, scores, models = Run.save_best, iter([3.0, 1.0, 2.0]), []
+@pytest.mark.parametrize(
+    "script, flags, scores, best",
+    [(ONE, "--disc-start 1", [3, 1, 2, 4], 6), (TWO, "", [3, 1, 2, 4], 6)]
+    + [(ONE, f"{D_AT_6} 0", [1, 2, 3, 4], 9), (ONE, f"{D_AT_6} 0.25", [1, 2, 3, 4], 12)],
+)
+def test_best_has_the_lowest_score_with_d_at_full_weight(folder, tmp_path, monkeypatch, script, flags, scores, best):
+    """Given scores in place of the true ones, which are L1 with the perceptual distance, and nats. last.pt is saved
+    every five steps and at the end."""
+    plain, save, rest, models, saved = Run.save_best, checkpoint.save, iter(scores), {}, []
+
+    def weights(content) -> dict:
+        return content["model"] if script is ONE else content["gpt"]
 
     def save_best(self, values, score, **since):
-        names = ("l1", "perceptual") if stage == 1 else ("nats",)
-        assert score == pytest.approx(sum(values[name] for name in names))
-        models.append({name: tensor.clone() for name, tensor in checkpoint_model(self.content()).items()})
-        plain(self, values, next(scores), **since)
+        assert score == pytest.approx(
+            sum(values[name] for name in (("l1", "perceptual") if script is ONE else ("nats",)))
+        )
+        models[self.step] = {name: tensor.clone() for name, tensor in weights(self.content()).items()}
+        plain(self, values, next(rest), **since)
 
-    def checkpoint_model(content):
-        return content["model"] if stage == 1 else content["gpt"]
+    def note_save(path, *args, **content):
+        saved.extend([content.get("step")] * (path.name == "last.pt"))
+        save(path, *args, **content)
 
     monkeypatch.setattr(Run, "save_best", save_best)
-    if stage == 1:
-        train(STAGE_ONE, "--data data --val-every 2 --perceptual small --disc-start 1", folder, str(tmp_path / "run"))
-    else:
-        train(STAGE_TWO, "--val-every 2 --vqgan first/last.pt", folder, str(tmp_path / "run"))
-    best = checkpoint.read(tmp_path / "run" / "best.pt")
-    assert best["step"] == 4 and len(models) == 3
-    assert all(torch.equal(tensor, models[1][name]) for name, tensor in checkpoint_model(best).items())
+    monkeypatch.setattr(checkpoint, "save", note_save)
+    train(script, flags, folder, str(tmp_path / "run"))
+    found = checkpoint.read(tmp_path / "run" / "best.pt")
+    assert found["step"] == best and list(models) == [3, 6, 9, 12] and saved == [5, 10, 12]
+    assert all(torch.equal(tensor, models[best][name]) for name, tensor in weights(found).items())
 
 
 DISTRIBUTED = {
