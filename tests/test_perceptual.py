@@ -80,7 +80,7 @@ def test_vgg_file_of_the_cache_is_read_strictly(monkeypatch, tmp_path):
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     monkeypatch.setattr(torch.hub, "download_url_to_file", lambda *a, **k: (_ for _ in ()).throw(OSError("no network")))
     with pytest.raises(UserError, match=r"download https://.*vgg16.*\.pth to .*or train with --perceptual small"):
-        judges.vgg16_lpips()
+        judges.load_perceptual("vgg16", 32)
     torch.manual_seed(0)
     vgg = torchvision.models.vgg16(weights=None)
     name = torchvision.models.VGG16_Weights.IMAGENET1K_V1.url.rsplit("/", 1)[1]
@@ -89,10 +89,10 @@ def test_vgg_file_of_the_cache_is_read_strictly(monkeypatch, tmp_path):
     x, y = torch.rand(2, 1, 3, 32, 32)
     with torch.no_grad():
         truth = LPIPS(VGG16Features(vgg.features), judges.lpips_weights())(x, y)
-        assert torch.equal(judges.vgg16_lpips()(x, y), truth)
+        assert torch.equal(judges.load_perceptual("vgg16", 32)(x, y), truth)
     torch.save({"features.0.weight": torch.zeros(1)}, tmp_path / "checkpoints" / name)
     with pytest.raises(UserError, match="could not be loaded"):
-        judges.vgg16_lpips()
+        judges.load_perceptual("vgg16", 32)
 
 
 @pytest.mark.parametrize("network", ["residual", "small"])

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..perceptual import LPIPS, SmallFeatures, VGG16Features
-from . import checkpoint, data, flags, metrics, runtime
+from . import checkpoint, data, flags, runtime
 from .pictures import to_pixels
 from .runtime import UserError
 
@@ -74,7 +74,11 @@ class Classifier(nn.Module):
         self.head = nn.Linear(128, len(classes))
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.features(x)[-1].mean((2, 3)))
+        return self.features_and_logits(x)[1]
+
+    def features_and_logits(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        features = self.features(x)[-1].mean((2, 3))  # (B, 128)
+        return features, self.head(features)
 
 
 class Judge(nn.Module):
@@ -89,11 +93,9 @@ class Judge(nn.Module):
         self.name, self.net = name, net
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        if not isinstance(self.net, Classifier):
-            features, logits = self.net(to_pixels(x))
-            return features, logits.softmax(1)
-        features = self.net.features(x)[-1].mean((2, 3))
-        return features, self.net.head(features).softmax(1)
+        ours = isinstance(self.net, Classifier)
+        features, logits = self.net.features_and_logits(x) if ours else self.net(to_pixels(x))
+        return features, logits.softmax(1)
 
 
 @torch.no_grad()
@@ -135,7 +137,6 @@ def load_features(name: str) -> Judge | None:
         return None
     if name != "inception":
         return Judge(Path(name).stem, load_classifier(name)).eval()
-    metrics.need_torchmetrics()
     from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, FeatureExtractorInceptionV3
 
     with downloading("InceptionV3", URL_INCEPTION_V3, "give a classifier: --features FILE"):
@@ -144,28 +145,17 @@ def load_features(name: str) -> Judge | None:
 
 
 def lpips_weights() -> list[Tensor]:
-    """The five learned w_l of LPIPS on VGG16 (version 0.1), from the file inside the installed `lpips` package.
+    """The five learned w_l of LPIPS on VGG16 (version 0.1), from the file inside the `lpips` package.
 
     The names are checked: a widely used tutorial loaded other names with strict=False and trained on noise.
     """
-    spec = find_spec("lpips")  # finds the folder without importing the package, which would load scipy and more
-    if spec is None:
-        raise UserError("the package lpips is not installed; its weights are needed for --perceptual vgg16")
-    path = Path(spec.submodule_search_locations[0]) / "weights" / "v0.1" / "vgg.pth"
+    folder = find_spec("lpips").submodule_search_locations[0]  # not an import, which would load scipy and more
+    path = Path(folder) / "weights" / "v0.1" / "vgg.pth"
     state = torch.load(path, map_location="cpu", weights_only=True)
     names = [f"lin{i}.model.1.weight" for i in range(5)]
     if state.keys() != set(names):
         raise UserError(f"{path} does not hold the five weights of LPIPS")
     return [state[name].flatten() for name in names]
-
-
-def vgg16_lpips() -> LPIPS:
-    """LPIPS as in the paper. Raises UserError where VGG16's weights cannot be downloaded."""
-    from torchvision.models import VGG16_Weights, vgg16
-
-    weights = VGG16_Weights.IMAGENET1K_V1
-    with downloading("VGG16", weights.url, "train with --perceptual small"):
-        return LPIPS(VGG16Features(vgg16(weights=weights).features), lpips_weights())
 
 
 def load_perceptual(name: str, image_size: int) -> LPIPS | None:
@@ -176,7 +166,11 @@ def load_perceptual(name: str, image_size: int) -> LPIPS | None:
     if name == "vgg16":
         if image_size < 16:
             raise UserError(f"VGG16 needs sides of 16; {image_size} pixels are too few, use --perceptual small")
-        return vgg16_lpips()
+        from torchvision.models import VGG16_Weights, vgg16
+
+        weights = VGG16_Weights.IMAGENET1K_V1
+        with downloading("VGG16", weights.url, "train with --perceptual small"):
+            return LPIPS(VGG16Features(vgg16(weights=weights).features), lpips_weights())
     classifier = load_classifier(SMALL if name == "small" else name)
     if classifier.network == "small":
         classifier.features.fold_batch_norm()
@@ -184,14 +178,11 @@ def load_perceptual(name: str, image_size: int) -> LPIPS | None:
 
 
 def match_classes(known: tuple[str, ...], asked: tuple[str, ...]) -> list[int]:
-    """The number that each class of a model has in a classifier: by name, or by position where both have equally many
-    and no name in common (numbers for names). Raises UserError for a class that the classifier does not know."""
-    if set(asked) <= set(known):
-        return [known.index(name) for name in asked]
-    if len(known) == len(asked) and not set(known) & set(asked):
-        return list(range(len(asked)))
-    missing = next(name for name in asked if name not in known)
-    raise UserError(f"the classifier does not know the class {missing!r} ({', '.join(known[:10])})")
+    """The number that each class of a model has in a classifier. Raises UserError for one that it does not know."""
+    for name in asked:
+        if name not in known:
+            raise UserError(f"the classifier does not know the class {name!r} ({', '.join(known[:10])})")
+    return [known.index(name) for name in asked]
 
 
 def task_of(batch: dict, rotations: bool) -> tuple[Tensor, Tensor]:

@@ -13,7 +13,6 @@ judge (judges.py), and its features, (N, d) and (M, d), are compared as two clou
 """
 
 from collections.abc import Iterable, Iterator
-from importlib.util import find_spec
 
 import torch
 import torch.nn.functional as F
@@ -23,7 +22,6 @@ from ..perceptual import LPIPS
 from ..quantizer import codebook_stats
 from ..vqgan import VQGAN
 from .data import to_input
-from .runtime import UserError
 
 BLOCK = 2**24  # distances computed at a time: 128 MB, however many images there are
 
@@ -35,17 +33,10 @@ def psnr(x: Tensor, x_hat: Tensor) -> Tensor:
 
 
 def ssim(x: Tensor, x_hat: Tensor) -> Tensor:
-    """Structural similarity of images (B, C, H, W) in [-1, 1]: (B,), 1 for equal images. Raises UserError without
-    torchmetrics."""
-    need_torchmetrics()
+    """Structural similarity of images (B, C, H, W) in [-1, 1]: (B,), 1 for equal images."""
     from torchmetrics.functional.image import structural_similarity_index_measure
 
     return structural_similarity_index_measure(x_hat.clamp(-1, 1), x, data_range=2.0, reduction="none")
-
-
-def need_torchmetrics() -> None:
-    if find_spec("torchmetrics") is None or find_spec("torch_fidelity") is None:
-        raise UserError('evaluation needs torchmetrics: pip install -e ".[eval]"')
 
 
 def image_metrics(x: Tensor, x_hat: Tensor, perceptual: LPIPS | None) -> dict[str, Tensor]:

@@ -220,10 +220,8 @@ def load_two_stage(state: dict[str, Tensor], params: dict) -> TwoStage:
 
 def read_config(path: str | Path) -> dict:
     """The `model` part of an official yaml: {target, params}. Raises UserError."""
-    try:
-        import yaml
-    except ImportError:
-        raise UserError("reading an official configuration needs PyYAML: pip install pyyaml") from None
+    import yaml
+
     with checkpoint.door(path):
         try:
             return yaml.safe_load(Path(path).read_bytes())["model"]

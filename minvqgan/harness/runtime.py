@@ -52,6 +52,8 @@ def explained(error: Exception) -> str | None:
         return "too little shared memory for the processes that read images; try --workers 0, in Docker --shm-size=2g"
     if isinstance(error, OSError) and error.strerror:
         return printable(f"cannot read or write {error.filename or 'a file'}: {error.strerror}")
+    if isinstance(error, ModuleNotFoundError):
+        return f'the package {error.name} is not installed; all that evaluation needs: pip install -e ".[eval]"'
     return None
 
 
