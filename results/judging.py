@@ -31,11 +31,13 @@ from minvqgan.harness.metrics import frechet_distance, precision_recall
 ROOT = Path(__file__).parent.parent
 
 
-def parser(description: str, name: str, images: int) -> flags.Parser:
-    """The flags of all scripts here. name: of the table and the figure. images: held-out images that are judged."""
+def parser(description: str, name: str, images: int, judged: bool = True) -> flags.Parser:
+    """The flags of all scripts here. name: of the table and the figure. images: held-out images that are used."""
     p = flags.Parser(description=description)
     p.add_argument("--data", required=True, help="as in train_vqgan.py; with train/ and val/")
-    p.add_argument("--judges", nargs="+", help="classifiers' files; the first knows the data's classes")
+    if judged:
+        judges = "classifiers' files; the first knows the data's classes"
+        p.add_argument("--judges", nargs="+", required=True, help=judges)
     p.add_argument("--images", type=flags.positive, default=images, help="held-out images")
     p.add_argument("--table", type=Path, default=ROOT / "results" / f"{name}.csv", help="file to write")
     p.add_argument("--figure", type=Path, default=ROOT / "figures" / f"{name}.png", help="file to write")

@@ -40,7 +40,8 @@ def trained(args, loss: str, seed: int) -> VQGAN:
 
         words = f"--image-size {args.size} --resize {args.resize or args.size} --seed {seed} --steps {args.steps}"
         given = ["--data", args.data, "--out", str(out), "--device", args.device, *["--resume"] * there]
-        main([*given, *words.split(), *LOSSES[loss].split(), *args.flags.split()])
+        if main([*given, *words.split(), *LOSSES[loss].split(), *args.flags.split()]):
+            raise KeyboardInterrupt  # caught by the training, which has saved what there is
     return checkpoint.load_vqgan(out / "last.pt")
 
 

@@ -99,7 +99,7 @@ def figure(curves: dict[str, list], orders: list[dict], path: Path) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    p = parser(__doc__, "second_stage", images=1000)
+    p = parser(__doc__, "second_stage", images=1000, judged=False)
     p.add_argument("--runs", type=Path, default=Path("runs/second_stage"), help="folder of the curves")
     p.add_argument("--orders", type=Path, default=ROOT / "results" / "orders.csv", help="file to write")
     p.add_argument("--model", required=True, help="a checkpoint with the first-stage model whose codes are read")

@@ -15,6 +15,7 @@ import os
 import signal
 from collections.abc import Callable, Iterator
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
@@ -129,7 +130,7 @@ class FolderImages(Images):
 
     def read(self, index: int) -> tuple[dict[str, np.ndarray], int]:
         # A file that cannot be decoded is replaced by the next good one, so that the data order stays the same.
-        for i in (*range(index, self.n), *range(index)):
+        for i in chain(range(index, self.n), range(index)):
             if self.bad[i]:
                 continue
             paths, how = self.paths(i), (self.cut.resize, self.num_labels)
