@@ -310,7 +310,8 @@ def mark(course: Path, sources: dict, jobs: int) -> None:
     students = roster.students + sorted({student for student, _ in found} - set(roster.students))
     hand, wrong = by_hand(course / "by_hand.csv", students, sources)
     counted = {exercise for _, exercise in hand}  # open experiments count for everyone once one is marked
-    print(WARNING * bool(found), file=sys.stderr)
+    if found:
+        print(WARNING, file=sys.stderr)
 
     def one(case: tuple[str, str]) -> dict:
         student, assignment = case
@@ -330,7 +331,8 @@ def mark(course: Path, sources: dict, jobs: int) -> None:
             told = course / "feedback" / result["path"].relative_to(course / "submitted").with_suffix(".md")
             told.parent.mkdir(parents=True, exist_ok=True)
             told.write_text(feedback(assignment, row, marks))
-            print(f"{student}  {assignment}  {points:g} of {of:g}  {result['status']}  {'; '.join(look)}".rstrip())
+            said = f"{student}  {assignment}  {points:g} of {of:g}  {result['status']}  {'; '.join(look)}"
+            print(said.rstrip() + "\n", end="", flush=True)  # at once: other threads print, too
         return row | {"look": "; ".join(look)}
 
     with ThreadPoolExecutor(jobs) as pool:
@@ -338,7 +340,8 @@ def mark(course: Path, sources: dict, jobs: int) -> None:
     if rows:
         write(course / "grades.csv", rows)
         write(course / "gradebook.csv", gradebook(rows, roster))
-    print(*(f"ignored: {line}" for line in ignored), *wrong, sep="\n", file=sys.stderr)
+    for line in [f"ignored: {line}" for line in ignored] + wrong:
+        print(line, file=sys.stderr)
 
 
 def gradebook(rows: list[dict], roster: Roster) -> list[dict]:

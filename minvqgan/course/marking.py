@@ -94,7 +94,8 @@ def run(job: dict, done: dict) -> tuple[int | str, str] | None:
     word = secrets.token_hex(8)
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as room, tempfile.TemporaryFile("w+") as reports:
         shutil.copytree(PACKAGE, Path(room) / "minvqgan")
-        for folder in ("notebooks/checkpoints", "figures", "results"):  # what whole notebooks load
+        whole = any("notebook." in code for code, _ in job["cells"])
+        for folder in ("notebooks/checkpoints", "figures", "results") * whole:  # what a whole notebook loads
             if (PACKAGE.parent / folder).is_dir():
                 shutil.copytree(PACKAGE.parent / folder, Path(room) / folder, ignore=shutil.ignore_patterns("*.py"))
         user = os.environ.get("MARKING_USER")  # in a container: one who cannot read solutions and seeds
