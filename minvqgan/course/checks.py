@@ -24,6 +24,7 @@ from torch.overrides import TorchFunctionMode
 from ..discriminator import PatchDiscriminator
 from ..gpt import GPT, GPTConfig
 from ..vqgan import VQGAN, VQGANConfig
+from . import runs
 
 ALL: dict[str, Callable] = {}  # name of the exercise -> its check
 NOT_THE_STUDENTS = (str(Path(__file__).parents[1]), str(Path(torch.__file__).parent))
@@ -527,29 +528,49 @@ def _hinge_loss(logits_real: Tensor, logits_fake: Tensor, margin: float = 1.0, c
 
 
 @check
-def hinge_loss(student, g):
-    """(mean max(0, 1 - D(x)) + mean max(0, 1 + D(x_hat))) / 2"""
+def best_disc(student, g):
+    """1. the D at each place that makes p (1 - D)^2 + q (1 + D)^2 smallest, 2. the loss there, half their sum"""
+
+    def right(p: Tensor, q: Tensor) -> tuple:  # by trying all D
+        D = torch.linspace(-1, 1, 20001, dtype=p.dtype)[:, None]
+        costs = p * (1 - D).square() + q * (1 + D).square()
+        return D[costs.argmin(0), 0], costs.min(0).values.sum() / 2
+
     mistakes = {
-        "the loss is halved: 1, not 2, for a D that answers 0 to everything": lambda *args: 2 * _hinge_loss(*args),
-        "the sign of the real logits is wrong: D wants them above 1": lambda real, fake: _hinge_loss(-real, fake),
-        "the sign of the fake logits is wrong: D wants them below -1": lambda real, fake: _hinge_loss(real, -fake),
-        "the clamp at 0 is missing: a logit beyond the margin costs nothing": {"clamp": -math.inf},
-        "the margin is missing: the hinge is at 1, not at 0": {"margin": 0.0},
+        "this is the best D of the log loss, a probability": lambda p, q: (p / (p + q), right(p, q)[1]),
+        "this is the best D of the hinge, a sign": lambda p, q: ((p - q).sign(), right(p, q)[1]),
+        "the sign is wrong: D is 1 where all patches are real": lambda p, q: (-right(p, q)[0], right(p, q)[1]),
+        "the loss has a factor 1/2": lambda p, q: (right(p, q)[0], 2 * right(p, q)[1]),
     }
-    real, fake = torch.randn(2, 1, 3, 3, generator=g) * 2, torch.randn(_int(g, 3, 5), 1, 3, 3, generator=g) * 2
-    _ask(student, (real, fake), _hinge_loss, mistakes)
+    p, q = torch.randn(2, _int(g, 20, 40), generator=g).double().softmax(1)
+    _ask(student, (p, q), right, mistakes, tolerance=1e-3)
 
 
-def _adaptive_weight(rec_loss, gan_loss, last_weight, low=0.0, high=1e4, delta=1e-6) -> Tensor:
+@check
+def pull_on_G(student, g):
+    """the derivative of G's loss at each logit, finite also where |logit| is 800"""
+    losses = {"minimax": lambda v: -F.softplus(v), "non-saturating": lambda v: F.softplus(-v), "hinge": torch.neg}
+
+    def right(logits: Tensor, kind: str) -> Tensor:
+        logits = logits.clone().requires_grad_()
+        return torch.autograd.grad(losses[kind](logits).sum(), logits)[0]
+
+    mistakes = {"the sign is wrong: a higher logit is a lower loss for G": lambda *args: -right(*args)}
+    logits = torch.cat([4 * torch.randn(_int(g, 6, 9), generator=g), torch.tensor([-800.0, 800.0])]).double()
+    for kind in losses:
+        _ask(student, (logits, kind), right, mistakes)
+
+
+def _lambda_of(rec_loss, gan_loss, last_weight, low=0.0, high=1e4, delta=1e-6) -> Tensor:
     rec, gan = (torch.autograd.grad(v, last_weight, retain_graph=True)[0].norm() for v in (rec_loss, gan_loss))
     return (rec / (gan + delta)).clamp(low, high)
 
 
 @check
-def adaptive_weight(student, g):
+def lambda_of(student, g):
     """lambda = |grad rec_loss| / (|grad gan_loss| + 1e-6) at the last layer's weight, in [0, 10000], detached"""
     mistakes = {
-        "upside down: the reconstruction's gradient is above the line": lambda r, g, w: _adaptive_weight(g, r, w),
+        "upside down: the reconstruction's gradient is above the line": lambda r, g, w: _lambda_of(g, r, w),
         "delta = 1e-6 must be added to the norm below the line": {"delta": 0.0},
         "delta is 1e-4, as in the official code: use 1e-6": {"delta": 1e-4},
         "lambda must be clamped to [0, 10000]: a vanishing GAN gradient makes it explode": {"high": math.inf},
@@ -565,17 +586,39 @@ def adaptive_weight(student, g):
             "a gradient was left in .grad, and the next step would add to it: use torch.autograd.grad, not backward()"
         )
         try:
-            _compare(found, args, _adaptive_weight, mistakes, tolerance=1e-3)
+            _compare(found, args, _lambda_of, mistakes, tolerance=1e-3)
         except RuntimeError:
             raise AssertionError("the graph is freed, but the step still needs it: use retain_graph=True") from None
         assert not found.requires_grad, "lambda must be detached: otherwise the network learns to make it small"
+
+
+@check
+def weight_of_D(student, g):
+    """|ramp disc_weight min(lambda, max_lambda) grad L_GAN| / |grad L_rec|"""
+
+    def right(rec, gan, step, disc_weight, max_lambda, start, alone, ramp, length: bool = True) -> float:
+        fraction = sorted((0.0, (step - start - alone) / ramp, 1.0))[1]
+        return float(fraction * disc_weight * min(rec / gan, max_lambda) * (gan / rec if length else 1))
+
+    mistakes = {
+        "the cap on lambda is missing": lambda *args: right(*args[:4], math.inf, *args[5:]),
+        "the ramp is missing: until it begins, D's gradient does not reach G": lambda rec, gan, _, *rest: right(
+            rec, gan, 10**9, *rest
+        ),
+        "D learns alone before the ramp begins": lambda *args: right(*args[:6], 0, args[7]),
+        "this is the factor before L_GAN: multiply by |grad L_GAN| / |grad L_rec|": {"length": False},
+    }
+    start, alone, ramp = _int(g, 50, 99), _int(g, 10, 30), _int(g, 20, 60)
+    for rec, gan in ((0.2, 0.9), (0.2, 40.0), (0.01, 0.7)):
+        for step in (start + alone // 2, start + alone + ramp // 3, start + alone + 2 * ramp):
+            _ask(student, (rec, gan, step, 0.8, 0.05, start, alone, ramp), right, mistakes)
 
 
 def _stage_one(vqgan, disc, opt_g, opt_d, x, disc_weight, vq=1, gan=None, disc_in_g=0, gan_in_d=0, clear=True) -> tuple:
     """One step by the definition; the keywords make mistakes."""
     x_hat, quantized = vqgan(x)
     l1, gan_loss, disc_loss = (x - x_hat).abs().mean(), -disc(x_hat).mean(), _hinge_loss(disc(x), disc(x_hat))
-    lambda_ = _adaptive_weight(l1, gan_loss, vqgan.decoder.conv_out.weight).detach()
+    lambda_ = _lambda_of(l1, gan_loss, vqgan.decoder.conv_out.weight).detach()
     gan_loss = (gan(disc_weight, lambda_) if gan else disc_weight * lambda_) * gan_loss
     losses = l1 + vq * quantized.loss + gan_loss + disc_in_g * disc_loss, disc_loss + gan_in_d * gan_loss
     for loss, network in zip(losses, (vqgan, disc), strict=True):
@@ -621,12 +664,35 @@ def stage_one(student, g):
         "G's loss left a gradient in D, which teaches D to call fakes real: clear it first": {"gan_in_d": 1},
     }
     try:
-        with _helpers(student, _hinge_loss, _adaptive_weight):
+        with _helpers(student, _hinge_loss, _lambda_of):
             found = two_steps(functools.partial(_call, student))
     except AssertionError as error:
         hint = "D must be shown x_hat.detach(), or its loss goes back through G, whose graph is already freed. "
         raise AssertionError(hint * ("second time" in str(error)) + str(error)) from error
     _compare(found, (), two_steps, mistakes, tolerance=2e-3)
+
+
+# What is wrong with a run -> what its rows show.
+SIGNS = {
+    "healthy": "both L1 fall together, many codes are used, and the mean logits stay within the margins",
+    "collapse": "perplexity stays far below that of the others",
+    "D overpowers G": "the mean logits lie beyond the margins, far apart",
+    "D learns nothing": "the two mean logits are equal, and disc_loss is 1",
+    "overfitting": "val_l1 falls with l1 at first, then stops while l1 goes on",
+    "wrong range": "val_l1 is far above l1 and hardly falls at all",
+}
+
+
+@check
+def diagnose_run(student, g):
+    """one of the names in TROUBLES"""
+    every_row = g.initial_seed() == 0  # with other seeds: runs of other seeds too, and some of the rows of each
+    for seed in range(1 if every_row else runs.SEEDS):
+        for trouble, rows in runs.load(seed).items():
+            kept = sorted(torch.randperm(len(rows), generator=g)[: len(rows) if every_row else 12].tolist())
+            found = _call(student, [rows[i] for i in kept])
+            assert found in SIGNS, f"return one of {', '.join(SIGNS)}: got {found!r}"
+            assert found == trouble, f"a run was called {found!r}, but {SIGNS[trouble]}: {trouble!r}"
 
 
 @check

@@ -1,4 +1,4 @@
-"""Short trainings of stage one, healthy and sick, for the exercise `diagnose` of notebook 04.
+"""Short trainings of stage one, healthy and sick, for the exercise `diagnose_run` of notebook 04.
 
 python -m minvqgan.course.runs      trains them again and writes runs.csv, in about five minutes
 """
