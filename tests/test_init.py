@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import ROOT, fixture, official_files, relative_error, same_bits
+from helpers import ROOT, fixture, relative_error, same_bits
 
 from minvqgan import VQGAN, TwoStage, VQGANConfig
 from minvqgan.conditioning import ClassCondition, NoCondition
@@ -121,17 +121,3 @@ def test_a_transformer(tmp_path, K, classes):
         rows = min(len(ours), len(theirs))
         assert torch.equal(ours[:rows], theirs[:rows])
     assert torch.equal(new.gpt.blocks[0].attention.qkv.weight, model.gpt.blocks[0].attention.qkv.weight)
-
-
-def test_an_official_transformer(tmp_path):
-    fx = fixture("net2net_class")
-    path, config = official_files(fx, tmp_path)
-    theirs = official.load(path, config)
-    t = fx["transformer"]
-    sizes = {name: t[name] for name in ("n_layer", "n_head", "n_embd")}
-    new = GPT(GPTConfig(t["vocab_size"], 5, t["block_size"], **sizes))
-    checkpoint.init_from(
-        path, TwoStage(theirs.vqgan, ClassCondition(4), new, TwoStageConfig(theirs.config.n, guided=True))
-    )
-    tokens = torch.randint(t["vocab_size"], (2, 9))
-    assert torch.equal(new.eval()(tokens), theirs.gpt(tokens))
