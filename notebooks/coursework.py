@@ -218,33 +218,15 @@ def collect(folder: Path, sources: dict, roster: Roster) -> tuple[dict[tuple[str
             ignored += [f"{place}: no notebook"] * (path.suffix == ".ipynb" or not path.is_dir())
             continue
         named = [name for part in reversed(place.parts) for name in sources if letters(name) in letters(part)]
-        assignment = named[0] if named else by_content(path, sources)
+        if not named:
+            count, name = max((marking.peek(path, source)[0], name) for name, source in sources.items())
+            named = [name] * (count > 0)
         student = whose(place.parts, list(sources), roster)
-        if assignment and student:
-            found.setdefault((student, assignment), []).append(path)
+        if named and student:
+            found.setdefault((student, named[0]), []).append(path)
         else:
-            ignored.append(f"{place}: {'no student in its name' if assignment else 'no assignment of this course'}")
+            ignored.append(f"{place}: {'no student in its name' if named else 'no assignment of this course'}")
     return found, ignored
-
-
-def by_content(path: Path, sources: dict) -> str | None:
-    try:
-        inside = marking.read(path)[1]
-    except marking.Unreadable:
-        return None
-    counts = {name: len(inside & marking.checks_of(source).keys()) for name, source in sources.items()}
-    return max(counts, key=counts.get) if any(counts.values()) else None
-
-
-def newest(paths: list[Path], source) -> Path:
-    """Of several files of one assignment the newest in which something was written."""
-
-    def order(path: Path) -> tuple:
-        with contextlib.suppress(marking.Unreadable):
-            return marking.is_touched(path, source), path.stat().st_mtime, path.name
-        return False, path.stat().st_mtime, path.name
-
-    return max(paths, key=order)
 
 
 def result_of(paths: list[Path], source, kept: Path) -> dict:
@@ -253,7 +235,8 @@ def result_of(paths: list[Path], source, kept: Path) -> dict:
     if not paths:
         return {"status": "not handed in", "look": [], "exercises": nothing}
     try:
-        path = newest(paths, source)
+        # The newest in which something was written.
+        path = max(paths, key=lambda path: (marking.peek(path, source)[1], path.stat().st_mtime, path.name))
         used = [path.read_bytes(), Path(checks.__file__).read_bytes(), Path(marking.__file__).read_bytes()]
         now = hashlib.sha256(b"".join([*used, nbformat.writes(source).encode()])).hexdigest()
         result = {}

@@ -83,9 +83,13 @@ def written(own: list, name: str) -> list[bool]:
     return [STUB.format(name) not in code for code, defined in own if name in defined]
 
 
-def is_touched(path: Path, source) -> bool:
-    own, _ = read(path)
-    return any(any(written(own, name)) for name in checks_of(source))
+def peek(path: Path, source) -> tuple[int, bool]:
+    """How many exercises of an assignment a file has, and whether something was written in it."""
+    try:
+        own, exercises = read(path)
+    except Unreadable:
+        return 0, False
+    return len(exercises & checks_of(source).keys()), any(any(written(own, name)) for name in checks_of(source))
 
 
 def run(job: dict, done: dict) -> tuple[int | str, str] | None:

@@ -289,6 +289,12 @@ def here(monkeypatch, capsys):
     monkeypatch.setattr(marking, "run", run_here)
 
 
+@pytest.fixture
+def course(tmp_path, here):
+    """Of one assignment, 00."""
+    return Course(tmp_path / "course", "--only", "00")
+
+
 def marked_class(folder: Path, students: list[Student]) -> tuple[Course, dict]:
     course = Course(folder / "course", "--only", "00")
     for student in students:
@@ -364,8 +370,7 @@ def test_the_time_limit_is_of_one_call(tmp_path, here, monkeypatch):
     assert events[first + 1 : first + 8] == [("call", None)] * 6 + [("end", "to_model_range")]
 
 
-def test_nothing_about_one_file_ends_the_marking(tmp_path, here, monkeypatch):
-    course = Course(tmp_path / "course", "--only", "00")
+def test_nothing_about_one_file_ends_the_marking(tmp_path, course, monkeypatch):
     course.hand_in("fine", course.source())
     (course.folder / "submitted" / "folder" / TOUR / f"{TOUR}.ipynb").mkdir(parents=True)
     link = course.folder / "submitted" / "link" / f"{TOUR}.ipynb"
@@ -386,8 +391,7 @@ def test_nothing_about_one_file_ends_the_marking(tmp_path, here, monkeypatch):
     assert course.mark()["fine", TOUR] == before["fine", TOUR]
 
 
-def test_what_was_ignored_is_listed(tmp_path, here, capsys):
-    course = Course(tmp_path / "course", "--only", "00")
+def test_what_was_ignored_is_listed(course, capsys):
     course.hand_in(".", "x", "stray.zip")
     course.hand_in(".", course.source(), f"{TOUR}.ipynb")
     course.hand_in("ada", nbformat.v4.new_notebook(), "poem.ipynb")
@@ -398,8 +402,7 @@ def test_what_was_ignored_is_listed(tmp_path, here, capsys):
     assert "ignored: ada/poem.ipynb: no assignment of this course" in said
 
 
-def test_of_two_files_the_newest_that_was_touched(tmp_path, here):
-    course = Course(tmp_path / "course", "--only", "00")
+def test_of_two_files_the_newest_that_was_touched(course):
     old = course.hand_in("ada", CLASS[3].edit(course.source()), f"{TOUR}/{TOUR} (1).ipynb")
     os.utime(old, (1e9, 1e9))
     course.hand_in("ada", course.source(), f"{TOUR}/{TOUR} (2).ipynb")
@@ -435,9 +438,8 @@ Abe,Absent,3,abe@school.org
          "00_tour"),
     ],
 )  # fmt: skip
-def test_a_zip_of_a_platform(tmp_path, here, roster, names, column):
+def test_a_zip_of_a_platform(course, roster, names, column):
     """Names by the platforms' own rules; students by their gradebook's export, into which the points go."""
-    course = Course(tmp_path / "course", "--only", "00")
     (course.folder / "roster.csv").write_text("\ufeff" + roster)
     file = io.BytesIO()
     with zipfile.ZipFile(file, "w") as archive:
@@ -457,9 +459,8 @@ def test_a_zip_of_a_platform(tmp_path, here, roster, names, column):
     assert told == {name.removesuffix("ipynb") + "md" for name in names if name.endswith("ipynb")}
 
 
-def test_students_of_one_name_and_tables_of_other_spreadsheets(tmp_path, here):
+def test_students_of_one_name_and_tables_of_other_spreadsheets(course):
     """Moodle's number in a folder's name is no ID number: it must not give one student's work to another."""
-    course = Course(tmp_path / "course", "--only", "00")
     rows = ["First name;Last name;ID number", "Jane;Doe;1", "Jane;Doe;2", "John;Roe;77"]
     (course.folder / "roster.csv").write_text("\n".join(rows))
     course.hand_in("Jane Doe_77_assignsubmission_file_", course.source(), f"{TOUR}.ipynb")
@@ -471,8 +472,7 @@ def test_students_of_one_name_and_tables_of_other_spreadsheets(tmp_path, here):
         course.mark("--only", "77")
 
 
-def test_points_by_hand_are_added_and_never_overwritten(tmp_path, here):
-    course = Course(tmp_path / "course", "--only", "00")
+def test_points_by_hand_are_added_and_never_overwritten(course):
     course.hand_in("ada", course.source())
     course.hand_in("ben", CLASS[3].edit(course.source()))
     assert course.mark()["ada", TOUR]["of"] == "4"  # the open experiment counts once it is marked
@@ -499,8 +499,7 @@ def test_assignments_that_are_set(tmp_path, here):
     assert course.mark().keys() == {("ada", TOUR), ("ada", "01_autoencoder")}
 
 
-def test_edits_of_source_reach_release_and_marks(tmp_path, here):
-    course = Course(tmp_path / "course", "--only", "00")
+def test_edits_of_source_reach_release_and_marks(course):
     course.hand_in("ada", course.source())
     assert course.mark()["ada", TOUR]["of"] == "4"
     notebook = course.source()
@@ -510,9 +509,8 @@ def test_edits_of_source_reach_release_and_marks(tmp_path, here):
     assert '"points": 5' in (course.folder / "release" / TOUR / f"{TOUR}.ipynb").read_text()
 
 
-def test_gradescope(tmp_path, here):
+def test_gradescope(tmp_path, course):
     """results.json as its specification has it: scores of the tests add up, the instructor's notes stay hidden."""
-    course = Course(tmp_path / "course", "--only", "00")
     folder = tmp_path / "autograder"
     (folder / "submission").mkdir(parents=True)
     shutil.copy(
