@@ -175,7 +175,7 @@ def test_range_size_and_crops_of_a_folder(tmp_path, size):
     train, again = (open_data(str(tmp_path), image_size=24)[0] for _ in range(2))
     draws = torch.stack([train[0, draw]["image"] for draw in range(8)])
     assert draws.shape == (8, 3, 24, 24) and draws.dtype == torch.float32 and -1 <= draws.min() < draws.max() <= 1
-    assert len(draws.unique(dim=0)) > 4
+    assert len(draws.unique(dim=0)) > 4 and not train.fixed
     assert torch.equal(again[0, 7]["image"], draws[7])  # a crop depends on (seed, draw) alone
 
 
@@ -254,7 +254,7 @@ def test_layouts_and_what_is_said_of_them(tmp_path, capfd, monkeypatch, files, c
     tree(tmp_path, files)
     train, val = open_data(str(tmp_path), 8)
     *names, numbers = classes.split(" ")
-    assert train.classes == val.classes == (tuple(names) or ("",))
+    assert train.classes == val.classes == (tuple(names) or ("",)) and train.fixed
     found = f"{len(train)}+{len(val)}" if "+" in numbers else str(len(train) + len(val))
     assert found == numbers
     for dataset in (train, val):  # the class is that of the folder
@@ -434,9 +434,12 @@ def test_a_torchvision_set_by_name(tmp_path, monkeypatch):
     assert torch.equal(val[1, None]["image"][0], torch.from_numpy(pixels[1]) / 127.5 - 1)
     with pytest.raises(UserError, match="mnist has images only"):
         open_data("mnist", 28, sources=("labels",))
-    monkeypatch.setattr(torchvision.datasets, "CIFAR10", mock.Mock(side_effect=OSError("no network")))
-    with pytest.raises(UserError, match=r"could not be downloaded \(no network\); put it into /.*/data or"):
-        open_data("cifar10", 32)
+    for name, cls, kwargs in (("cifar10", "CIFAR10", {"train": True}), ("stl10", "STL10", {"split": "train"})):
+        opened = mock.Mock(side_effect=OSError("no network"))
+        monkeypatch.setattr(torchvision.datasets, cls, opened)
+        with pytest.raises(UserError, match=r"could not be downloaded \(no network\); put it into /.*/data or"):
+            open_data(name, 32)
+        opened.assert_called_once_with(data.TORCHVISION_ROOT, download=True, **kwargs)
 
 
 def test_held_out_images_come_from_all_classes(tmp_path):

@@ -4,6 +4,7 @@ import json
 import math
 import runpy
 from types import SimpleNamespace
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -89,28 +90,21 @@ def test_psnr_by_hand_and_ssim_of_each_image():
 
 
 def test_inception_features_and_what_happens_without(monkeypatch):
-    def no_network(*args, **kwargs):
-        raise OSError("Name or service not known")
-
-    monkeypatch.setattr(inception, "load_state_dict_from_url", no_network)
+    """With the same weights, here random ones, the judge sees what torchmetrics' FID sees."""
+    monkeypatch.setattr(inception, "load_state_dict_from_url", mock.Mock(side_effect=OSError("no network")))
     with pytest.raises(judges.UserError, match="InceptionV3 could not be loaded"):
         judges.load_features("inception")
-    # With weights, here random ones: what it sees is what torchmetrics' FID sees.
     monkeypatch.setattr(inception, "load_state_dict_from_url", lambda *a, **k: {})
     monkeypatch.setattr(inception.FeatureExtractorInceptionV3, "load_state_dict", lambda *a, **k: None)
     torch.manual_seed(0)
-    judge = judges.load_features("inception")
-    theirs = FrechetInceptionDistance(feature=2048)
-    theirs.inception.net = None
-    theirs.inception.load_state_dict = None
-    for mine, other in zip(judge.net.parameters(), theirs.inception.parameters(), strict=True):
+    judge, theirs = judges.load_features("inception"), FrechetInceptionDistance(feature=2048).inception
+    for mine, other in zip(judge.net.parameters(), theirs.parameters(), strict=True):
         other.data = mine.data
     x = torch.rand(4, 3, 32, 32) * 2 - 1
     features, probabilities = judge(x)
     assert features.shape == (4, 2048) and probabilities.shape == (4, 1008)
     assert torch.allclose(probabilities.sum(1), torch.ones(4))
-    uint8 = ((x + 1) * 127.5).round().to(torch.uint8)
-    assert torch.allclose(features, theirs.inception(uint8), atol=1e-6)
+    assert torch.allclose(features, theirs(((x + 1) * 127.5).round().to(torch.uint8)), atol=1e-6)
 
 
 @pytest.fixture(scope="module")
@@ -141,39 +135,36 @@ def test_a_first_stage(models):
     model = checkpoint.load_vqgan(models / "vqgan/last.pt")
     val_set = data.open_data("shapes", 16)[1]
     truth = metrics.evaluate_vqgan(model, data.held_out_batches(val_set, 50, 30), torch.device("cpu"))
-    for name in ("l1", "psnr", "usage", "perplexity"):
+    for name, theirs in truth.items():
         ours = values[f"codebook_{name}" if name in ("usage", "perplexity") else name]
-        assert ours == pytest.approx(truth[name], rel=1e-5)
+        assert ours == pytest.approx(theirs, rel=1e-5)
+    x = next(data.held_out_batches(val_set, 30, 30))["image"]
+    with torch.no_grad():
+        x_hat, quantized = model(x)
+    assert values["l1"] == pytest.approx((x - x_hat).abs().mean().item(), rel=1e-5)
+    assert values["codebook_usage"] == len(quantized.indices.unique()) / 16
     assert 0 < values["ssim"] < 1 and values["frechet_distance(judge)"] > 0 and "fid" not in values
     assert len(content["metrics"]["frechet_distance(judge)"]["splits"]) == 5
-    assert "30 held-out images of shapes" in done.stdout and "l1" in done.stdout
-
-
-def test_a_label_map_model(models):
+    assert "30 held-out images of shapes" in done.stdout
     _, values, _ = evaluate("--vqgan", "labels/last.pt", "--features", "none", cwd=models)
     assert 0 <= values["pixel_accuracy"] <= 1 and values["cross_entropy"] > 0 and "l1" not in values
 
 
 def test_a_transformer(models):
     done, values, _ = evaluate("--gpt", "gpt/last.pt", "--features", "judge.pt", "-n", "20", cwd=models)
-    model = checkpoint.load(models / "gpt/last.pt")
-    batch = next(data.held_out_batches(data.open_data("shapes", 16, 20)[1], 30, 30))
-    nats = model.nll(batch["image"], batch["class"])
-    assert values["nats_per_token"] == pytest.approx(nats.mean().item(), rel=1e-5)
-    T, pixels = 64, 256
-    assert values["bits_per_pixel"] == pytest.approx(nats.mean().item() * T / math.log(2) / pixels, rel=1e-5)
-    # The very samples again: the accuracy and the neighbours from their definitions.
-    judge = load_classifier(models / "judge.pt")
-    # Asked for are the classes of 20 images evenly spread over all held-out ones, not of the first 20.
-    classes = next(data.held_out_batches(data.open_data("shapes", 16, 20)[1], 20, 20))["class"]
+    model, val_set = checkpoint.load(models / "gpt/last.pt"), data.open_data("shapes", 16, 20)[1]
+    batch = next(data.held_out_batches(val_set, 30, 30))
+    nats = model.nll(batch["image"], batch["class"]).mean().item()
+    assert values["nats_per_token"] == pytest.approx(nats, rel=1e-5)
+    assert values["bits_per_pixel"] == pytest.approx(nats * 64 / math.log(2) / 256, rel=1e-5)  # 64 codes, 256 pixels
+    # The very samples again. Asked for are the classes of 20 images evenly spread over all, not of the first 20.
+    judge, classes = load_classifier(models / "judge.pt"), next(data.held_out_batches(val_set, 20, 20))["class"]
     with torch.no_grad():
-        images = model.sample(classes).clamp(-1, 1)
-        right = (judge(images).argmax(1) == classes).double().mean().item()
-    assert values["class_accuracy"] == pytest.approx(right)
+        right = judge(model.sample(classes).clamp(-1, 1)).argmax(1) == classes
+    assert values["class_accuracy"] == pytest.approx(right.double().mean().item())
     assert values["nearest_training(judge)"] > 0 and values["nearest_training_of_held_out(judge)"] > 0
     assert {"precision(judge)", "recall(judge)", "class_score(judge)"} < values.keys()
-    picture = Image.open(models / "eval" / "neighbours.png")
-    assert picture.size == (10 * 66 + 2, 2 * 66 + 2)
+    assert Image.open(models / "eval" / "neighbours.png").size == (10 * 66 + 2, 2 * 66 + 2)
     assert "20 new images" in done.stdout
 
 
@@ -206,43 +197,32 @@ def test_new_images_are_of_all_classes_equally(n):
 
 def test_a_mirrored_copy_of_a_training_image_is_found(tmp_path, capsys):
     """Two samples are mirrored training images. If training mirrored, both are at distance 0 from their originals."""
-    generator = torch.Generator().manual_seed(0)
-    images = torch.rand(9, 3, 8, 8, generator=generator) * 2 - 1
+    images = torch.rand(9, 3, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1
 
     class Images(list):
-        flip = True
-
         def __getitem__(self, key):
             return {"image": super().__getitem__(key[0]), "class": 0}
 
     train_set, val_set = Images(images[:5]), Images(images[5:])
-    copies = torch.stack([images[3], images[1]]).flip(3)
-    samples = torch.cat([copies, images[:3] * 0])
-    vqgan = SimpleNamespace(
-        config=SimpleNamespace(input_kind="rgb", in_channels=3), decode_indices=lambda i: samples[i]
-    )
-
-    def judge(x):
-        return x.flatten(1), torch.full((len(x), 2), 0.5)
-
+    samples = torch.cat([images[[3, 1]].flip(3), images[:3] * 0])
+    config = SimpleNamespace(input_kind="rgb", in_channels=3)
+    vqgan = SimpleNamespace(config=config, decode_indices=lambda i: samples[i])
+    judge = mock.Mock(side_effect=lambda x: (x.flatten(1), torch.full((len(x), 2), 0.5)))
     judge.name = "pixels"
     script = runpy.run_path(str(ROOT / "evaluate.py"))
     args = SimpleNamespace(batch_size=2, images=100, splits=1, neighbours=2, out=str(tmp_path))
     made = {"codes": torch.arange(5), "features": samples.flatten(1), "score": torch.full((5, 2), 0.5)}
-    for flip in (True, False):
+    for flip in (False, True):
         train_set.flip, table = flip, script["Table"]()
         script["compare_new_images"](args, judge, vqgan, made, train_set, val_set, torch.device("cpu"), table)
-        nearest = table.rows["nearest_training(pixels)"]["value"]
-        truth = [
-            min((sample - view).norm().item() for x in images[:5] for view in ([x, x.flip(2)] if flip else [x]))
-            for sample in samples
-        ]
-        assert nearest == pytest.approx(sum(truth) / 5, rel=1e-5) and (min(truth) < 1e-6) == flip
-        assert ("also mirrored" in capsys.readouterr().out) == flip
-        if flip:  # each copy above the mirrored image that it is a copy of
-            grid = np.asarray(Image.open(tmp_path / "neighbours.png")).astype(int)
-            half = (grid.shape[0] - 2) // 2
-            assert (grid[2:half] == grid[2 + half : 2 * half]).all()
+        views = torch.cat([images[:5], images[:5].flip(3)] if flip else [images[:5]])
+        truth = (samples[:, None] - views).flatten(2).norm(dim=2).amin(1)
+        assert table.rows["nearest_training(pixels)"]["value"] == pytest.approx(truth.mean().item(), rel=1e-5)
+        assert (truth.min() < 1e-6) == flip == ("also mirrored" in capsys.readouterr().out)
+    # Each copy above the mirrored image that it is a copy of.
+    grid = np.asarray(Image.open(tmp_path / "neighbours.png")).astype(int)
+    half = (grid.shape[0] - 2) // 2
+    assert (grid[2:half] == grid[2 + half : 2 * half]).all()
 
 
 @pytest.mark.parametrize("name, size", [("vqgan", (21, 35)), ("vqgan", (1, 1)), ("labels", (12, 9))])
