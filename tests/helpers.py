@@ -98,8 +98,8 @@ def run_script(*words, cwd: Path, processes: int = 1, limit: str = "") -> subpro
     return subprocess.CompletedProcess(words, process.returncode, out, err)
 
 
-def torchrun(processes: int, *words, cwd: Path) -> subprocess.CompletedProcess:
-    return run_script(*words, cwd=cwd, processes=processes)
+def torchrun(*words, cwd: Path) -> subprocess.CompletedProcess:
+    return run_script(*words, cwd=cwd, processes=2)
 
 
 def same_bits(a, b) -> bool:
@@ -123,14 +123,15 @@ def assert_same_run(one: Path, other: Path) -> None:
 
 
 def run_inside(*words, cwd: Path) -> subprocess.CompletedProcess:
-    """The same in this process: the script runs as `__main__` and ends by SystemExit. Saves the seconds that importing
-    torch takes, where dozens of mistakes are tried."""
-    out, err = io.StringIO(), io.StringIO()
+    """The same in this process: a script, or a module by its name, runs as `__main__` and ends by SystemExit. Saves the
+    seconds that importing torch takes, where dozens of mistakes are tried."""
+    out, err, name = io.StringIO(), io.StringIO(), str(words[0])
+    run, name = (runpy.run_path, str(ROOT / name)) if name.endswith(".py") else (runpy.run_module, name)
     with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as ended:
         patch.setattr(sys, "argv", [str(word) for word in words])
         patch.chdir(cwd)
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            runpy.run_path(str(ROOT / str(words[0])), run_name="__main__")
+            run(name, run_name="__main__")
     return subprocess.CompletedProcess(words, ended.value.code, out.getvalue(), err.getvalue())
 
 

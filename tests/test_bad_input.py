@@ -236,5 +236,5 @@ def test_other_classes_than_the_models(house, tmp_path):
 
 @pytest.mark.slow
 def test_an_error_of_all_processes_is_said_once(house, tmp_path):
-    done = torchrun(2, *VQGAN, "--data", tmp_path / "nowhere", cwd=house)
+    done = torchrun(*VQGAN, "--data", tmp_path / "nowhere", cwd=house)
     assert done.returncode == 1 and done.stderr.count("error: --data") == 1

@@ -118,7 +118,7 @@ def test_ctrl_c_of_a_terminal(tmp_path, processes):
 def test_one_log_one_checkpoint_and_resume_with_another_number(house, tmp_path):
     """Two processes write once; one process continues where they stopped, with the images that come next."""
     words = [*STAGE_ONE, "--data", "photos", "--steps", "12", "--out", tmp_path / "run"]
-    done = torchrun(2, *words, cwd=house)
+    done = torchrun(*words, cwd=house)
     assert done.returncode == 0 and done.stdout.count("next: python train_gpt.py") == 1, done.stderr[-2000:]
     one, two = checkpoint.read(tmp_path / "run" / "last.pt")["random"]
     assert not torch.equal(one["cpu"], two["cpu"]), "dropout would be drawn once for the whole batch"
@@ -133,7 +133,7 @@ def test_one_log_one_checkpoint_and_resume_with_another_number(house, tmp_path):
 def test_samples_are_those_of_one_process(house, tmp_path):
     words = ["sample.py", "--gpt", house / "class" / "best.pt", "-n", "3", "--classes", "one,two", "--out"]
     assert run_inside(*words, "one.png", cwd=tmp_path).returncode == 0
-    done = torchrun(2, *words, "two.png", cwd=tmp_path)
+    done = torchrun(*words, "two.png", cwd=tmp_path)
     assert done.returncode == 0 and done.stdout.count("6 images") == 1, done.stderr[-2000:]
     one, two = (np.asarray(Image.open(tmp_path / name)).astype(int) for name in ("one.png", "two.png"))
     assert np.abs(one - two).max() <= 1  # the decoder's batches are other ones, and round in another way
