@@ -298,7 +298,7 @@ def main(argv: list[str] | None = None) -> int:
     if os.environ.get("WORLD_SIZE", "1") != "1":
         raise UserError("evaluate.py runs in one process: start it by python, not by torchrun")
     device = runtime.pick_device(args.device)
-    model = official.open_model(args.vqgan or args.gpt, args.official_config)
+    model = official.load(args.vqgan or args.gpt, args.official_config)
     if args.gpt and not isinstance(model, TwoStage):
         raise UserError(f"{args.gpt} holds a VQGAN; evaluate it by --vqgan")
     vqgan = getattr(model, "vqgan", model).to(device)

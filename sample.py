@@ -169,7 +169,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parse_flags(argv)
     device = runtime.pick_device(args.device)
     rank, world = processes.start(device)
-    model = official.open_model(args.gpt, args.official_config)
+    model = official.load(args.gpt, args.official_config)
     if not isinstance(model, TwoStage):
         raise UserError(f"{args.gpt} holds a VQGAN, not a transformer; train one: train_gpt.py --vqgan {args.gpt}")
     start = prepare(args, model.to(device))

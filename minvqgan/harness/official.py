@@ -229,18 +229,16 @@ def read_config(path: str | Path) -> dict:
             raise ValueError(f"not a yaml: {error}") from None
 
 
-def load(path: str | Path, config: str | Path) -> VQGAN | TwoStage:
-    """The model of an official checkpoint and its yaml, in eval mode, on the CPU. Raises UserError."""
+def load(path: str | Path, config: str | Path | None = None) -> VQGAN | TwoStage:
+    """The model of an official checkpoint and its yaml, or of one of ours (without config), in eval mode, on the CPU.
+    Raises UserError."""
+    if config is None:
+        return checkpoint.load(path)
     model, state = read_config(config), read(path)
     with checkpoint.door(f"{path} with {config}"):
         if class_name(model) == "Net2NetTransformer":
             return load_two_stage(state, model["params"])
         return load_vqgan(state, first_stage_config(model))
-
-
-def open_model(path: str | Path, config: str | Path | None) -> VQGAN | TwoStage:
-    """The model of one of our checkpoints, or of an official one if `config` names its yaml. Raises UserError."""
-    return load(path, config) if config else checkpoint.load(path)
 
 
 def main(argv: list[str] | None = None) -> int:
