@@ -8,17 +8,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from .runtime import UserError, first_line
-
 
 def start(device: torch.device) -> tuple[int, int]:
     """(rank, number of processes): (0, 1) alone, else what torchrun has set."""
     if "RANK" not in os.environ:
         return 0, 1
-    try:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    except ValueError as error:
-        raise UserError(f"RANK is set, but not all of torchrun's variables ({first_line(error)}): unset RANK") from None
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     return dist.get_rank(), dist.get_world_size()
 
 

@@ -34,6 +34,7 @@ from .cuda_graph import CudaGraph
 from .runtime import UserError
 
 SCRIPTS = {"vqgan": "train_vqgan.py", "two_stage": "train_gpt.py"}  # by the kind of checkpoint they write
+SAVED = ("step", "best", "best_step", "planned_steps", "threads", "rows")  # attributes of a Run, in last.pt
 
 
 class Run:
@@ -48,38 +49,33 @@ class Run:
         self.out = Path(args.out)
         held = [name for name in ("last.pt", "best.pt") if (self.out / name).exists()]
         if held and not args.resume:
-            raise UserError(
-                f"{self.out} already holds a run ({held[0]}); add --resume to continue it, or choose another --out"
-            )
+            raise UserError(f"{self.out} already holds a run ({held[0]}); add --resume, or choose another --out")
         self.device = runtime.pick_device(args.device)
         self.rank, self.world = processes.start(self.device)
         self.amp = args.amp = runtime.pick_amp(args.amp, self.device)  # saved with the flags: a resumed run keeps it
         self.workers = (0 if self.device.type == "cpu" else 8) if args.workers is None else args.workers
         self.micro_batch, rest = divmod(args.batch_size, self.world * args.accumulate)
         if rest:
-            raise UserError(
-                f"--batch-size {args.batch_size} cannot be split into {self.world} processes x {args.accumulate} "
-                "micro-batches"
-            )
+            parts = f"{self.world} processes x {args.accumulate} micro-batches"
+            raise UserError(f"--batch-size {args.batch_size} cannot be split into {parts}")
         self.is_last_step, self.step, self.seconds_before, self.best, self.best_step = False, 0, 0.0, math.inf, 0
         self.planned_steps = args.steps  # --steps when the run began; --resume may give more
-        self.threads = torch.get_num_threads()
         self.pending: list[tuple[int, list[str], Tensor]] = []  # added, but still on the device
         self.values: dict[str, list[float]] = {}  # added since the last row, by this process
         self.row: dict[str, float] = {}  # of this step
         self.rows: list[dict[str, float]] = []  # of metrics.csv
         if saved:
             with checkpoint.door(self.out / "last.pt"):
-                self.step, self.best, self.best_step = saved["step"], saved["best"], saved["best_step"]
-                self.seconds_before, self.planned_steps = saved["seconds"], saved["planned_steps"]
-                self.rows, self.threads = saved["rows"], min(self.threads, saved["threads"])
+                for name in SAVED:
+                    setattr(self, name, saved[name])
+                self.seconds_before = saved["seconds"]
                 if self.rank < len(saved["values"]):  # a run may be resumed with more processes
                     self.values = saved["values"][self.rank]
             if self.step >= args.steps:
                 raise UserError(f"{self.out} is at step {self.step} of {args.steps} already; give more --steps")
         else:
             self.threads = runtime.fastest_threads()
-        torch.set_num_threads(self.threads)
+        torch.set_num_threads(min(self.threads, torch.get_num_threads()))
 
     def start(self, trained: dict, content: Callable[[], dict], line: str) -> None:
         """Begin writing. On --resume, fill what is trained.
@@ -250,13 +246,11 @@ class Run:
     def _save(self) -> None:
         self._collect()
         values, random = processes.gather(self.values), processes.gather(processes.random_state())
-        if self.rank > 0:
-            return
-        own: dict = {"step": self.step, "seconds": self.seconds, "best": self.best, "best_step": self.best_step}
-        own |= {"planned_steps": self.planned_steps, "values": values, "rows": self.rows, "threads": self.threads}
-        own |= {"flags": vars(self.args), "random": random}
-        states = {n: part if isinstance(part, Tensor) else part.state_dict() for n, part in self.trained.items()}
-        checkpoint.save(self.out / "last.pt", self.kind, **(self.content() | states | own))
+        if self.rank == 0:
+            own = {name: getattr(self, name) for name in SAVED}
+            own |= {"seconds": self.seconds, "values": values, "random": random, "flags": vars(self.args)}
+            states = {n: part if isinstance(part, Tensor) else part.state_dict() for n, part in self.trained.items()}
+            checkpoint.save(self.out / "last.pt", self.kind, **(self.content() | states | own))
 
 
 def write_csv(path: Path, rows: list[dict[str, float]]) -> None:
