@@ -143,9 +143,8 @@ def test_an_image_has_the_codes_and_the_reconstruction_of_python(page, model, tm
 def test_a_seed_gives_the_image_of_sample_py(page, model, tmp_path):
     drawn = page.execute_script("return [...uniforms(123456789, 3, 1500)]")
     assert drawn == sampler.uniforms(123456789, [3], 1500)[0].tolist()
-    fill_in(page, temperature=0.9, top_k=100, top_p=0.95, guidance=1.5 if model.config.guided else 1, seed=5)
-    if model.config.classes:
-        page.execute_script("$('class').selectedIndex = 1; showCommand()")
+    fill_in(page, temperature=0.9, top_k=100, top_p=0.95, guidance=1.5, seed=5)
+    page.execute_script("$('class').selectedIndex = 1; showCommand()")
     words = shlex.split(page.execute_script("return $('command').textContent"))
     assert words.pop(0) == "python"
     words[words.index("--gpt") + 1] = CHECKPOINT
@@ -156,8 +155,7 @@ def test_a_seed_gives_the_image_of_sample_py(page, model, tmp_path):
     (made,) = (tmp_path / "out").rglob("*.png")
     assert np.abs(np.asarray(Image.open(made)).astype(int) - pixels(page)).max() <= 2
 
-    c = torch.tensor([1]) if model.condition.kind == "class" else model.default_condition(1)
-    sampling = Sampling(0.9, 100, 0.95, 1.5 if model.config.guided else 1)
+    c, sampling = torch.tensor([1]), Sampling(0.9, 100, 0.95, 1.5)
     drawn = model.sample_indices(c, 5, sampling=sampling).flatten().tolist()
     assert codes(page) == drawn
 
@@ -189,9 +187,8 @@ def test_the_next_codes_are_shown_with_their_probabilities(page, model):
     fill_in(page, temperature=1, top_k=5, guidance=1)
     press(page, "step")
     settle(page)
-    r = model.condition_tokens(torch.tensor([0]) if model.condition.kind == "class" else model.default_condition(1))
     with torch.no_grad():
-        likeliest = model.gpt(r)[0, -1].topk(5)
+        likeliest = model.gpt(model.condition_tokens(torch.tensor([0])))[0, -1].topk(5)
     shown = [item.get_attribute("innerText").split() for item in page.find_elements("css selector", "#bars li")]
     assert [int(words[0]) for words in shown] == likeliest.indices.tolist()
     for words, p in zip(shown, likeliest.values.softmax(0).tolist(), strict=True):
@@ -353,12 +350,7 @@ def test_nothing_is_clipped_nameless_or_fetched(browser, file, width, dark):
 def test_the_file_is_small_and_other_models_are_refused(file, house, tmp_path):
     assert file.stat().st_size < 8e6
     script = ROOT / "notebooks" / "playground.py"
-    for name, word in (
-        ("rgb", "VQGAN alone"),
-        ("coords", "on coords"),
-        ("spatial", "on spatial"),
-    ):
-        run = house / name
-        done = run_inside(script, "--gpt", run / "last.pt", "--out", tmp_path / "page.html", cwd=tmp_path)
+    for name, word in (("rgb", "VQGAN alone"), ("coords", "on coords"), ("spatial", "on spatial")):
+        done = run_inside(script, "--gpt", house / name / "last.pt", "--out", tmp_path / "page.html", cwd=tmp_path)
         assert_one_line_error(done, word)
     assert list(tmp_path.iterdir()) == []
