@@ -220,8 +220,8 @@ CLASS = [
     # Cheats
     Student("replaces", with_cell(f"{IMPORT}\nchecks.to_model_range = print", CHEAT), 0, alone=True,
             look="minvqgan.course.checks.to_model_range", told="replaced, though the checks use it"),
-    Student("recodes", with_cell(f"{IMPORT}\nchecks.to_model_range.__code__ = (lambda s, seed=0: 0).__code__", CHEAT),
-            0, look="minvqgan.course.checks.to_model_range", alone=True),
+    Student("recodes", with_cell(f"{IMPORT}\nchecks._compare.__code__ = (lambda *a, **k: 0).__code__",
+            with_range("return pixels")), 0, look="minvqgan.course.checks._compare", alone=True),
     Student("during", with_range(f"{IMPORT}; checks._compare = print; return pixels"), 0, alone=True,
             look="minvqgan.course.checks._compare"),
     Student("frames", with_range("import sys; return sys._getframe(3).f_locals['p']"), 2, look="_getframe"),
