@@ -264,17 +264,19 @@ def test_a_million_names_take_little_memory(tmp_path):
     assert dataset.paths(7) == [str(tmp_path / "class_7" / "image_0000007.png")]
 
 
-def test_links_are_followed_and_loops_are_not(tmp_path):
+def test_links_are_followed_and_loops_are_not(tmp_path, capfd):
     make_photos(tmp_path / "far" / "cats", n=2)
     (tmp_path / "far" / "cats" / "round").symlink_to(tmp_path / "far" / "cats")
     make_photos(tmp_path / "data" / "dogs", n=2)
     data_folder = tmp_path / "data"
     (data_folder / "cats").symlink_to(tmp_path / "far" / "cats")
-    for name, to in (("up", data_folder), ("itself", "itself"), ("itself.png", "itself.png"), ("gone.png", "nothing")):
+    links = {"again": data_folder, "up": tmp_path, "all": "/", "itself": "itself", "gone.png": "nothing"}
+    for name, to in links.items():
         (data_folder / "dogs" / name).symlink_to(to)
     os.mkfifo(data_folder / "dogs" / "pipe.png")
     train, val = open_data(str(data_folder), 16)
     assert train.classes == ("cats", "dogs") and len(train) + len(val) == 4
+    assert "not read: 2 .png (broken link)" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -129,7 +129,7 @@ def add_run_flags(p: Parser, presets: dict, out: str):
 
 
 def add_sampling_flags(p: Parser, batch_size: int) -> None:
-    """The flags that the scripts share that sample."""
+    """The flags that sample.py and evaluate.py share."""
     g = p.add_argument_group("sampling")
     g.add_argument("--temperature", type=weight, default=1.0, help="below 1 sharpens; 0 takes the likeliest code")
     g.add_argument("--top-k", type=positive, help="only the k likeliest codes")

@@ -39,22 +39,25 @@ def _listed(names, most: int = 3) -> str:
 
 
 def _find(root: str, notes: list[str]) -> list[str]:
-    """The files in root with an image's ending: paths relative to it, sorted. Links are followed, but no folder is
-    visited twice."""
-    found, others, seen = [], Counter(), set()
+    """The files in root with an image's ending: paths relative to it, sorted. Links are followed, but to no folder
+    twice, and to none that root lies in, which would be a walk through the whole machine."""
+    found, others, seen, top = [], Counter(), set(), os.path.realpath(root)
     for folder, inside, names in os.walk(root, followlinks=True):
         inside[:] = sorted(name for name in inside if not name.startswith("."))  # which of two links comes first
-        if (real := os.path.realpath(folder)) in seen:
+        real = os.path.realpath(folder)
+        if real in seen or (folder != root and top.startswith(os.path.join(real, ""))):
             inside.clear()
             continue
         seen.add(real)
         base = "" if folder == root else os.path.relpath(folder, root).replace(os.sep, "/") + "/"
         for name in (name for name in names if not name.startswith(".")):
             ending = os.path.splitext(name)[1].lower()
-            if ending in EXTENSIONS and os.path.isfile(os.path.join(folder, name)):  # neither a pipe nor a broken link
+            if ending not in EXTENSIONS:
+                others[ending or "without ending"] += 1
+            elif os.path.isfile(os.path.join(folder, name)):
                 found.append(base + name)
             else:
-                others[ending or "without ending"] += 1
+                others[f"{ending} (broken link)"] += 1
     if others:
         notes.append("not read: " + _listed((f"{count} {ending}" for ending, count in others.most_common()), 6))
     return sorted(found)
