@@ -239,6 +239,22 @@ def receptive_field(student, g):
 
 
 @check
+def field_of_E(student, g):
+    """pixels that one latent depends on through the convolutions of E"""
+
+    def right(m: int, blocks: int, middle: int = 2) -> int:
+        field, step = 3, 1  # conv_in
+        for level in range(m + 1):
+            field += 4 * blocks * step
+            field, step = (field + 2 * step, 2 * step) if level < m else (field, step)
+        return field + (4 * middle + 2) * step
+
+    mistakes = {"the two blocks behind the last level are missing": {"middle": 0}}
+    for case in ((2, 1), (0, 1), (4, 2), (_int(g, 1, 5), _int(g, 1, 4))):
+        _ask(student, case, right, mistakes)
+
+
+@check
 def side_seen(student, g):
     """pixels that any channel of the middle output depends on (zeros may have no gradient: use random values)"""
     blind = nn.Conv2d(1, 2, 3, padding=2, dilation=2)  # with gaps; its first channel depends on nothing
