@@ -35,19 +35,15 @@ def house(tmp_path_factory):
         coarse.resize((24, 20), Image.Resampling.NEAREST).save(folder / "pairs" / "labels" / photo.name)
     torch.manual_seed(0)
     save_classifier(folder / "judge.pt", Classifier(("one", "two")))
-    crops = "--data pairs --resize 20"
+    crops, second = "--data pairs --resize 20", "--vqgan rgb/last.pt"
     for script, out, flags in (
         (STAGE_ONE, "rgb", "--data photos"),
         (STAGE_ONE, "labels", f"{crops} --input labels --num-labels 3"),
         (STAGE_ONE, "edges", f"{crops} --input edges"),
-        (STAGE_TWO, "class", "--vqgan rgb/last.pt"),
-        (STAGE_TWO, "none", "--vqgan rgb/last.pt --cond none"),
-        (STAGE_TWO, "coords", "--vqgan rgb/last.pt --data pairs --resize 20 --cond coords --coord-levels 63"),
-        (
-            STAGE_TWO,
-            "spatial",
-            "--vqgan rgb/last.pt --data pairs --resize 20 --cond spatial --cond-vqgan labels/last.pt",
-        ),
+        (STAGE_TWO, "class", second),
+        (STAGE_TWO, "none", f"{second} --cond none"),
+        (STAGE_TWO, "coords", f"{second} {crops} --cond coords --coord-levels 63"),
+        (STAGE_TWO, "spatial", f"{second} {crops} --cond spatial --cond-vqgan labels/last.pt"),
     ):
         done = run_inside(*script, *flags.split(), "--out", out, cwd=folder)
         assert done.returncode == 0, done.stderr[-2000:]

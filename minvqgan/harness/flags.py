@@ -95,10 +95,9 @@ def check_image_size(size: int, f: int) -> None:
 
 # What may be given anew with --resume: where a run is computed and for how long, what it writes, and what helps against
 # a loss of NaN or too little memory. Anything else would make another model.
-MAY_CHANGE = (
-    "steps device amp compile cuda_graph checkpoint_grad workers resume val_every val_images save_every".split()
-)
-MAY_CHANGE += "log_every data out lr disc_lr accumulate".split()
+MAY_CHANGE = """
+    steps device amp compile cuda_graph checkpoint_grad workers resume val_every val_images save_every log_every
+    data out lr disc_lr accumulate""".split()
 
 
 def add_run_flags(p: Parser, presets: dict, out: str):

@@ -64,7 +64,7 @@ def random_state() -> dict:
 
 
 def set_random_state(state: dict) -> None:
-    """Undo with what `random_state` has returned."""
+    """Restore what `random_state` has returned."""
     torch.set_rng_state(state["cpu"])
     if state["cuda"] and len(state["cuda"]) == torch.cuda.device_count():
         torch.cuda.set_rng_state_all(state["cuda"])

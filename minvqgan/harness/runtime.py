@@ -158,7 +158,7 @@ def pick_device(name: str) -> torch.device:
 
 
 def seconds(function: Callable, *inputs: torch.Tensor, threads: int = 1) -> list[float]:
-    """Of ten calls on a CPU. The first, which prepares the kernel, is left out."""
+    """Times of ten calls on a CPU, after a first one that prepares the kernel."""
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     times = timeit.repeat(lambda: function(*inputs), number=1, repeat=11)[1:]
