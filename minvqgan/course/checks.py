@@ -361,9 +361,7 @@ def tangent(student, g):
 
     mistakes = {
         "this is the loss at z, which straight-through never evaluates": lambda loss, z, z_q: loss(z),
-        "its value is L(z_q) whatever z is: a tangent changes with z": lambda loss, z, z_q: loss(
-            _straight_through(z, z_q)
-        ),
+        "its value is L(z_q) whatever z is: a tangent changes with z": lambda loss, *z: loss(_straight_through(*z)),
     }
     z.requires_grad_()
     _ask(student, (loss, z, z_q), lambda loss, z, q: loss(q) + A.T @ (A @ q - x) @ (z - q), mistakes, inputs={"z": z})
@@ -378,8 +376,9 @@ def codebook_gradients(student, g):
     """1. the gradient at z, 2. the gradient at codes, of the codebook loss"""
     K, N, D = _int(g, 5, 8), 12, _int(g, 3, 5)
     z, codes, indices = torch.randn(N, D, generator=g), torch.randn(K, D, generator=g), torch.arange(N) % (K - 2)
+    loss = _codebook_loss
 
-    def right(z, codes, indices, beta, loss=_codebook_loss) -> tuple:
+    def right(z, codes, indices, beta, loss=loss) -> tuple:
         leaves = z.clone().requires_grad_(), codes.clone().requires_grad_()
         return torch.autograd.grad(loss(leaves[0], leaves[1][indices], beta), leaves)
 
@@ -391,17 +390,11 @@ def codebook_gradients(student, g):
     mistakes = {
         "a code feels every latent that chose it: sum over them, as index_add does": last_only,
         "both terms move both here: one detaches z, the other z_q": {
-            "loss": lambda z, z_q, beta: (1 + beta) * F.mse_loss(z, z_q)
+            "loss": lambda z, q, b: (1 + b) * F.mse_loss(z, q)
         },
-        "beta weighs the wrong side: it belongs to the term that moves z": {
-            "loss": lambda z, z_q, beta: _codebook_loss(z_q, z, beta)
-        },
-        "descent goes against the gradient, which points away from the other side": {
-            "loss": lambda *args: -_codebook_loss(*args)
-        },
-        "the loss is a mean over N D numbers, not a sum": {
-            "loss": lambda z, *rest: z.numel() * _codebook_loss(z, *rest)
-        },
+        "beta weighs the wrong side: it belongs to the term that moves z": {"loss": lambda z, q, b: loss(q, z, b)},
+        "descent goes against the gradient, which points away from the other side": {"loss": lambda *a: -loss(*a)},
+        "the loss is a mean over N D numbers, not a sum": {"loss": lambda z, *rest: z.numel() * loss(z, *rest)},
     }
     _ask(student, (z, codes, indices, 0.3 + 0.6 * torch.rand((), generator=g).item()), right, mistakes)
 
@@ -618,8 +611,8 @@ def weight_of_D(student, g):
 
     mistakes = {
         "the cap on lambda is missing": lambda *args: right(*args[:4], math.inf, *args[5:]),
-        "the ramp is missing: until it begins, D's gradient does not reach G": lambda rec, gan, _, *rest: right(
-            rec, gan, 10**9, *rest
+        "the ramp is missing: until it begins, D's gradient does not reach G": lambda r, g, _, *a: right(
+            r, g, 9999, *a
         ),
         "D learns alone before the ramp begins": lambda *args: right(*args[:6], 0, args[7]),
         "this is the factor before L_GAN: multiply by |grad L_GAN| / |grad L_rec|": {"length": False},
@@ -937,7 +930,7 @@ def posterior(student, g):
         return (joint / joint.sum(1, keepdim=True)).float()
 
     mistakes = {
-        "a sequence has T codes: -log p(s | c) is T times the nats a code": lambda nats, T, prior: right(
+        "a sequence has T codes: -log p(s | c) is T times the nats a code": lambda nats, _, prior: right(
             nats, 1, prior
         ),
         "the prior is missing": lambda nats, T, prior: right(nats, T, torch.ones_like(prior)),
@@ -1043,9 +1036,8 @@ def rounds(student, g):
 
     mistakes = {
         "codes that share a window are drawn in one round": lambda h, w, n: (h * w, right(h, w, n)[1]),
-        "a row is never more rounds behind the one above than it has windows": lambda h, w, n: (
-            right(h, w, n)[0],
-            w - n + 1 + (h - 1) * (n // 2),
+        "a row is never more rounds behind the one above than it has windows": (
+            lambda h, w, n: (right(h, w, n)[0], w - n + 1 + (h - 1) * (n // 2))
         ),
     }
     for case in ((16, 16, 8), (4, 4, 4), (6, 5, 4), (_int(g, 6, 9), _int(g, 9, 12), 2 * _int(g, 1, 3))):
