@@ -27,6 +27,7 @@ from minvqgan.orders import ORDERS
 
 RATES = {"transformer": (5e-4, 1e-3, 2e-3), "PixelSNAIL": (2e-3, 4e-3, 8e-3)}
 POINTS = 12  # of each curve
+SEEDS = (0, 1)  # the first one chooses the rate
 
 
 def loss(model, order: Tensor, amp: bool, maps: Tensor, classes: Tensor) -> Tensor:
@@ -103,29 +104,27 @@ def main(argv: list[str] | None = None) -> int:
     p.add_argument("--runs", type=Path, default=Path("runs/second_stage"), help="folder of the curves")
     p.add_argument("--orders", type=Path, default=ROOT / "results" / "orders.csv", help="file to write")
     p.add_argument("--model", required=True, help="a checkpoint with the first-stage model whose codes are read")
-    p.add_argument("--resize", type=flags.size, help="as in train_vqgan.py")
     p.add_argument("--steps", type=flags.positive, default=500, help="of each training, of 64 images")
     p.add_argument("--long", type=flags.positive, default=2000, help="steps of the longest training of each model")
-    p.add_argument("--seeds", type=flags.natural, nargs="+", default=[0, 1], help="the first one chooses the rate")
     args = p.parse_args(argv)
     device = runtime.pick_device(args.device)
     args.amp = runtime.pick_amp(None, device)
     model = checkpoint.load(args.model)
     vqgan = getattr(model, "vqgan", model).to(device, memory_format=torch.channels_last)
-    train_set, val_set = data.open_data(args.data, vqgan.config.image_size, args.resize)
+    train_set, val_set = data.open_data(args.data, vqgan.config.image_size)
     wanted = ((train_set, len(train_set)), (val_set, args.images))
     codes, held_out = ([t.to(device) for t in fit.codes_of(vqgan, images, n)] for images, n in wanted)
     run = partial(train, args, device, codes, held_out, vqgan.config.codebook_size, len(train_set.classes))
 
-    table, curves, first = [], {}, args.seeds[0]
+    table, curves = [], {}
     for kind, rates in RATES.items():
-        tried = {lr: run(kind, "row", lr, first, args.steps) for lr in rates}
+        tried = {lr: run(kind, "row", lr, SEEDS[0], args.steps) for lr in rates}
         best = min(rates, key=lambda lr, tried=tried: float(tried[lr][-1]["nats"]))
-        again = [run(kind, "row", best, seed, args.steps) for seed in args.seeds[1:]]
-        curves[kind] = [tried[best], *again, run(kind, "row", best, first, args.long)]
+        again = [run(kind, "row", best, seed, args.steps) for seed in SEEDS[1:]]
+        curves[kind] = [tried[best], *again, run(kind, "row", best, SEEDS[0], args.long)]
         table += [row for rows in [*tried.values(), *curves[kind][1:]] for row in rows]
         if kind == "transformer":
-            ends = [run(kind, name, best, seed, args.steps)[-1] for name in ORDERS for seed in args.seeds]
+            ends = [run(kind, name, best, seed, args.steps)[-1] for name in ORDERS for seed in SEEDS]
     orders = [{name: row[name] for name in ("order", "seed", "nats")} for row in ends]
     write(args.table, table)
     write(args.orders, orders)

@@ -161,38 +161,26 @@ def _read_torchvision(dataset, resize: int, index: int) -> tuple[dict[str, np.nd
     return {"image": imagefiles.to_array(imagefiles.fit(image.convert("RGB"), resize))}, int(number)
 
 
-# Datasets by name, all of square images: the class, and its argument for the training and the held-out images.
-HALVES, SPLITS = ("train", True, False), ("split", "train", "test")
-TORCHVISION = {
-    "cifar10": ("CIFAR10", *HALVES),
-    "cifar100": ("CIFAR100", *HALVES),
-    "mnist": ("MNIST", *HALVES),
-    "fashion-mnist": ("FashionMNIST", *HALVES),
-    "svhn": ("SVHN", *SPLITS),
-    "stl10": ("STL10", *SPLITS),
-}
-DIGITS = ("mnist", "svhn")  # a mirrored 3 is no 3
+TORCHVISION = {"cifar10": "CIFAR10", "cifar100": "CIFAR100", "mnist": "MNIST", "fashion-mnist": "FashionMNIST"}
 TORCHVISION_ROOT = Path("data")
 
 
 def _torchvision(name: str, cut: Cut) -> list[Images]:
     import torchvision
 
-    cls, argument, *values = TORCHVISION[name]
     first = os.environ.get("LOCAL_RANK", "0") == "0"
     if not first:
         processes.wait()  # until the first process of this machine has downloaded it
     try:
-        dataset = getattr(torchvision.datasets, cls)
-        both = [dataset(TORCHVISION_ROOT, download=True, **{argument: value}) for value in values]
+        dataset = getattr(torchvision.datasets, TORCHVISION[name])
+        both = [dataset(TORCHVISION_ROOT, train=train, download=True) for train in (True, False)]
     except (OSError, RuntimeError) as error:  # no network, a moved mirror, a broken archive
         place = TORCHVISION_ROOT.resolve()
         raise UserError(f"{name} could not be downloaded ({error}); put it into {place} or name a folder") from None
     if first:
         processes.wait()
-    classes = tuple(map(str, getattr(both[0], "classes", range(10))))  # SVHN's digits have no names
-    cut = cut._replace(flip=cut.flip and name not in DIGITS)
-    return [Images(partial(_read_torchvision, one, cut.resize), len(one), classes, cut) for one in both]
+    cut = cut._replace(flip=cut.flip and name != "mnist")  # a mirrored 3 is no 3
+    return [Images(partial(_read_torchvision, one, cut.resize), len(one), tuple(one.classes), cut) for one in both]
 
 
 def open_data(
