@@ -389,9 +389,7 @@ def codebook_gradients(student, g):
 
     mistakes = {
         "a code feels every latent that chose it: sum over them, as index_add does": last_only,
-        "both terms move both here: one detaches z, the other z_q": {
-            "loss": lambda z, q, b: (1 + b) * F.mse_loss(z, q)
-        },
+        "both terms move both: one detaches z, the other z_q": {"loss": lambda z, q, b: (1 + b) * F.mse_loss(z, q)},
         "beta weighs the wrong side: it belongs to the term that moves z": {"loss": lambda z, q, b: loss(q, z, b)},
         "descent goes against the gradient, which points away from the other side": {"loss": lambda *a: -loss(*a)},
         "the loss is a mean over N D numbers, not a sum": {"loss": lambda z, *rest: z.numel() * loss(z, *rest)},
@@ -611,9 +609,7 @@ def weight_of_D(student, g):
 
     mistakes = {
         "the cap on lambda is missing": lambda *args: right(*args[:4], math.inf, *args[5:]),
-        "the ramp is missing: until it begins, D's gradient does not reach G": lambda r, g, _, *a: right(
-            r, g, 9999, *a
-        ),
+        "the ramp is missing: until it begins, D's gradient does not reach G": lambda r, g, _, *a: right(r, g, 999, *a),
         "D learns alone before the ramp begins": lambda *args: right(*args[:6], 0, args[7]),
         "this is the factor before L_GAN: multiply by |grad L_GAN| / |grad L_rec|": {"length": False},
     }
@@ -930,9 +926,7 @@ def posterior(student, g):
         return (joint / joint.sum(1, keepdim=True)).float()
 
     mistakes = {
-        "a sequence has T codes: -log p(s | c) is T times the nats a code": lambda nats, _, prior: right(
-            nats, 1, prior
-        ),
+        "a sequence has T codes: -log p(s | c) is T times the nats a code": lambda a, _, prior: right(a, 1, prior),
         "the prior is missing": lambda nats, T, prior: right(nats, T, torch.ones_like(prior)),
         "the sign is wrong: the class under which s costs least is the most probable": {"sign": 1},
     }
