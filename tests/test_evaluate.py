@@ -258,28 +258,6 @@ def test_images_of_any_size_to_codes_and_back(models, tmp_path, name, size):
         assert (decoded[:H, :W] == shown[:, W : 2 * W]).all()
 
 
-def test_mistakes_with_own_images(models, tmp_path):
-    photo = tmp_path / "photo.png"
-    Image.new("RGB", (8, 8)).save(photo)
-    np.save(tmp_path / "codes.npy", np.full((4, 4), 16))
-    np.save(tmp_path / "floats.npy", np.zeros((4, 4)))
-    np.save(tmp_path / "objects.npy", np.array([{}]), allow_pickle=True)
-    (tmp_path / "empty").mkdir()
-    before, words = set(tmp_path.iterdir()), ["evaluate.py", "--vqgan", "vqgan/last.pt", "--out", tmp_path]
-    for flag, answer in (
-        (["--reconstruct", tmp_path], "is in the folder of the images; choose another one"),
-        (["--reconstruct", tmp_path / "empty", "--out", tmp_path / "out"], "no images in"),
-        (["--reconstruct", tmp_path / "nowhere.png", "--out", tmp_path / "out"], "nowhere.png cannot be read"),
-        (["--reconstruct", photo, "--decode", photo], "not allowed"),
-        (["--decode", tmp_path / "codes.npy"], "indices must lie in [0, 16), got 16 to 16"),
-        (["--decode", tmp_path / "floats.npy"], "--decode"),
-        (["--decode", tmp_path / "objects.npy"], "--decode"),
-        (["--decode", photo], "--decode"),
-    ):
-        assert_one_line_error(run_inside(*words, *flag, cwd=models), answer)
-    assert set(tmp_path.iterdir()) == before
-
-
 def test_an_official_model(models, tmp_path):
     path, config = official_files(fixture("net2net_none"), tmp_path)
     words = ("--gpt", path, "--official-config", config, "--data", "shapes", "--image-size", "32", "--features", "none")
@@ -287,9 +265,16 @@ def test_an_official_model(models, tmp_path):
     assert values["nats_per_token"] > 0 and values["ln_K"] == pytest.approx(math.log(64))
 
 
-def test_mistakes(models, monkeypatch):
-    """Each is found before anything is sampled."""
+def test_mistakes(models, tmp_path, monkeypatch):
+    """Each is found before anything is sampled or written."""
     monkeypatch.setattr("minvqgan.two_stage.TwoStage.sample_indices", None)  # an error, if it were called
+    Image.new("RGB", (8, 8)).save(tmp_path / "photo.png")
+    np.save(tmp_path / "codes.npy", np.full((4, 4), 16))
+    np.save(tmp_path / "floats.npy", np.zeros((4, 4)))
+    np.save(tmp_path / "objects.npy", np.array([{}]), allow_pickle=True)
+    (tmp_path / "empty").mkdir()
+    before = set(tmp_path.rglob("*"))
+    own, new = f"--vqgan vqgan/last.pt --out {tmp_path}", f"--vqgan vqgan/last.pt --out {tmp_path}/new"
     for words, answer in (
         ("--gpt vqgan/last.pt", "holds a VQGAN"),
         ("--vqgan judge.pt", "classifier"),
@@ -300,5 +285,14 @@ def test_mistakes(models, monkeypatch):
         ("--gpt gpt/last.pt -n 3 --features judge.pt", "need 4 images, not 3: more -n"),
         ("--vqgan vqgan/last.pt --images 1 --features judge.pt", "need 4 images, not 1"),
         ("--gpt gpt/last.pt --features judge.pt --classifier nowhere.pt", "no checkpoint at nowhere.pt"),
+        (f"{own} --reconstruct {tmp_path}", "is in the folder of the images; choose another one"),
+        (f"{new} --reconstruct {tmp_path}/empty", "no images in"),
+        (f"{new} --reconstruct {tmp_path}/nowhere.png", "nowhere.png cannot be read"),
+        (f"{own} --reconstruct a --decode b", "not allowed"),
+        (f"{own} --decode {tmp_path}/codes.npy", "indices must lie in [0, 16), got 16 to 16"),
+        (f"{own} --decode {tmp_path}/floats.npy", "--decode"),
+        (f"{own} --decode {tmp_path}/objects.npy", "--decode"),
+        (f"{own} --decode {tmp_path}/photo.png", "--decode"),
     ):
         assert_one_line_error(run_inside("evaluate.py", *words.split(), cwd=models), answer)
+    assert set(tmp_path.rglob("*")) == before
