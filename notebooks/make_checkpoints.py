@@ -47,7 +47,7 @@ SCENES = {
     "scenes_vqgan": "train_vqgan.py --preset small --ch-mult 1 2 2 2 --z-channels 64 --batch-size 64 --steps 4000 "
     "--lr 6e-4 --disc-lr 1.2e-4",
     "scenes": "train_gpt.py --vqgan scenes_vqgan/last.pt --preset small --n-layer 6 --n-head 6 --n-embd 192 "
-    "--dropout 0.1 --lr 2e-3 --steps 1600",
+    "--dropout 0.1 --lr 2e-3 --steps 6000",
 }
 
 
