@@ -71,34 +71,6 @@ def test_nothing_is_float64_while_sampling():
         torch.zeros(1).double()
 
 
-def slow_left(col: int, w: int, n: int, stride: int) -> int:
-    """The window moves on by `stride` columns once the `stride` around its middle are predicted, to the image's end."""
-    left = 0
-    while left < w - n and col - left >= n // 2 - stride // 2 + stride:
-        left = min(left + stride, w - n)
-    return left
-
-
-@pytest.mark.parametrize("stride", [1, 2, 3, 4])
-@pytest.mark.parametrize("size, n", [((5, 7), 4), ((9, 9), 3), ((4, 12), 4), ((12, 4), 4), ((8, 8), 8)])
-def test_schedule_predicts_every_token_once_and_after_all_it_needs(size, n, stride):
-    if stride > n:
-        return
-    h, w = size
-    for wave in (True, False):
-        done = torch.zeros(h, w, dtype=torch.bool)
-        for batch in sampler.schedule(h, w, n, wave=wave, stride=stride):
-            assert len({(a.prefix, a.length) for a in batch}) == 1
-            for a in batch:
-                assert a.top == slow_left(a.row, h, n, 1)
-                assert {slow_left(a.col + i, w, n, stride) for i in range(a.length)} == {a.left}
-                assert not done[a.row, a.col : a.col + a.length].any()
-                assert done[a.top : a.row, a.left : a.left + n].all() and done[a.row, a.left : a.col].all()
-            for a in batch:
-                done[a.row, a.col : a.col + a.length] = True
-        assert done.all()
-
-
 def test_a_stride_of_4_has_about_a_quarter_of_the_segments_and_the_wave_half_of_the_batches():
     counts = {N: sum(map(len, sampler.schedule(64, 64, 16, stride=N))) for N in (1, 4)}
     assert 3.5 < counts[1] / counts[4] < 4.5

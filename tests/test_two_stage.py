@@ -49,7 +49,7 @@ def test_official_numbers(kind, tmp_path):
 CONFIG = VQGANConfig(image_size=8, ch=8, ch_mult=(1, 2), z_channels=8, code_dim=4, codebook_size=16)
 
 
-def make_model(kind="none", order="row", guided=False):
+def make_model(kind="none", order="row", guided=False, n=4):
     torch.manual_seed(0)
     condition = {
         "none": lambda: NoCondition(),
@@ -57,13 +57,13 @@ def make_model(kind="none", order="row", guided=False):
         "coords": lambda: CoordinateCondition(f=2, levels=31),
         "spatial": lambda: SpatialCondition(VQGAN(CONFIG)),
     }[kind]()
-    length = condition_length(condition, 4) + 16
+    length = condition_length(condition, n) + n * n
     gpt = GPT(GPTConfig(16, condition.num_tokens + guided, length, n_layer=2, n_head=2, n_embd=16))
     torch.nn.init.normal_(gpt.position_embedding)
     for block in gpt.blocks:  # weights large enough that what stands before matters
         torch.nn.init.normal_(block.attention.qkv.weight, std=0.4)
     torch.nn.init.normal_(gpt.head.weight, std=0.5)
-    return TwoStage(VQGAN(CONFIG), condition, gpt, TwoStageConfig(4, order, guided)).eval()
+    return TwoStage(VQGAN(CONFIG), condition, gpt, TwoStageConfig(n, order, guided)).eval()
 
 
 def condition_for(kind, count, h=4, w=4):
@@ -147,24 +147,25 @@ def test_bfloat16_samples_the_same_image_in_any_batch(guidance):
 
 @pytest.mark.parametrize("stride", [1, 2, 3, 4])
 @pytest.mark.parametrize("size", [(4, 4), (4, 9), (9, 4), (5, 5), (7, 10), (11, 6)])
-@pytest.mark.parametrize("kind", ["none", "coords", "spatial"])
-def test_wave_equals_one_by_one_equals_the_definition(kind, size, stride):
+@pytest.mark.parametrize("kind, n", [("none", 4), ("coords", 4), ("spatial", 4), ("none", 3)])
+def test_wave_equals_one_by_one_equals_the_definition(kind, n, size, stride):
     """The definition: for each position in reading order the whole window, recomputed, and the logits at its place."""
-    model = make_model(kind)
+    if stride > n:
+        return
+    model = make_model(kind, n=n)
     c = condition_for(kind, 2, *size)
     r, u = model.condition_tokens(c), sampler.uniforms(0, [0, 1], size[0] * size[1])
     h, w = size
     s = torch.zeros(2, h, w, dtype=torch.long)
     for i in range(h):
-        left = 0
+        left, top = 0, max(0, min(i - n // 2, h - n))
         for j in range(w):
-            top = 0 if i < 2 else h - 4 if h - i < 2 else min(i - 2, h - 4)
-            while left < w - 4 and j - left >= 2 - stride // 2 + stride:  # the window moves on by its stride
-                left = min(left + stride, w - 4)
-            cut = (slice(None), slice(top, top + 4), slice(left, left + 4))
+            while left < w - n and j - left >= n // 2 - stride // 2 + stride:  # the window moves on by its stride
+                left = min(left + stride, w - n)
+            cut = (slice(None), slice(top, top + n), slice(left, left + n))
             before = r[cut].flatten(1) if r.ndim == 3 else r
             logits = model.gpt(torch.cat([before, s[cut].flatten(1)[:, :-1]], 1))[:, before.shape[1] - 1 :]
-            p = logits[:, (i - top) * 4 + j - left].detach().double().softmax(1)
+            p = logits[:, (i - top) * n + j - left].detach().double().softmax(1)
             s[:, i, j] = (p.cumsum(1) <= u[:, i * w + j, None]).sum(1)
     for wave in (True, False):
         assert torch.equal(model.sample_indices(c, size=size, sampling=Sampling(wave=wave, stride=stride)), s)
