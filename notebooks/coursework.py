@@ -65,7 +65,10 @@ def exercises(path: Path) -> nbformat.NotebookNode:
     notebook.cells = [nbformat.v4.new_markdown_cell(head, id="title"), *tagged]
     for cell in notebook.cells:
         if cell.cell_type == "markdown":
-            cell.source = re.sub(r"(Sec\. \d+(?:(?:, | and | to )\d+)*) above", r"\1 of the notebook", cell.source)
+            place = (
+                r"(Sec\. \d+(?:(?:, | and | to )\d+)*|two|runs?|plots?|figures?|cells?|models?|tables?|curves?) above"
+            )
+            cell.source = re.sub(place, r"\1 of the notebook", cell.source)
             cell.source = cell.source.replace("as above", "as in the notebook")
     return notebook
 
