@@ -65,9 +65,7 @@ def exercises(path: Path) -> nbformat.NotebookNode:
     notebook.cells = [nbformat.v4.new_markdown_cell(head, id="title"), *tagged]
     for cell in notebook.cells:
         if cell.cell_type == "markdown":
-            place = (
-                r"(Sec\. \d+(?:(?:, | and | to )\d+)*|two|runs?|plots?|figures?|cells?|models?|tables?|curves?) above"
-            )
+            place = r"(Sec\. \d+(?:(?:, | and | to )\d+)*|two|(?:run|plot|figure|cell|model|table|curve)s?) above"
             cell.source = re.sub(place, r"\1 of the notebook", cell.source)
             cell.source = cell.source.replace("as above", "as in the notebook")
     return notebook
