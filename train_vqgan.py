@@ -106,14 +106,10 @@ def check(args) -> None:
     elif args.loss == "labels":
         raise UserError(f"--loss labels needs --input labels, not {args.input}")
     smallest = 2 ** (args.disc_layers + 2)
-    if uses_disc(args) and args.image_size < smallest:
+    if args.loss == "vqgan" and args.image_size < smallest:
         raise UserError(f"--disc-layers {args.disc_layers} needs images of {smallest} pixels or more")
     args.lr = args.lr or args.base_lr * args.batch_size
     args.disc_lr = args.disc_lr or args.base_lr * args.batch_size
-
-
-def uses_disc(args) -> bool:
-    return args.loss == "vqgan"
 
 
 def lr_fraction(args, step: int) -> float:
@@ -127,7 +123,7 @@ def build(args, device: torch.device):
     """VQGAN, D, the perceptual network (or None), and the optimizers of the first two. Raises UserError."""
     in_channels = data.input_channels(args.input, args.num_labels)
     config = flags.config(VQGANConfig, args, in_channels=in_channels, input_kind=args.input)
-    perceptual = judges.load_perceptual(args.perceptual, args.image_size) if uses_disc(args) else None
+    perceptual = judges.load_perceptual(args.perceptual, args.image_size) if args.loss == "vqgan" else None
     with seeded(args.seed, "vqgan"):
         vqgan = VQGAN(config)
     with seeded(args.seed, "discriminator"):
@@ -157,6 +153,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.init and not saved:
         run.say(checkpoint.init_from(args.init, vqgan, discriminator=disc))
     objective, counts = flags.config(ObjectiveConfig, args), vqgan.quantizer.counts
+    uses_disc = args.loss == "vqgan"
     # Fractions of the steps that the run began with: resuming with more --steps must not take D away again.
     disc_steps = [round(f * run.planned_steps) for f in (args.disc_start, args.disc_warmup, args.disc_ramp)]
     run.start(
@@ -181,7 +178,7 @@ def main(argv: list[str] | None = None) -> int:
         if args.gumbel:  # from soft choices to almost hard ones
             # DEPARTURE: a straight line; the official f8 model falls along a cosine, and almost to 0.
             vqgan.quantizer.temperature = max(1 / 16, 1 - step / (0.8 * run.planned_steps))
-        disc_on = uses_disc(args) and step > disc_steps[0]
+        disc_on = uses_disc and step > disc_steps[0]
         adv_fraction = adversarial_ramp(step, *disc_steps) if disc_on else None
 
         for batch in run.micro_batches(batches, *parallel):
@@ -203,7 +200,7 @@ def main(argv: list[str] | None = None) -> int:
             run.note(lr=lr * args.lr, adv_fraction=adv_fraction or 0.0, usage=usage, perplexity=perplexity)
             counts.zero_()
         if run.is_val_step:
-            validate(run, vqgan, val_set, perceptual, d_full=sum(disc_steps) if uses_disc(args) else 0)
+            validate(run, vqgan, val_set, perceptual, d_full=sum(disc_steps) if uses_disc else 0)
     if run.rank == 0 and run.is_last_step:
         finish(run, train_set)
     return run.exit_code
