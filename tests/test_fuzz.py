@@ -1,6 +1,4 @@
-"""Random damage to images and checkpoints: the answer is a result or one line, nothing hangs, and the file is left
-alone. FUZZ=2000 pytest -m slow tests/test_fuzz.py looks longer.
-"""
+"""Random damage to images, and random names of classes. FUZZ=2000 pytest -m slow tests/test_fuzz.py looks longer."""
 
 import io
 import os
@@ -15,8 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-import minvqgan
-from minvqgan.harness import data, official
+from minvqgan.harness import data
 from minvqgan.harness.runtime import UserError
 
 pytestmark = pytest.mark.slow
@@ -52,14 +49,6 @@ def spoil(content: bytes, way: str, r: random.Random) -> bytes:
     return damaged[way]
 
 
-def one_line(read) -> None:
-    """It works, or is refused in one line."""
-    try:
-        read()
-    except UserError as error:
-        assert len(str(error).strip().splitlines()) == 1 and str(error).isprintable()
-
-
 WAYS = st.sampled_from(["good", "cut", "flip", "noise", "tail"])
 MODES = st.sampled_from(["RGB", "RGBA", "CMYK", "L", "LA", "1", "P", "I", "F", "YCbCr"])
 SIZES = st.tuples(st.integers(1, 90), st.integers(1, 90))
@@ -69,6 +58,7 @@ FORMATS = st.sampled_from(["PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF"])
 @often
 @given(seed=st.integers(0, 2**32), mode=MODES, size=SIZES, file_format=FORMATS, way=WAYS)
 def test_images(tmp_path_factory, seed, mode, size, file_format, way):
+    """A result or one line; nothing hangs, and the file is left alone."""
     rng, r = np.random.default_rng(seed), random.Random(seed)
     folder = tmp_path_factory.mktemp("fuzz")
     content = spoil(image_file(mode, size, file_format, rng), way, r)
@@ -77,25 +67,14 @@ def test_images(tmp_path_factory, seed, mode, size, file_format, way):
     for i in range(2):
         (folder / f"good{i}.png").write_bytes(image_file("RGB", (20, 20), "PNG", rng))
 
-    def read():
+    try:
         for part in data.open_data(str(folder), 16):
             for batch in data.held_out_batches(part, 4, 4):
                 assert batch["image"].shape[1:] == (3, 16, 16)
                 assert batch["image"].isfinite().all() and batch["image"].abs().max() <= 1
-
-    one_line(read)
+    except UserError as error:  # too few are left
+        assert len(str(error).strip().splitlines()) == 1 and str(error).isprintable()
     assert odd.read_bytes() == content
-
-
-@often
-@given(seed=st.integers(0, 2**32), file=st.sampled_from(["rgb/best.pt", "class/best.pt"]), way=WAYS)
-def test_bytes_of_checkpoints(house, tmp_path_factory, seed, file, way):
-    path = tmp_path_factory.mktemp("fuzz") / "odd.pt"
-    path.write_bytes(spoil((house / file).read_bytes(), way, random.Random(seed)))
-    before = path.read_bytes()
-    one_line(lambda: minvqgan.load(path))
-    one_line(lambda: official.read(path))
-    assert path.read_bytes() == before
 
 
 FILE_NAMES = runpy.run_path(str(ROOT / "sample.py"))["file_names"]

@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import multiprocessing
 import os
 import signal
 import sys
@@ -89,7 +90,8 @@ def global_state_restored() -> Iterator[None]:
     except BaseException as error:
         # The traceback's variables keep a data loader alive, and Python would wait forever for its workers at the exit:
         # they ignore the SIGTERM that it sends them.
-        traceback.clear_frames(error.__traceback__)
+        if multiprocessing.active_children():
+            traceback.clear_frames(error.__traceback__)
         raise
     finally:
         if dist.is_initialized() and not had_group:
