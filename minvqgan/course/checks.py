@@ -198,6 +198,29 @@ def bits_per_pixel(student, g):
 
 
 @check
+def inside(student, g):
+    """the absolute change inside the f x f pixels of the code, divided by that of the whole image"""
+    f, (i, j) = _int(g, 2, 4), torch.randperm(6, generator=g)[:2].tolist()
+    table, blur = torch.randn(9, 3, generator=g), torch.randn(3, 3, 5, 5, generator=g)
+
+    def decode(indices: Tensor) -> Tensor:
+        colours = table[indices].permute(0, 3, 1, 2).repeat_interleave(f, 2).repeat_interleave(f, 3)
+        return F.conv2d(colours, blur, padding=2)
+
+    def right(decode, indices, i, j, code, f, size=torch.abs) -> float:
+        changed = indices.clone()
+        changed[0, i, j] = code
+        change = size(decode(changed) - decode(indices)).sum((0, 1))
+        return (change[f * i : f * i + f, f * j : f * j + f].sum() / change.sum()).item()
+
+    mistakes = {
+        "sum the absolute changes, not the squared ones": {"size": torch.square},
+        "this is the fraction outside the code's own pixels": lambda *args: 1 - right(*args),
+    }
+    _ask(student, (decode, torch.randint(8, (1, 6, 6), generator=g), i, j, 8, f), right, mistakes)
+
+
+@check
 def latent_size(student, g):
     """(h, w), or ValueError if f does not divide a side"""
 

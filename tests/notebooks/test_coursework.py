@@ -250,6 +250,10 @@ class Course:
     def __init__(self, folder: Path, *words: str):
         self.folder = folder
         coursework.main([str(folder), "--seed", "770077", "--hints", "1", *words])
+        for path in (folder / "source").glob("00*/*"):  # the instructor drops an exercise
+            source = nbformat.read(path, 4)
+            source.cells = [cell for cell in source.cells if not re.search(r"Exercise 0\.3|\binside\(", cell.source)]
+            nbformat.write(source, path)
 
     def source(self, name: str = TOUR):
         return nbformat.read(self.folder / "source" / name / f"{name}.ipynb", 4)
