@@ -4,7 +4,7 @@ import contextlib
 
 import pytest
 import torch
-from helpers import STAGE_ONE, STAGE_TWO, fixture, metrics_rows, relative_error, run_script
+from helpers import STAGE_ONE, STAGE_TWO, fixture, metrics_rows, relative_error, run_script, same_bits
 from torch import nn
 
 from minvqgan.discriminator import PatchDiscriminator
@@ -106,16 +106,24 @@ def fake_cuda(monkeypatch):
     """As much of torch.cuda as a recording asks for, on the CPU: the recording itself is one more call."""
     for name in ("Stream", "current_stream"):
         monkeypatch.setattr(torch.cuda, name, lambda: type("Stream", (), {"wait_stream": lambda *_: None})())
-    for name in ("stream", "graph"):
-        monkeypatch.setattr(torch.cuda, name, lambda *_, **__: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "stream", contextlib.nullcontext)
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Replayed)
     monkeypatch.setattr(torch.cuda, "get_rng_state", torch.get_rng_state)
     monkeypatch.setattr(torch.cuda, "set_rng_state", torch.set_rng_state)
 
 
 def test_what_python_does_around_a_recording(fake_cuda, monkeypatch):
-    """Inputs, gradients over micro-batches and after zero_grad, and nothing left of the calls before the recording."""
-    layer, norm = nn.Linear(3, 2), nn.BatchNorm1d(2)
+    """Inputs; gradients over micro-batches and after zero_grad; and the calls before a recording are undone, in buffers
+    and in the random generator."""
+    layer, norm, seen = nn.Linear(3, 2), nn.BatchNorm1d(2), []
+
+    def state() -> list:
+        return [norm.num_batches_tracked.clone(), norm.running_mean.clone(), torch.get_rng_state()]
+
+    @contextlib.contextmanager
+    def graph(*_, **__):
+        seen.append(state())
+        yield
 
     def function(x, weight):
         loss = layer(x).square().mean() if weight is None else weight * norm(layer(x)).pow(3).mean()
@@ -123,11 +131,13 @@ def test_what_python_does_around_a_recording(fake_cuda, monkeypatch):
         torch.rand(1)
         return loss.detach()
 
+    monkeypatch.setattr(torch.cuda, "graph", graph)
     recorded = CudaGraph(function, layer, norm)
     monkeypatch.setattr(Replayed, "recorded", recorded, raising=False)
     for weights in ((None,), (None, None), (1.0,), (0.5, 2.0), (3.0,)):
-        batches = [(torch.randn(4, 3), weight) for weight in weights]
+        batches, count, before = [(torch.randn(4, 3), weight) for weight in weights], len(seen), state()
         ours = [recorded(*batch).item() for batch in batches]
+        assert len(seen) == count + (weights in ((None,), (1.0,))) and all(same_bits(s, before) for s in seen[count:])
         found = [p.grad.clone() for p in layer.parameters()]
         layer.zero_grad()
         assert ours == pytest.approx([function(*batch).item() for batch in batches])
@@ -137,29 +147,6 @@ def test_what_python_does_around_a_recording(fake_cuda, monkeypatch):
         norm.zero_grad()
         with torch.no_grad():
             layer.weight.add_(0.1)
-
-
-def test_the_calls_before_a_recording_are_undone(fake_cuda, monkeypatch):
-    """In a module's buffers and in the random generator, before the recording begins."""
-    norm, seen = nn.BatchNorm1d(2), []
-
-    @contextlib.contextmanager
-    def graph(*_, **__):
-        seen.append((norm.num_batches_tracked.item(), norm.running_mean.clone(), torch.get_rng_state()))
-        yield
-
-    def function(x):
-        loss = norm(x + torch.rand(4, 2)).sum()
-        loss.backward()
-        return loss.detach()
-
-    monkeypatch.setattr(torch.cuda, "graph", graph)
-    recorded = CudaGraph(function, norm)
-    monkeypatch.setattr(Replayed, "recorded", recorded, raising=False)
-    before = torch.get_rng_state()
-    recorded(torch.randn(4, 2, generator=torch.Generator()))
-    ((count, mean, random),) = seen
-    assert count == 0 and mean.abs().max() == 0 and torch.equal(random, before)
 
 
 @pytest.mark.parametrize("name, index", [("cuda", 0), ("cuda:1", 1)])
