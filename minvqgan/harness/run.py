@@ -103,7 +103,7 @@ class Run:
         self.signal, self.agreed, self.signalled, self.row, total = 0, 0, math.inf, {}, self.args.steps
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self._note_signal)
-        self.began = time.time()
+        self.began, self.next_write = time.time(), 0.0
         with runtime.progress_bar(self.rank, initial=self.step, total=total) as self.bar:
             for step in range(self.step + 1, total + 1):
                 self.step, self.is_last_step = step, step == total
@@ -236,7 +236,10 @@ class Run:
         if self.rank > 0 or not row:
             return
         self.rows.append({"step": self.step, "seconds": self.seconds, **row})
-        self._try_to_write(self.out / "metrics.csv", write_csv, self.rows)
+        now = time.time()
+        if now >= self.next_write:
+            self._try_to_write(self.out / "metrics.csv", write_csv, self.rows)
+            self.next_write = time.time() + 20 * (time.time() - now)  # many rows may take 5 % of the time, no more
         shown = {name: f"{row[name]:.3f}" for name in self.shown if name in row}
         self.bar.set_postfix(shown)
         if self.is_log_step and not sys.stderr.isatty():  # a log file gets a line in place of the bar
@@ -251,6 +254,7 @@ class Run:
             own |= {"seconds": self.seconds, "values": values, "random": random, "flags": vars(self.args)}
             states = {n: part if isinstance(part, Tensor) else part.state_dict() for n, part in self.trained.items()}
             checkpoint.save(self.out / "last.pt", self.kind, **(self.content() | states | own))
+            self._try_to_write(self.out / "metrics.csv", write_csv, self.rows)
 
 
 def write_csv(path: Path, rows: list[dict[str, float]]) -> None:
