@@ -130,6 +130,17 @@ def test_resumed_equals_uninterrupted_bit_for_bit(folder, name):
     assert_same_run(folder / "whole", folder / "my run")
 
 
+def test_a_run_of_an_older_version_keeps_its_rows(folder):
+    trained(*PHOTOS)
+    rows, content = metrics_rows(folder / "run"), torch.load("run/last.pt", weights_only=True)
+    for name in ("threads", "rows", "values"):
+        del content[name]
+    torch.save(content, "run/last.pt")
+    trained("train_vqgan.py", "--resume", "--steps", "8")
+    resumed = metrics_rows(folder / "run")
+    assert resumed[: len(rows)] == rows and resumed[-1]["step"] == "8"
+
+
 def test_the_next_command_runs(folder):
     follow(trained(*PHOTOS), "next: ")
     assert checkpoint.read("runs/gpt/last.pt")["step"] == 6

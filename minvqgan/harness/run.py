@@ -59,6 +59,7 @@ class Run:
             parts = f"{self.world} processes x {args.accumulate} micro-batches"
             raise UserError(f"--batch-size {args.batch_size} cannot be split into {parts}")
         self.is_last_step, self.step, self.seconds_before, self.best, self.best_step = False, 0, 0.0, math.inf, 0
+        self.threads = 0  # chosen below
         self.planned_steps = args.steps  # --steps when the run began; --resume may give more
         self.pending: list[tuple[int, list[str], Tensor]] = []  # added, but still on the device
         self.values: dict[str, list[float]] = {}  # added since the last row, by this process
@@ -67,14 +68,15 @@ class Run:
         if saved:
             with checkpoint.door(self.out / "last.pt"):
                 for name in SAVED:
-                    setattr(self, name, saved[name])
-                self.seconds_before = saved["seconds"]
-                if self.rank < len(saved["values"]):  # a run may be resumed with more processes
-                    self.values = saved["values"][self.rank]
+                    setattr(self, name, saved.get(name, getattr(self, name)))
+                if "threads" not in saved:  # a run of an older version, whose rows are in metrics.csv alone
+                    self.rows = read_csv(self.out / "metrics.csv")
+                self.seconds_before, values = saved["seconds"], saved.get("values", [])
+                if self.rank < len(values):  # a run may be resumed with more processes
+                    self.values = values[self.rank]
             if self.step >= args.steps:
                 raise UserError(f"{self.out} is at step {self.step} of {args.steps} already; give more --steps")
-        else:
-            self.threads = runtime.fastest_threads()
+        self.threads = self.threads or runtime.fastest_threads()
         torch.set_num_threads(min(self.threads, torch.get_num_threads()))
 
     def start(self, trained: dict, content: Callable[[], dict], line: str) -> None:
@@ -264,3 +266,9 @@ def write_csv(path: Path, rows: list[dict[str, float]]) -> None:
         writer = csv.DictWriter(file, columns, restval="", lineterminator="\n")
         writer.writeheader()
         writer.writerows({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()} for row in rows)
+
+
+def read_csv(path: Path) -> list[dict[str, float]]:
+    with path.open(newline="") as file:
+        rows = [{name: float(value) for name, value in row.items() if value} for row in csv.DictReader(file)]
+    return [row | {"step": int(row["step"])} for row in rows]
