@@ -50,7 +50,7 @@ def figure(rows: list[dict], names: list[str], path) -> None:
     fig, axes = plt.subplots(1, len(pairs), figsize=(4 * len(pairs), 3.4), layout="constrained")
     plain = next(row for row in rows if row["sampling"] == "as it is")
     for axis, (across, up) in zip(axes, pairs, strict=True):
-        for family in list(FAMILIES)[1:]:
+        for family in dict.fromkeys(row["sampling"] for row in rows if row["sampling"] in list(FAMILIES)[1:]):
             points = [plain] + [row for row in rows if row["sampling"] == family]
             axis.plot([q[across] for q in points], [q[up] for q in points], "o-", ms=3, label=family)
         axis.plot(plain[across], plain[up], "ko", label="as it is")
