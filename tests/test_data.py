@@ -270,6 +270,7 @@ def test_links_are_followed_and_loops_are_not(tmp_path, capfd):
     make_photos(tmp_path / "data" / "dogs", n=2)
     data_folder = tmp_path / "data"
     (data_folder / "cats").symlink_to(tmp_path / "far" / "cats")
+    (data_folder / "best").symlink_to("dogs")  # before the folder itself
     links = {"again": data_folder, "up": tmp_path, "all": "/", "itself": "itself", "gone.png": "nothing"}
     for name, to in links.items():
         (data_folder / "dogs" / name).symlink_to(to)

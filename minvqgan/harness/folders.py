@@ -12,6 +12,7 @@ Without a split, 5 % of the images are held out, chosen by a hash of their names
 import hashlib
 import os
 from collections import Counter
+from pathlib import Path
 from typing import NamedTuple
 
 from .imagefiles import EXTENSIONS, open_image
@@ -40,12 +41,14 @@ def _listed(names, most: int = 3) -> str:
 
 def _find(root: str, notes: list[str]) -> list[str]:
     """The files in root with an image's ending: paths relative to it, sorted. Links are followed, but to no folder
-    twice, and to none that root lies in, which would be a walk through the whole machine."""
-    found, others, seen, top = [], Counter(), set(), os.path.realpath(root)
-    for folder, inside, names in os.walk(root, followlinks=True):
+    twice, to none in root, and to none that root lies in, which would be a walk through the whole machine."""
+    found, others, seen, top = [], Counter(), set(), Path(root).resolve()
+    closed = "folder that cannot be opened"
+    for folder, inside, names in os.walk(root, followlinks=True, onerror=lambda error: others.update([closed])):
         inside[:] = sorted(name for name in inside if not name.startswith("."))  # which of two links comes first
-        real = os.path.realpath(folder)
-        if real in seen or (folder != root and top.startswith(os.path.join(real, ""))):
+        real = Path(folder).resolve()
+        returns = folder != root and os.path.islink(folder) and (real.is_relative_to(top) or top.is_relative_to(real))
+        if returns or real in seen:
             inside.clear()
             continue
         seen.add(real)
