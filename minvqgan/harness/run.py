@@ -70,7 +70,7 @@ class Run:
                 for name in SAVED:
                     setattr(self, name, saved.get(name, getattr(self, name)))
                 if "threads" not in saved:  # a run of an older version, whose rows are in metrics.csv alone
-                    self.rows = read_csv(self.out / "metrics.csv")
+                    self.rows = [row for row in read_csv(self.out / "metrics.csv") if row["step"] <= self.step]
                 self.seconds_before, values = saved["seconds"], saved.get("values", [])
                 if self.rank < len(values):  # a run may be resumed with more processes
                     self.values = values[self.rank]
