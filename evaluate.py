@@ -278,7 +278,8 @@ def reconstruct(args, model: VQGAN, device: torch.device) -> None:
         quality = ", ".join(f"{key} {value.item():.2f}" for key, value in numbers.items())
         bits = indices.numel() * math.ceil(math.log2(c.codebook_size))
         pixel_bits = 8 * H * W * (1 if labels else c.in_channels)
-        print(f"{path}: {H} x {W}, {quality}, {bits:,} bits of codes for {pixel_bits:,} of pixels")
+        line = f"{path}: {H} x {W}, {quality}, {bits:,} bits of codes for {pixel_bits:,} of pixels"
+        print(runtime.printable(line))  # the names of files in a folder may hold control characters
 
 
 @torch.no_grad()

@@ -228,22 +228,23 @@ def test_a_mirrored_copy_of_a_training_image_is_found(tmp_path, capsys):
 @pytest.mark.parametrize("name, size", [("vqgan", (21, 35)), ("vqgan", (1, 1)), ("labels", (12, 9))])
 def test_images_of_any_size_to_codes_and_back(models, tmp_path, name, size):
     """The codes are those of the padded image, the three panels have the image's own size, PSNR is torchmetrics'."""
-    H, W = size
+    (H, W), sub = size, "sub\x1b[2J"
     rng = np.random.default_rng(0)
     pixels = rng.integers(0, 9 if name == "labels" else 256, (H, W, 3)[: 2 if name == "labels" else 3], dtype=np.uint8)
-    (tmp_path / "in" / "sub").mkdir(parents=True)
-    Image.fromarray(pixels).save(tmp_path / "in" / "sub" / "a.png")
+    (tmp_path / "in" / sub).mkdir(parents=True)
+    Image.fromarray(pixels).save(tmp_path / "in" / sub / "a.png")
     (tmp_path / "in" / "broken.png").write_text("not an image")
     words = ["evaluate.py", "--vqgan", f"{name}/last.pt", "--out", tmp_path / "out"]
     done = run_inside(*words, "--reconstruct", tmp_path / "in", cwd=models)
     assert done.returncode == 0 and "skipped: " in done.stdout, done.stderr
+    assert "\x1b" not in done.stdout
     model = checkpoint.load_vqgan(models / name / "last.pt")
-    x = data.open_image(tmp_path / "in" / "sub" / "a.png", model.config.input_kind, model.config.in_channels)
+    x = data.open_image(tmp_path / "in" / sub / "a.png", model.config.input_kind, model.config.in_channels)
     rows, columns = (torch.arange(-(-side // 2) * 2).clamp(max=side - 1) for side in size)  # the border once more
     indices = model.encode_indices(x[:, :, rows][:, :, :, columns])
-    codes = np.load(tmp_path / "out" / "sub_a.png.npy")
+    codes = np.load(tmp_path / "out" / f"{sub}_a.png.npy")
     assert codes.dtype == np.uint16 and (codes == indices[0].numpy()).all()
-    shown = np.asarray(Image.open(tmp_path / "out" / "sub_a.png.png"))
+    shown = np.asarray(Image.open(tmp_path / "out" / f"{sub}_a.png.png"))
     assert shown.shape == (H, 3 * W, 3)
     assert f"{codes.size * 4:,} bits of codes for {pixels.size * 8:,} of pixels" in done.stdout
     if name == "vqgan":
@@ -252,9 +253,9 @@ def test_images_of_any_size_to_codes_and_back(models, tmp_path, name, size):
         psnr = peak_signal_noise_ratio(x_hat, x, data_range=2.0).item()
         assert f"psnr {psnr:.2f}" in done.stdout
         assert abs(shown[:, W : 2 * W] - ((x_hat[0] + 1) * 127.5).permute(1, 2, 0).numpy()).max() < 0.51
-        done = run_inside(*words, "--decode", tmp_path / "out" / "sub_a.png.npy", cwd=models)
+        done = run_inside(*words, "--decode", tmp_path / "out" / f"{sub}_a.png.npy", cwd=models)
         assert done.returncode == 0, done.stderr
-        decoded = np.asarray(Image.open(tmp_path / "out" / "sub_a.png.decoded.png"))
+        decoded = np.asarray(Image.open(tmp_path / "out" / f"{sub}_a.png.decoded.png"))
         assert (decoded[:H, :W] == shown[:, W : 2 * W]).all()
 
 
