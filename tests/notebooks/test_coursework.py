@@ -116,6 +116,12 @@ def merged(notebook):
     return notebook
 
 
+def tried(notebook):
+    """The function and a call of it in one cell."""
+    cell_of(notebook, "to_model_range").source += "\n\ntry:\n    to_model_range\nexcept NotImplementedError:\n    pass"
+    return notebook
+
+
 def without_metadata(notebook):
     for cell in notebook.cells:
         cell.metadata = {}
@@ -189,6 +195,7 @@ CLASS = [
     Student("deleted", deleted, 4),
     Student("moved", moved, 4),
     Student("merged", merged, 4),
+    Student("tried", tried, 4),
     Student("lost", without_metadata, 4),
     Student("above", stub_below, 2, look="a solution above the stub", told="the stub below replaces it"),
     Student("text", as_markdown, 2, told="still to be written"),
