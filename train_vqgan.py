@@ -83,7 +83,7 @@ def parse_flags(argv: list[str] | None = None):
     t.add_argument("--checkpoint-grad", action="store_true", help="less memory, more time: recompute G's activations")
     t.add_argument("--lr", type=flags.rate, help="learning rate of Adam (betas 0.5, 0.9) for E, G and the codebook")
     t.add_argument("--disc-lr", type=flags.rate, help="learning rate of D's Adam")
-    t.add_argument("--base-lr", type=flags.rate, help="in place of both: their rate for each image of the batch")
+    t.add_argument("--base-lr", type=flags.rate, help="both for each image of the batch, where the preset gives none")
     t.add_argument("--lr-decay", type=flags.fraction, help="last fraction of the steps, over which lr falls to 5 %%")
     t.add_argument("--revive-every", type=flags.natural, help="steps between revivals of dead codes; 0: never")
     t.add_argument("--disc-start", type=flags.fraction, help="fraction of the steps after which D begins to learn")
