@@ -102,6 +102,10 @@ def parse_flags(argv: list[str] | None = None):
 def check(args) -> None:
     """Fill in what follows from other flags. Raises UserError for flags that contradict each other."""
     if args.input == "labels":
+        if args.loss == "vqvae":
+            raise UserError(
+                "--loss vqvae compares pixels; of --input labels the loss is cross-entropy, without the flag"
+            )
         args.loss = "labels"
     elif args.loss == "labels":
         raise UserError(f"--loss labels needs --input labels, not {args.input}")

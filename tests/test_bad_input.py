@@ -14,7 +14,7 @@ import torch
 from helpers import STAGE_ONE, STAGE_TWO, assert_one_line_error, make_photos, run_inside, torchrun
 from PIL import Image
 
-from minvqgan.harness import checkpoint
+from minvqgan.harness import checkpoint, processes
 from minvqgan.harness.judges import Classifier, save_classifier
 
 VQGAN = [*STAGE_ONE, "--data", "photos", "--out", "new"]
@@ -35,6 +35,7 @@ MISTAKES = {
         --device cuda:7 => --device cuda:7 cannot be used here
         --input labels => needs --num-labels
         --loss labels => needs --input labels
+        --loss vqvae --input labels --num-labels 3 => --loss vqvae compares pixels
         --disc-start 2 => --disc-start: 2.0 is not a number from 0 to 1
         --disc-lr 0 => --disc-lr: 0.0 is not a number above 0
         --num-res-blocks 0 => --num-res-blocks is 0, not a whole number from 1
@@ -82,6 +83,11 @@ MISTAKES = {
         nowhere.pt => no checkpoint at nowhere.pt""",
     "EVALUATE": "--gpt none/best.pt --image-size 20 => --image-size 20",
 }
+
+
+def test_a_rank_that_torchrun_has_not_set_means_nothing(monkeypatch):
+    monkeypatch.setenv("RANK", "3")  # some clusters leave it in every shell
+    assert processes.start(torch.device("cpu")) == (0, 1)
 
 
 def assert_refused(house, words, *answer) -> None:

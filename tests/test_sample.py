@@ -27,15 +27,21 @@ def test_table_of_tokens_is_what_encoding_on_the_fly_gives(house, tmp_path):
     assert {tuple(t.tolist()) for t in two_epochs} == {tuple(t.tolist()) for t in s.flatten(0, 1)}
 
 
-def test_codes_are_computed_anew_if_images_were_added(house, tmp_path):
-    words = [*STAGE_TWO, "--vqgan", house / "rgb/last.pt", "--cond", "none", "--data", "photos", "--out", "run"]
-    for n in (6, 9):
-        make_photos(tmp_path / "photos", n=n, size=(16, 16))
-        resume = ["train_gpt.py", "--out", "run", "--resume", "--steps", "8"]
-        done = run_inside(*(words if n == 6 else resume), cwd=tmp_path)
-        assert done.returncode == 0 and "computing the codes" in done.stdout, done.stderr
-        train, _ = data.open_data(str(tmp_path / "photos"), 16)
-        assert len(checkpoint.read(tmp_path / "run" / "codes.pt")["s"]) == len(train)
+def test_codes_are_computed_anew_for_other_images_and_in_place_of_a_broken_file(house, tmp_path):
+    def trained(*words):
+        return run_inside("train_gpt.py", *words, "--out", "run", cwd=tmp_path).stdout
+
+    make_photos(tmp_path / "photos", n=6, size=(16, 16))
+    first = [*STAGE_TWO[1:], "--vqgan", house / "rgb/last.pt", "--cond", "none", "--data", "photos"]
+    assert "computing the codes" in trained(*first)
+    assert "computing the codes" not in trained("--resume", "--steps", "7")
+    make_photos(tmp_path / "photos", n=9, size=(16, 16))
+    assert "computing the codes" in trained("--resume", "--steps", "8")
+    make_photos(tmp_path / "others", n=9, size=(16, 16))
+    assert "computing the codes" in trained("--resume", "--steps", "9", "--data", "others")
+    (tmp_path / "run" / "codes.pt").write_bytes(b"")
+    assert "computing the codes" in trained("--resume", "--steps", "10")
+    assert len(checkpoint.read(tmp_path / "run" / "codes.pt")["s"]) == len(data.open_data(f"{tmp_path}/others", 16)[0])
 
 
 def test_mirrored_images_keep_the_coordinates_of_their_place(tmp_path):

@@ -4,6 +4,7 @@ The first-stage model is frozen. An image that is always shown whole (or mirrore
 encoding it again in every epoch would cost more than the transformer's own step.
 """
 
+import contextlib
 from collections.abc import Callable, Iterator
 
 import torch
@@ -70,11 +71,12 @@ def table(model: TwoStage, dataset: Images, to_c, device, workers=0, rank=0, wor
 
 def kept_table(run: Run, model: TwoStage, dataset: Images, to_c) -> tuple[Tensor, Tensor]:
     """`table` of the whole dataset, computed by all processes together and kept in the run folder. A resumed run finds
-    it there; if the number of images has changed, it is computed anew."""
-    path, found = run.out / "codes.pt", None
-    if run.step and path.exists():
-        found = checkpoint.read(path, "codes")
-    if not all(processes.gather(found is not None and len(found["s"]) == len(dataset))):
+    it there; if --data or the number of images has changed, or the file is broken, it is computed anew."""
+    path, found, images = run.out / "codes.pt", {}, [run.args.data, len(dataset)]
+    if run.step:
+        with contextlib.suppress(UserError):
+            found = checkpoint.read(path, "codes")
+    if not all(processes.gather(found.get("images") == images)):
         if len(dataset) < run.world:
             raise UserError(f"{len(dataset)} training images are too few for {run.world} processes")
         run.say(f"computing the codes of {len(dataset)} images, once")
@@ -82,7 +84,7 @@ def kept_table(run: Run, model: TwoStage, dataset: Images, to_c) -> tuple[Tensor
         found = {name: processes.gathered(rows) for name, rows in zip("sr", own, strict=True)}
         if run.rank == 0:
             path.parent.mkdir(parents=True, exist_ok=True)
-            checkpoint.save(path, "codes", **found)
+            checkpoint.save(path, "codes", images=images, **found)
     return found["s"], found["r"]
 
 
