@@ -103,9 +103,7 @@ def check(args) -> None:
     """Fill in what follows from other flags. Raises UserError for flags that contradict each other."""
     if args.input == "labels":
         if args.loss == "vqvae":
-            raise UserError(
-                "--loss vqvae compares pixels; of --input labels the loss is cross-entropy, without the flag"
-            )
+            raise UserError("--loss vqvae compares pixels; for --input labels leave --loss out")
         args.loss = "labels"
     elif args.loss == "labels":
         raise UserError(f"--loss labels needs --input labels, not {args.input}")
