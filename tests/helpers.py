@@ -6,10 +6,8 @@ import io
 import os
 import runpy
 import signal
-import struct
 import subprocess
 import sys
-import zlib
 from pathlib import Path
 
 import numpy as np
@@ -177,13 +175,3 @@ def make_photos(folder: Path, n: int = 8, size: tuple[int, int] = (40, 36), seed
         coarse.resize(size, Image.Resampling.BICUBIC).save(path)
         paths.append(path)
     return paths
-
-
-def png_that_claims(width: int, height: int) -> bytes:
-    """A small file whose header promises a gigantic image."""
-    buffer = io.BytesIO()
-    Image.new("RGB", (1, 1)).save(buffer, "PNG")
-    content = bytearray(buffer.getvalue())
-    content[16:24] = struct.pack(">II", width, height)
-    content[29:33] = struct.pack(">I", zlib.crc32(content[12:29]))  # the header's checksum
-    return bytes(content)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from helpers import fixture, relative_error
 
-from minvqgan.gpt import GPT, GPTConfig, KVCache, parameter_groups
+from minvqgan.gpt import GPT, GPTConfig, KVCache
 from minvqgan.harness import official
 from minvqgan.orders import ORDERS
 
@@ -53,26 +53,16 @@ def test_cached_equals_full(gpt, parts):
     assert torch.allclose(last, logits[:, -1:], atol=1e-5)
 
 
-def test_too_many_tokens(gpt):
+def test_what_no_transformer_can_be_or_read(gpt):
     with pytest.raises(ValueError, match="21 tokens are more than the 20"):
         gpt(torch.zeros(1, 21, dtype=torch.long))
-
-
-def test_configs_that_no_transformer_can_have():
-    with pytest.raises(ValueError, match="--n-head 3 does not divide --n-embd 8"):
-        GPTConfig(4, 1, 4, n_head=3, n_embd=8)
-    with pytest.raises(ValueError, match="--n-layer is 0, not a whole number from 1 to 1000"):
-        GPTConfig(4, 1, 4, n_layer=0)
-    with pytest.raises(ValueError, match="a transformer cannot have 4 codes, -1 condition tokens"):
-        GPTConfig(4, -1, 4)
-
-
-def test_decay_on_matrices_only(gpt):
-    decayed, others = (group["params"] for group in parameter_groups(gpt, 0.1))
-    names = {id(p): name for name, p in gpt.named_parameters()}
-    assert len(decayed) + len(others) == len(names)
-    assert all(names[id(p)].endswith("weight") and p.ndim == 2 for p in decayed)
-    assert {"token_embedding.weight", "position_embedding", "norm.weight"} <= {names[id(p)] for p in others}
+    for wrong, match in (
+        ({"n_head": 3, "n_embd": 8}, "--n-head 3 does not divide --n-embd 8"),
+        ({"n_layer": 0}, "--n-layer is 0, not a whole number from 1 to 1000"),
+        ({"num_cond": -1}, "a transformer cannot have 4 codes, -1 condition tokens"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            GPTConfig(**{"num_codes": 4, "num_cond": 1, "block_size": 4} | wrong)
 
 
 @pytest.mark.parametrize("name", [name for name in ORDERS if name != "row"])

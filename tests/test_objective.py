@@ -1,5 +1,7 @@
 """The objective of stage one against autograd by the definition: the losses, lambda, the step; and D."""
 
+import math
+
 import pytest
 import torch
 from helpers import NoFloat64
@@ -145,6 +147,9 @@ def test_label_maps_and_vqvae(parts):
         ("vqvae", (x**2).mean(), (x, 0 * x)),
     ):
         assert reconstruction_loss(*pair, ObjectiveConfig(loss))["rec_loss"] == pytest.approx(truth.item())
+    found = metrics.label_metrics(one_hot, one_hot.roll(1, 3))  # of a row's three pixels none is right
+    assert found["pixel_accuracy"].tolist() == [0]
+    assert found["cross_entropy"].tolist() == pytest.approx([math.log(2 + math.e)])
 
 
 def test_lambda_by_hand():

@@ -72,6 +72,7 @@ def test_a_run_leaves_what_it_promises(house, name):
     rows = metrics_rows(house / name)
     assert [row["step"] for row in rows] == ["2", "3", "4", "6"] and float(rows[0]["seconds"]) > 0
     assert [row["step"] for row in rows if row["lr"]] == ["2", "4", "6"]
+    assert any(row.get("disc_loss") for row in rows) == (name == "rgb"), "no D for label maps"
     assert [row["step"] for row in rows if row["val_nats" if second else "val_usage"]] == ["3", "6"]
     assert json.loads((house / name / "config.json").read_text())["flags"]["steps"] == 6
     model = minvqgan.load(house / name / "best.pt")
@@ -326,13 +327,6 @@ def test_help_comes_as_soon_as_torch_is_there(words):
 )
 def test_variants_run(folder, flags):
     trained(*STAGE_ONE, *flags.split())
-
-
-def test_label_maps_are_learned_with_cross_entropy(folder):
-    trained(*STAGE_ONE, *"--input labels --num-labels 9 --steps 40 --val-every 20".split())
-    first, last = (row for row in metrics_rows(folder / "run") if row["val_usage"])
-    assert float(last["val_cross_entropy"]) < float(first["val_cross_entropy"])
-    assert float(last["val_pixel_accuracy"]) > 0.4 and "disc_loss" not in last
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
