@@ -26,7 +26,7 @@ from pathlib import Path
 
 import nbformat
 
-from minvqgan.course import checks, marking
+from minvqgan.course import checking, checks, marking
 
 HERE = Path(__file__).resolve().parent
 CAPSTONE = HERE / "09_from_scratch.ipynb"
@@ -238,8 +238,9 @@ def result_of(paths: list[Path], source, kept: Path) -> dict:
     try:
         # The newest in which something was written.
         path = max(paths, key=lambda path: (marking.peek(path, source)[1], path.stat().st_mtime, path.name))
-        used = [path.read_bytes(), Path(checks.__file__).read_bytes(), Path(marking.__file__).read_bytes()]
-        now = hashlib.sha256(b"".join([*used, nbformat.writes(source).encode()])).hexdigest()
+        used = [path, *(Path(module.__file__) for module in (checking, checks, marking))]
+        parts = [nbformat.writes(source).encode(), *(file.read_bytes() for file in used)]
+        now = hashlib.sha256(b"".join(parts)).hexdigest()
         result = {}
         with contextlib.suppress(OSError, ValueError):  # not marked yet, or cut off while it was written
             result = json.loads(kept.read_text())

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from helpers import ROOT
 from torch import Tensor, nn
 
-from minvqgan.course import checks
+from minvqgan.course import checking, checks
 
 sys.path.insert(0, str(ROOT / "notebooks"))
 from coursework import BEGIN, END, without
@@ -71,7 +71,7 @@ def mutated(name: str, old: str, new: str) -> str:
 @functools.cache
 def said(name: str, old: str, new: str, seed: int) -> str:
     with pytest.raises(AssertionError) as error:
-        checks.ALL[name](function(name, mutated(name, old, new)), seed=seed)
+        checking.ALL[name](function(name, mutated(name, old, new)), seed=seed)
     return str(error.value)
 
 
@@ -90,18 +90,18 @@ ALSO_RIGHT = [
 @pytest.mark.parametrize(("name", "old", "new"), ALSO_RIGHT)
 def test_other_right_answers_are_right(name, old, new):
     for seed in (0, 5):
-        checks.ALL[name](function(name, mutated(name, old, new)), seed=seed)
+        checking.ALL[name](function(name, mutated(name, old, new)), seed=seed)
 
 
 def test_every_exercise_has_a_check_and_wrong_answers():
-    assert SOLUTIONS.keys() == {name for name, *_ in WRONG} == checks.ALL.keys()
+    assert SOLUTIONS.keys() == {name for name, *_ in WRONG} == checking.ALL.keys()
 
 
 @pytest.mark.parametrize("name", SOLUTIONS)
 def test_the_solution_is_right_with_any_seed(name, capsys):
     seeds = (0, 1, 20201217) if name in ("stage_one", "learn") else range(10)
     for seed in seeds:
-        checks.ALL[name](function(name, SOLUTIONS[name]), seed=seed)
+        checking.ALL[name](function(name, SOLUTIONS[name]), seed=seed)
     assert capsys.readouterr().out.count(f"right: {name}") == len(seeds)
 
 
@@ -127,7 +127,8 @@ def sentences() -> list[str]:
             if isinstance(node.value, str):
                 found.append(re.escape(node.value))
 
-    Strings().visit(ast.parse(Path(checks.__file__).read_text()))
+    for module in (checking, checks):
+        Strings().visit(ast.parse(Path(module.__file__).read_text()))
     return [pattern for pattern in found if pattern.count(" ") > 3]
 
 
@@ -144,4 +145,4 @@ def test_the_stub_is_explained(name):
     typed = stub.forward if isinstance(stub, type) else stub
     assert stub.__doc__ and len(stub.__doc__) > 20 and typed.__annotations__
     with pytest.raises(NotImplementedError, match="still to be written"):
-        checks.ALL[name](stub)
+        checking.ALL[name](stub)

@@ -33,8 +33,8 @@ STUB = "{} is still to be written: replace this line"
 # Words that no solution needs and that reach the checks, their source or the files of the machine.
 SUSPICIOUS = re.compile(
     r"_getframe|currentframe|f_back|f_locals|\bgc\.|settrace|setprofile|\bsys\.|\bsetattr\(|__code__|__globals__|ctypes"
-    r"|subprocess|get_ipython|\bIn\[|\b_ih\b|\bchecks\.[\w.]+\s*=(?!=)|importlib|\breload\(|__path__|__import__|builtins"
-    r"|__dict__|input_transformer|(?<![.\w])(?:open|exec|eval|globals|getattr)\(|read_text|read_bytes|\bos\.|\bglob\b"
+    r"|subprocess|get_ipython|\bIn\[|\b_ih\b|\bcheck(?:s|ing)\.[\w.]+\s*=(?!=)|importlib|\breload\(|__path__|__import__"
+    r"|builtins|__dict__|input_transformer|(?<![.\w])(?:open|exec|eval|globals|getattr)\(|read_text|read_bytes|\bos\.|\bglob\b"
     r"|__file__|\binspect\b|\.ipynb|__torch_function__|TorchFunctionMode|TorchDispatchMode|\bTensor\.\w+\s*=(?!=)"
     r"|__eq__|base64|faulthandler"
 )
@@ -147,10 +147,11 @@ def watched() -> dict[str, tuple]:
 
     import torch
 
-    from minvqgan.course import checks
+    from minvqgan.course import checking, checks
 
-    things = [checks, builtins, functools, itertools, math, operator, torch, torch.autograd, torch.nn.functional]
-    things += [torch.nn, torch.Tensor, torch.nn.Module, *(v for v in vars(checks).values() if isinstance(v, type))]
+    things = [checks, checking, builtins, functools, itertools, math, operator, torch, torch.autograd, torch.nn]
+    things += [torch.nn.functional, torch.Tensor, torch.nn.Module, checking.Wrong]
+    things += [value for value in vars(checks).values() if isinstance(value, type)]
     # torch replaces manual_seed when it first compiles something and Storage with the default dtype, copy adds
     # __slotnames__, IPython uses _.
     ignored = ("manual_seed", "Storage", "__slotnames__", "_")
@@ -164,10 +165,10 @@ def work(job: dict, report: Callable) -> None:
     import torch
     from IPython.core.interactiveshell import InteractiveShell
 
-    from minvqgan.course import checks
+    from minvqgan.course import checking, checks
 
     shell, own = InteractiveShell.instance(), {}
-    checks.on_call = lambda: report("call", None, None)
+    checking.on_call = lambda: report("call", None, None)
     before, execute = watched(), exec
     for number, (code, defined) in enumerate(job["cells"]):
         if number not in job["skip"]:
