@@ -12,7 +12,6 @@ Letters: B batch, C channels, H x W pixels, h' x w' patches of D.
 """
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
@@ -21,9 +20,7 @@ from torch import Tensor, nn
 
 from .options import check, option
 from .quantizer import Quantized
-
-if TYPE_CHECKING:
-    from .vqgan import VQGAN
+from .vqgan import VQGAN
 
 
 @dataclass
@@ -99,24 +96,29 @@ def adversarial_ramp(step: int, start: int, warmup: int, ramp: int) -> float:
     """Fraction in [0, 1] of the adversarial gradient that reaches G at `step`.
 
     D learns from `start` on (in the paper after at least one epoch), alone for `warmup` steps; then its gradient is
-    ramped in over `ramp` steps. DEPARTURE: in the official code (warmup = ramp = 0) an untrained D has full weight from
+    ramped in over `ramp` steps. Example: start 100, warmup 50, ramp 10: 0 up to step 150, 0.5 at 155, 1 from 160 on.
+    DEPARTURE: in the official code (warmup = ramp = 0) an untrained D has full weight from
     its first step, because lambda scales any gradient to the length of L_rec's. Reconstructions break there.
     """
     return min(1.0, max(0.0, (step - start - warmup) / max(1, ramp)))
 
 
-def adaptive_weight(rec_grad: Tensor, gan_grad: Tensor, max_lambda: float = 1e4, delta: float = 1e-6) -> Tensor:
-    """lambda of Eq. 7, a detached scalar, from the gradients of L_rec and L_GAN with respect to G_L's weights.
+def adaptive_weight(
+    rec_grad: Tensor, gan_grad: Tensor, max_lambda: float = 1e4, delta: float = 1e-6, fixed: float = 0.0
+) -> Tensor:
+    """lambda of Eq. 7, a detached scalar, from the gradients of L_rec and L_GAN with respect to G_L's weights; or the
+    constant `fixed`, if it is not 0.
 
     DEPARTURE: the cap max_lambda. When D can no longer tell real from fake its gradient is noise, yet lambda scales it
     to the length of L_rec's: G changes faster than D learns, and D collapses (disc_loss 1.0). The official cap of 1e4
     is never reached; ours is near the lambda of a D that still learns.
     """
-    return (rec_grad.norm() / (gan_grad.norm() + delta)).clamp(max=max_lambda).detach()
+    lambda_ = (rec_grad.norm() / (gan_grad.norm() + delta)).clamp(max=max_lambda).detach()
+    return torch.full_like(lambda_, fixed) if fixed else lambda_
 
 
 def textbook_step(
-    vqgan: "VQGAN",
+    vqgan: VQGAN,
     disc: nn.Module,
     perceptual: nn.Module | None,
     x: Tensor,
@@ -134,9 +136,7 @@ def textbook_step(
     last_layer = vqgan.decoder.conv_out.weight
     (rec_grad,) = torch.autograd.grad(rec_loss, last_layer, retain_graph=True)
     (gan_grad,) = torch.autograd.grad(gen_loss, last_layer, retain_graph=True)
-    lambda_ = adaptive_weight(rec_grad, gan_grad, config.max_lambda, config.delta)  # Eq. 7
-    if config.fixed_lambda:
-        lambda_ = torch.full_like(lambda_, config.fixed_lambda)
+    lambda_ = adaptive_weight(rec_grad, gan_grad, config.max_lambda, config.delta, config.fixed_lambda)  # Eq. 7
 
     (rec_loss + quantized.loss + adv_fraction * config.disc_weight * lambda_ * gen_loss).backward()  # Eq. 6, over G
 
@@ -146,7 +146,7 @@ def textbook_step(
 
 
 def stage_one_step(
-    vqgan: "VQGAN",
+    vqgan: VQGAN,
     disc: nn.Module | None,
     perceptual: nn.Module | None,
     x: Tensor,
@@ -166,9 +166,11 @@ def stage_one_step(
 
         d(L_rec + lambda L_GAN)/d theta = (d x_hat/d theta)^T (dL_rec/dx_hat + lambda dL_GAN/dx_hat)
 
-    So each loss goes back to x_hat once. Both gradients then pass through the last layer alone, which gives the norms
-    for lambda, and their weighted sum through the whole network. (The textbook runs the perceptual network and D
-    backward twice, and D forward three times.) Losses are in float32 at least, also for a model in half precision.
+        x -> E -> q -> G -> G_L -> x_hat -+-> perceptual network -> L_rec
+                                          +-> D -----------------> L_GAN
+
+    1. Each loss goes back to x_hat.  2. Both gradients go on through G_L alone, which gives lambda.  3. Their weighted
+    sum goes through G_L, G, q and E. (The textbook runs the perceptual network and D backward twice, D forward thrice.)
 
     DEPARTURE: the official code makes new reconstructions for D's step, with the weights just updated. Here D learns
     from those that G learned from, one step older.
@@ -178,41 +180,41 @@ def stage_one_step(
     autocast = torch.autocast(x.device.type, torch.bfloat16, enabled=amp)
     with autocast:
         x_hat, quantized = vqgan(x)
-    dtype = torch.promote_types(x.dtype, torch.float32)
-    x_hat, real = x_hat.to(dtype), x.to(dtype)
-    x_leaf = x_hat.detach().requires_grad_()  # the gradients of the losses are taken here
+    x_hat = x_hat.to(x.dtype)  # losses in float32, whatever the networks run in
+    x_leaf = x_hat.detach().requires_grad_()  # what the losses see: their gradients stop here
 
+    # 1. Each loss goes back to x_hat.
     with autocast:
-        terms = reconstruction_loss(real, x_leaf, config, perceptual) | {"codebook_loss": quantized.loss}
+        terms = reconstruction_loss(x, x_leaf, config, perceptual) | {"codebook_loss": quantized.loss}
     (grad,) = torch.autograd.grad(terms["rec_loss"], x_leaf)
-    if adv_fraction is not None:
-        assert disc is not None, "adv_fraction is that of D's gradient"
+    if disc is not None and adv_fraction is not None:
         with autocast:
-            logits_real, logits_fake = disc(x).to(dtype), disc(x_leaf.to(x.dtype)).to(dtype)  # each (B, 1, h', w')
+            logits_real, logits_fake = disc(x).to(x.dtype), disc(x_leaf).to(x.dtype)  # each (B, 1, h', w')
         terms["gen_loss"] = generator_loss(logits_fake, config.disc_loss)
         # The gradient of x_leaf alone, so that G's loss leaves none in D.
         (gan_grad,) = torch.autograd.grad(terms["gen_loss"], x_leaf, retain_graph=True)
-        at_last_layer = last_layer_gradients(vqgan, x_hat, grad, gan_grad)
-        terms["lambda"] = adaptive_weight(*at_last_layer, config.max_lambda, config.delta)  # Eq. 7
-        if config.fixed_lambda:
-            terms["lambda"] = torch.full_like(terms["lambda"], config.fixed_lambda)
-        grad = grad + adv_fraction * config.disc_weight * terms["lambda"] * gan_grad  # Eq. 6
-    weight = x_hat.new_full((), scale)
-    torch.autograd.backward([x_hat, quantized.loss], [weight * grad, weight])  # Eq. 4 and 6, over E, G and Z
 
-    if adv_fraction is not None:
-        # These logits are of x_leaf, which is x_hat.detach(): nothing of this loss reaches G.
+        # 2. Both gradients go through G_L.
+        at_last_layer = last_layer_gradients(vqgan, x_hat, grad, gan_grad)
+        terms["lambda"] = adaptive_weight(*at_last_layer, config.max_lambda, config.delta, config.fixed_lambda)  # Eq. 7
+        grad = grad + adv_fraction * config.disc_weight * terms["lambda"] * gan_grad  # Eq. 6
+
+        # D's own loss, from the same logits. They are of x_leaf, which is x_hat.detach(): nothing of it reaches G.
         terms["disc_loss"] = DISC_LOSS[config.disc_loss](logits_real, logits_fake)
-        (weight * terms["disc_loss"]).backward()  # Eq. 5, over D
+        (scale * terms["disc_loss"]).backward()  # Eq. 5, over D
         terms |= {"logits_real": logits_real.mean(), "logits_fake": logits_fake.mean()}
+
+    # 3. Their weighted sum, and L_VQ, go through the whole network.
+    ones = torch.ones_like(quantized.loss)
+    torch.autograd.backward([x_hat, quantized.loss], [scale * grad, scale * ones])  # Eq. 4 and 6, over E, G and Z
     return {name: value.detach() for name, value in terms.items()}, quantized
 
 
-def last_layer_gradients(vqgan: "VQGAN", x_hat: Tensor, rec_grad: Tensor, gan_grad: Tensor) -> tuple[Tensor, Tensor]:
+def last_layer_gradients(vqgan: VQGAN, x_hat: Tensor, rec_grad: Tensor, gan_grad: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients of losses at x_hat (B, C, H, W) -> those at the weights of G_L, (C, ch, 3, 3), for the batch of all
     processes. DEPARTURE: officially each process has a lambda of its own."""
     vqgan = getattr(vqgan, "module", vqgan)  # wrapped under torchrun
-    last_layer = vqgan.decoder.conv_out.weight  # (C, ch, 3, 3)
+    last_layer = vqgan.decoder.conv_out.weight
     (rec,) = torch.autograd.grad(x_hat, last_layer, rec_grad, retain_graph=True)
     (gan,) = torch.autograd.grad(x_hat, last_layer, gan_grad, retain_graph=True)
     if dist.is_initialized():
