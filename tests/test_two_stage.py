@@ -129,6 +129,22 @@ def test_same_seed_same_image_for_any_batch_and_without_the_cache(kind, guidance
     assert len({tuple(row.flatten().tolist()) for row in together}) == 4
 
 
+@pytest.mark.parametrize("guidance", [1.0, 3.0])
+def test_bfloat16_samples_the_same_image_in_any_batch(guidance):
+    """Wide enough that rounding shows: a product of one row differs from the same row among others."""
+    torch.manual_seed(0)
+    gpt = GPT(GPTConfig(64, 2, 64, n_layer=2, n_head=8, n_embd=512)).eval().bfloat16()
+    torch.nn.init.normal_(gpt.head.weight, std=0.1)
+    r, s, u = torch.full((4, 1), 64), torch.zeros(4, 0, dtype=torch.long), torch.rand(4, 64)
+    how = Sampling(guidance=guidance), 65
+    together = sampler.continue_tokens(gpt, r, s, u, *how)
+    for size in (1, 2, 3):
+        batches = zip(*(t.split(size) for t in (r, s, u)), strict=True)
+        alone = [sampler.continue_tokens(gpt, *batch, *how) for batch in batches]
+        assert torch.equal(together, torch.cat(alone))
+    assert len({tuple(row.tolist()) for row in together}) == 4
+
+
 @pytest.mark.parametrize("stride", [1, 2, 3, 4])
 @pytest.mark.parametrize("size", [(4, 4), (4, 9), (9, 4), (5, 5), (7, 10), (11, 6)])
 @pytest.mark.parametrize("kind, n", [("none", 4), ("coords", 4), ("spatial", 4), ("none", 3)])
