@@ -180,16 +180,17 @@ def stage_one_step(
     autocast = torch.autocast(x.device.type, torch.bfloat16, enabled=amp)
     with autocast:
         x_hat, quantized = vqgan(x)
-    x_hat = x_hat.to(x.dtype)  # losses in float32, whatever the networks run in
+    dtype = torch.promote_types(x.dtype, torch.float32)  # of the losses, whatever the networks run in
+    x_hat, real = x_hat.to(dtype), x.to(dtype)
     x_leaf = x_hat.detach().requires_grad_()  # what the losses see: their gradients stop here
 
     # 1. Each loss goes back to x_hat.
     with autocast:
-        terms = reconstruction_loss(x, x_leaf, config, perceptual) | {"codebook_loss": quantized.loss}
+        terms = reconstruction_loss(real, x_leaf, config, perceptual) | {"codebook_loss": quantized.loss}
     (grad,) = torch.autograd.grad(terms["rec_loss"], x_leaf)
     if disc is not None and adv_fraction is not None:
         with autocast:
-            logits_real, logits_fake = disc(x).to(x.dtype), disc(x_leaf).to(x.dtype)  # each (B, 1, h', w')
+            logits_real, logits_fake = disc(x).to(dtype), disc(x_leaf.to(x.dtype)).to(dtype)  # each (B, 1, h', w')
         terms["gen_loss"] = generator_loss(logits_fake, config.disc_loss)
         # The gradient of x_leaf alone, so that G's loss leaves none in D.
         (gan_grad,) = torch.autograd.grad(terms["gen_loss"], x_leaf, retain_graph=True)

@@ -196,6 +196,21 @@ def test_with_bfloat16_losses_are_float32(parts):
     assert {value.dtype for value in terms.values()} == {torch.float32}
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_a_step_in_another_precision(dtype):
+    """Gradients have the direction of those in float32; losses are float32 at least."""
+    grads = []
+    for other in (torch.float32, dtype):
+        torch.manual_seed(0)
+        vqgan, disc = VQGAN(CONFIG).train().to(other), PatchDiscriminator(3, 8, 2).to(other)
+        perceptual = LPIPS(TwoLayers()).to(torch.promote_types(other, torch.float32))
+        x = (torch.rand(3, 3, 16, 16) * 2 - 1).to(other)
+        terms, _ = stage_one_step(vqgan, disc, perceptual, x, ObjectiveConfig())
+        assert terms["rec_loss"].dtype == torch.promote_types(other, torch.float32)
+        grads.append(torch.cat([p.grad.float().flatten() for p in vqgan.decoder.parameters()]))
+    assert torch.nn.functional.cosine_similarity(*grads, dim=0) > 0.98
+
+
 def test_nothing_is_float64_in_training_and_validation():
     """Every operation on the device, of a step and of the held-out numbers, is watched."""
     torch.manual_seed(0)
