@@ -62,16 +62,14 @@ MISTAKES = {
     "RESUME_GPT": "class --n-layer 2 => --n-layer was 1",
     "SAMPLE": """
         class/best.pt --classes cat => there is no 'cat'; there are one, two
-        class/best.pt --classes two,1 => names a class twice
-        class/best.pt --size large => not a size like 256x512
+        class/best.pt --size large => --size
         class/best.pt --cond-image x.png => conditioned on class
         class/best.pt --reject 0.5 => --classifier
         class/best.pt --top-p 2 => --top-p
-        class/best.pt --steps-gif steps.mp4 => must end in .gif
         class/best.pt --out one.jpg => --out one.jpg
         none/best.pt --classes 1 => conditioned on none
         none/best.pt --guidance 2 => dropped conditions
-        none/best.pt --size 8x16 => below the 16x16
+        none/best.pt --size 8x17 => multiples of f = 2, and at least 16; 16x16 works
         none/best.pt --\x1b[31m => unknown flag --?[31m
         spatial/best.pt => --cond-image
         rgb/last.pt => holds a VQGAN""",

@@ -30,7 +30,7 @@ SMALL = {
     "train_vqgan.py": " ".join(STAGE_ONE[1:]) + " --num-res-blocks 1 --disc-layers 2 --steps 2 --val-every 2",
     "train_gpt.py": " ".join(STAGE_TWO[1:]) + " --steps 2 --val-every 2",
     "sample.py": "-n 2",
-    "evaluate.py": "-n 4 --images 20 --perceptual none --splits 2",
+    "evaluate.py": "-n 4 --images 20 --perceptual none",
     "minvqgan.harness.judges": "--steps 2 --image-size 16",
     "minvqgan.harness.official": "",
 }

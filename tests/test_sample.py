@@ -1,5 +1,7 @@
 """sample.py as a user runs it, on the models of `house`; and the tokens that train_gpt.py learns from."""
 
+from unittest import mock
+
 import numpy as np
 import pytest
 import torch
@@ -7,8 +9,9 @@ from helpers import STAGE_TWO, assert_one_line_error, make_photos, run_inside
 from PIL import Image
 
 import minvqgan
-from minvqgan.harness import checkpoint, data, tokens
+from minvqgan.harness import checkpoint, data, runtime, tokens
 from minvqgan.harness.judges import load_classifier
+from minvqgan.two_stage import TwoStage
 
 
 def test_table_of_tokens_is_what_encoding_on_the_fly_gives(house, tmp_path):
@@ -90,15 +93,19 @@ def assert_shows(path, image: torch.Tensor) -> None:
     assert (open_image(path) - image.clamp(-1, 1)).abs().max() < 1 / 127
 
 
-def test_sample_writes_grids_files_and_animations(sample, tmp_path):
-    cell = 64 + 2  # 16 pixels, enlarged four times, and a frame of 2
-    done = sample("class", "-n", "3", "--classes", "two,0", "--steps-gif", "steps.gif", "--guidance", "2")
+def test_sample_writes_grids_files_and_animations(sample, house, tmp_path):
+    """Images of several classes may share a batch; each is that of its class and number."""
+    done = sample("class", "-n", "3", "--classes", "two,0,1", "--batch-size", "2", "--out", "files")
     assert done.returncode == 0 and "codes/s" in done.stdout, done.stderr
+    images = minvqgan.load(house / "class" / "best.pt").sample(torch.tensor([1, 1, 1, 0, 0, 0]))
+    names = [f"{name}_000{i}.png" for name in ("1_two", "0_one") for i in range(3)]
+    assert sorted(p.name for p in (tmp_path / "files").iterdir()) == sorted(names)
+    for name, image in zip(names, images, strict=True):
+        assert_shows(tmp_path / "files" / name, image)
+    cell = 64 + 2  # 16 pixels, enlarged four times, and a frame of 2
+    assert sample("class", "-n", "3", "--guidance", "2", "--steps-gif", "steps.gif").returncode == 0
     assert Image.open(tmp_path / "samples.png").size == (3 * cell + 2, 2 * cell + 2)
     assert Image.open(tmp_path / "steps.gif").n_frames > 10
-    assert sample("class", "-n", "2", "--classes", "two", "--out", "files").returncode == 0
-    assert sorted(p.name for p in (tmp_path / "files").iterdir()) == ["two_0000.png", "two_0001.png"]
-    assert Image.open(tmp_path / "files" / "two_0000.png").size == (16, 16)
 
 
 def test_sample_is_the_same_for_any_batch_size(sample, tmp_path):
@@ -110,6 +117,36 @@ def test_sample_is_the_same_for_any_batch_size(sample, tmp_path):
         assert (grids[0] - other).abs().max() <= 1.01 / 127.5
     assert sample("class", "-n", "4", "--seed", "9", "--out", "other.png").returncode == 0
     assert (grids[0] - open_image(tmp_path / "other.png")).abs().max() > 0.05
+
+
+@pytest.mark.parametrize(
+    "out, answer",
+    [
+        ("/proc/samples.png", "cannot read or write /proc/"),
+        ("file/samples.png", "cannot read or write file"),
+        ("file/folder", "cannot read or write file/folder"),
+        ("folder.png", "folder.png is a folder"),
+        ("", "--out : name a .png"),
+    ],
+)
+def test_what_cannot_be_written_is_found_before_the_sampling(sample, tmp_path, monkeypatch, out, answer):
+    """/proc stands for a folder without write permission, which an administrator has everywhere else."""
+    monkeypatch.setattr(TwoStage, "sample_indices", None)  # an error, if it were called
+    (tmp_path / "file").write_text("")
+    (tmp_path / "folder.png").mkdir()
+    assert_one_line_error(sample("class", "--out", out), answer)
+
+
+@pytest.mark.parametrize("words", ["sample.py -n 1", "evaluate.py --features none --images 2"])
+def test_threads_are_chosen_unless_the_user_has(house, tmp_path, monkeypatch, words):
+    """Other programs on the same cores make many threads up to ten times slower than one."""
+    fastest = mock.Mock(return_value=1)
+    monkeypatch.setattr(runtime, "fastest_threads", fastest)
+    for calls in (0, 1):
+        words += f" --gpt none/best.pt --out {tmp_path / str(calls)}"
+        done = run_inside(*words.split(), cwd=house)
+        assert (done.returncode, fastest.call_count) == (0, calls), done.stderr
+        monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
 
 
 def test_sample_larger_than_the_model_has_seen(sample, house, tmp_path):
@@ -142,7 +179,7 @@ def test_rejection_keeps_the_images_that_the_classifier_likes(sample, house, tmp
         images = model.sample(torch.full((8,), 1)).clamp(-1, 1)
         best = classifier(images).softmax(1)[:, 1].argsort(descending=True)[:2]
     for i, b in enumerate(best):
-        assert_shows(tmp_path / "kept" / f"two_000{i}.png", images[b])
+        assert_shows(tmp_path / "kept" / f"1_two_000{i}.png", images[b])
 
 
 def test_one_channel_in_another_order(house, tmp_path):

@@ -137,7 +137,7 @@ def add_sampling_flags(p: Parser, batch_size: int) -> None:
     g = p.add_argument_group("how")
     g.add_argument("--official-config", metavar="YAML", help="the model is an official checkpoint; this is its yaml")
     g.add_argument("--classifier", metavar="FILE", help="of minvqgan.harness.judges, to reject or judge new images")
-    g.add_argument("--seed", type=seed, default=0, help="image i of a seed is the same in any batch")
+    g.add_argument("--seed", type=seed, default=0, help="image i of a seed is the same in any batch, but for rounding")
     g.add_argument("--batch-size", type=positive, default=batch_size, help="images at a time")
     g.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     g.add_argument("--amp", action=argparse.BooleanOptionalAction, help="the transformer in bfloat16 (where faster)")
