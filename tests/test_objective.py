@@ -108,18 +108,6 @@ def test_without_d_only_the_reconstruction_trains(parts):
     assert all(p.grad is not None for p in disc.parameters()), "D learns alone while its gradient does not reach G"
 
 
-def test_two_micro_batches_of_equal_weight_are_one_batch_without_d(parts):
-    vqgan, _, perceptual, x = parts
-    x = torch.cat([x, -x])
-    config = ObjectiveConfig()
-    stage_one_step(vqgan, None, perceptual, x, config, None)
-    (whole,) = gradients(vqgan)
-    vqgan.zero_grad()
-    for micro_batch in x.chunk(2):
-        stage_one_step(vqgan, None, perceptual, micro_batch, config, None, scale=0.5)
-    assert_equal_gradients(gradients(vqgan)[0], whole)
-
-
 def test_gs_loss_leaves_nothing_in_d_and_ds_loss_nothing_in_g(parts):
     """D's gradients are those of its own loss on detached images; G's do not change when D's loss does."""
     vqgan, disc, _, x = parts

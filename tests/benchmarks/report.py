@@ -1,17 +1,15 @@
-"""Where the time goes, and how it grows.
+"""Where the time of a training step goes, and how it grows with the sizes: as in results/README.md.
 
     python tests/benchmarks/report.py                       prints, and draws figures/growth.png
 
-A step of stage one part by part; counted operations a second beside what a large matrix product reaches on the same
-machine in the same precision; and the cost over image size, codebook size and sequence length. On a CUDA machine also
-images/s, tokens/s and peak memory of the paper's models, with and without bfloat16 and torch.compile.
+A step of stage one part by part; its operations a second beside those of a large matrix product on the same machine in
+the same precision; and the cost over image size, codebook size and sequence length. On a CUDA machine also images/s,
+codes/s and peak memory of the paper's models.
 """
 
-import argparse
 import runpy
-import statistics
-import time
 from collections import defaultdict
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from unittest import mock
@@ -19,6 +17,7 @@ from unittest import mock
 import matplotlib.pyplot as plt
 import torch
 import torchvision
+from torch.utils.benchmark import Timer
 from torch.utils.flop_counter import FlopCounterMode
 
 from minvqgan import Sampling
@@ -31,33 +30,13 @@ from minvqgan.sampler import continue_tokens
 
 ROOT = Path(__file__).resolve().parents[2]
 TRAIN_VQGAN, TRAIN_GPT = (runpy.run_path(str(ROOT / f"train_{name}.py")) for name in ("vqgan", "gpt"))
-REPEATS = 5
-SIDE = {"cpu": 2048, "mps": 4096, "cuda": 8192}  # of the matrices that show what a machine can do: fills it
+SIDE = {"cpu": 2048, "mps": 4096, "cuda": 8192}  # of matrices that are large enough to fill the machine
 
 
-def now(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter()
-
-
-def seconds(function, device: torch.device, repeats: int = REPEATS) -> float:
-    """The median of several runs, after one that allocates and chooses kernels."""
-    function()
-    times = []
-    for _ in range(repeats):
-        began = now(device)
-        function()
-        times.append(now(device) - began)
-    return statistics.median(times)
-
-
-def flags_of(script: dict, preset: str, **changes):
-    """The flags of a training script with a preset."""
-    words = ["--preset", preset]
-    for name, value in changes.items():
-        words += ["--" + name.replace("_", "-"), str(value)]
-    return script["parse_flags"](words)[0]
+def seconds(function: Callable) -> float:
+    """The median over at least five seconds. A GPU is waited for."""
+    timer = Timer("function()", globals={"function": function}, num_threads=torch.get_num_threads())
+    return timer.blocked_autorange(min_run_time=5).median
 
 
 def random_lpips(name: str, image_size: int) -> LPIPS:
@@ -69,31 +48,30 @@ def random_lpips(name: str, image_size: int) -> LPIPS:
 class StageOne:
     """A preset's networks and optimizers as train_vqgan.py builds them, a random batch, and its step with D on."""
 
-    def __init__(self, preset: str, device, amp=False, compiled=False, **changes):
-        args = flags_of(TRAIN_VQGAN, preset, **changes)
-        args.compile = compiled
+    def __init__(self, preset: str, device, amp=False, more: str = ""):
+        args, _ = TRAIN_VQGAN["parse_flags"](["--preset", preset, *more.split()])
         TRAIN_VQGAN["check"](args)
         load = random_lpips if args.perceptual == "vgg16" else judges.load_perceptual
         with mock.patch.object(judges, "load_perceptual", load):
-            self.vqgan, self.disc, self.lpips, self.opt_g, self.opt_d = TRAIN_VQGAN["build"](args, device)
+            self.vqgan, self.disc, self.lpips, *self.optimizers = TRAIN_VQGAN["build"](args, device)
         self.amp, self.objective = amp, flags.config(ObjectiveConfig, args)
         x = torch.rand(args.batch_size, 3, args.image_size, args.image_size, device=device) * 2 - 1
         self.x = x.contiguous(memory_format=torch.channels_last)
 
-    def step(self):
+    def gradients(self):
         stage_one_step(self.vqgan, self.disc, self.lpips, self.x, self.objective, 1.0, self.amp)
-        self.adam()
-        self.zero_grad()
 
     def adam(self):
-        for opt in (self.opt_g, self.opt_d):
+        for opt in self.optimizers:
             opt.step()
 
-    def zero_grad(self):
-        for opt in (self.opt_g, self.opt_d):
+    def step(self):
+        self.gradients()
+        self.adam()
+        for opt in self.optimizers:
             opt.zero_grad()
 
-    def parts(self) -> dict:
+    def parts(self) -> dict[str, Callable]:
         """The parts of a step that can be called alone."""
         x, vqgan, leaf = self.x, self.vqgan, self.x.clone().requires_grad_()
         z = vqgan.latents(x).detach()
@@ -116,94 +94,79 @@ class StageOne:
             "D, there and back": disc,
         }
 
+    def operations(self) -> int:
+        """Multiplications and additions of a step. torch's counter cannot follow a gradient that ends at a module's
+        input, so D and the perceptual network are given a view of it."""
 
-def stage_two(preset: str, device, T: int, K: int, compiled: bool = False, **changes):
-    """(the transformer of a preset, its optimizer, a batch of sequences)."""
-    args = flags_of(TRAIN_GPT, preset, **changes)
-    torch.manual_seed(0)
-    gpt = GPT(GPTConfig(K, 1, T, args.n_layer, args.n_head, args.n_embd)).to(device)
-    if compiled:
-        gpt.compile()
-    opt = torch.optim.AdamW(parameter_groups(gpt, 0.01), 1e-6, fused=True)
-    return gpt, opt, torch.randint(0, K, (args.batch_size, T + 1), device=device)
+        def disc(x):
+            return self.disc(x.view_as(x))
 
+        def lpips(x, x_hat):
+            return self.lpips(x, x_hat.view_as(x_hat))
 
-def gpt_step(gpt, opt, s, amp: bool):
-    with torch.autocast(s.device.type, torch.bfloat16, enabled=amp):
-        logits = gpt(s[:, :-1])
-        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), s[:, 1:].flatten())
-    loss.backward()
-    opt.step()
-    opt.zero_grad()
-
-
-def sample(gpt, s, use_cache: bool = True):
-    """As many new sequences as s has, of the same length."""
-    start, u = s[:, :1], torch.rand(len(s), s.shape[1] - 1, device=s.device)
-    continue_tokens(gpt.eval(), start, start[:, :0], u, Sampling(use_cache=use_cache))
-
-
-def peak_flops(device, dtype=torch.float32) -> float:
-    """Operations a second in a matrix product of n x n, the most that this machine was seen to do."""
-    n = SIDE[device.type]
-    a = torch.randn(n, n, device=device, dtype=dtype)
-    return 2 * n**3 / seconds(lambda: a @ a, device)
+        with FlopCounterMode(display=False) as counter:
+            stage_one_step(self.vqgan, disc, self.lpips and lpips, self.x, self.objective, 1.0, self.amp)
+        return counter.get_total_flops()
 
 
 def profile(preset: str, device, amp: bool) -> None:
-    """A step part by part, and its operations a second beside the peak."""
-    run = StageOne(preset, device, amp)
-    dtype = torch.bfloat16 if amp else torch.float32
-    parts, whole, peak = {}, seconds(run.step, device), peak_flops(device, dtype)
+    """A step part by part, and its operations a second beside those of a product of two large matrices."""
+    run, dtype, n = StageOne(preset, device, amp), torch.bfloat16 if amp else torch.float32, SIDE[device.type]
+    a, whole = torch.randn(n, n, device=device, dtype=dtype), seconds(run.step)
+    peak = 2 * n**3 / seconds(lambda: a @ a)
     with torch.autocast(device.type, torch.bfloat16, enabled=amp):
-        parts = {name: seconds(part, device) for name, part in run.parts().items()}
-    stage_one_step(run.vqgan, run.disc, run.lpips, run.x, run.objective, 1.0, run.amp)
-    parts["both Adams"] = seconds(run.adam, device)  # with the gradients of one step, again and again
-    run.zero_grad()
+        parts = {name: seconds(part) for name, part in run.parts().items()}
+    run.gradients()
+    parts["both Adams"] = seconds(run.adam)  # with the gradients of one step, again and again
     parts["back through G and E, lambda"] = whole - sum(parts.values())
     side, batch = run.x.shape[-1], len(run.x)
     print(f"\na step of stage one, preset {preset}, {str(dtype)[6:]}: {batch} images of {side} x {side}, {whole:.3f} s")
     for name, spent in parts.items():
         print(f"  {name:34} {spent / whole:5.0%}")
-    flops = operations(run)
+    flops = run.operations()
     print(f"  {flops / 1e9:.1f} G operations a step, {flops / whole / 1e9:.0f} G a second:", end=" ")
     print(f"{flops / whole / peak:.1%} of the {peak / 1e9:.0f} G that a product of large matrices reaches here")
 
 
-def operations(run: StageOne) -> int:
-    """Multiplications and additions of a step. torch's counter cannot follow a gradient that ends at a module's input,
-    so D and the perceptual network are given a view of it."""
+class StageTwo:
+    """A preset's transformer, its optimizer, and a batch of sequences of T codes."""
 
-    def disc(x):
-        return run.disc(x.view_as(x))
+    def __init__(self, preset: str, device, T: int, K: int, amp=False, more: str = ""):
+        args, _ = TRAIN_GPT["parse_flags"](["--preset", preset, *more.split()])
+        self.gpt = GPT(GPTConfig(K, 1, T, args.n_layer, args.n_head, args.n_embd)).to(device)
+        self.opt = torch.optim.AdamW(parameter_groups(self.gpt, 0.01), 1e-6, fused=True)
+        self.amp, self.s = amp, torch.randint(0, K, (args.batch_size, T + 1), device=device)
 
-    def lpips(x, x_hat):
-        return run.lpips(x, x_hat.view_as(x_hat))
+    def step(self):
+        with torch.autocast(self.s.device.type, torch.bfloat16, enabled=self.amp):
+            logits = self.gpt(self.s[:, :-1])
+            loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), self.s[:, 1:].flatten())
+        loss.backward()
+        self.opt.step()
+        self.opt.zero_grad()
 
-    with FlopCounterMode(display=False) as counter:
-        stage_one_step(run.vqgan, disc, run.lpips and lpips, run.x, run.objective, 1.0, run.amp)
-    return counter.get_total_flops()
+    def sample(self, use_cache: bool = True):
+        """As many new sequences as a batch has, of the same length."""
+        start, u = self.s[:, :1], torch.rand(len(self.s), self.s.shape[1] - 1, device=self.s.device)
+        continue_tokens(self.gpt.eval(), start, start[:, :0], u, Sampling(use_cache=use_cache))
 
 
 def growth(device) -> dict[str, dict[str, list]]:
     """Seconds over sizes: {panel: {curve: [(size, seconds), ...]}}."""
     curves: dict[str, dict[str, list]] = defaultdict(lambda: defaultdict(list))
     for side in (32, 64, 96, 128, 192):
-        run = StageOne("tiny", device, image_size=side, batch_size=4)
-        spent = seconds(run.step, device)
-        curves["side of the image, in pixels"]["step of stage one, 4 images"].append((side, spent))
+        run = StageOne("tiny", device, more=f"--image-size {side} --batch-size 4")
+        curves["side of the image, in pixels"]["step of stage one, 4 images"].append((side, seconds(run.step)))
     z = torch.randn(8, 64, 16, 16, device=device)
     for K in (256, 1024, 4096, 16384):
-        spent = seconds(partial(VectorQuantizer(K, 64).to(device).eval(), z), device)
+        spent = seconds(partial(VectorQuantizer(K, 64).to(device).eval(), z))
         curves["codes in the codebook"]["quantizing 2048 latents"].append((K, spent))
     for T in (64, 128, 256, 512, 1024):
-        gpt, opt, s = stage_two("tiny", device, T, 256, batch_size=4)
-        lines = curves["codes in a sequence"]
-        lines["step of stage two, 4 sequences"].append((T, seconds(partial(gpt_step, gpt, opt, s, False), device)))
-        lines["sampling 4, cached"].append((T, seconds(partial(sample, gpt, s), device, repeats=2)))
+        run, lines = StageTwo("tiny", device, T, 256, more="--batch-size 4"), curves["codes in a sequence"]
+        lines["step of stage two, 4 sequences"].append((T, seconds(run.step)))
+        lines["sampling 4, cached"].append((T, seconds(run.sample)))
         if T <= 256:  # beyond, it takes minutes
-            spent = seconds(partial(sample, gpt, s, use_cache=False), device, repeats=2)
-            lines["sampling 4, without a cache"].append((T, spent))
+            lines["sampling 4, without a cache"].append((T, seconds(partial(run.sample, use_cache=False))))
     return curves
 
 
@@ -222,48 +185,38 @@ def draw(curves, path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
-def throughput(device, first: str, second: str, T: int, K: int) -> None:
-    """Images and tokens a second and peak memory, plain, with bfloat16, and compiled."""
-    ways = [(False, False)] + [(True, False)] * runtime.pick_amp(None, device)
-    ways += [(True, True)] * (device.type == "cuda")
-    for amp, compiled in ways:
-        how = ("bfloat16" if amp else "float32") + (", compiled" if compiled else "")
-        run = StageOne(first, device, amp, compiled)
-        measure(f"stage one, {first}, {how}", run.step, len(run.x), "images", device)
-        del run  # or its memory would count for what comes next
-        gpt, opt, s = stage_two(second, device, T, K, compiled)
-        measure(f"stage two, {second}, {how}", partial(gpt_step, gpt, opt, s, amp), T * len(s), "tokens", device)
-        del opt
-        gpt = gpt.bfloat16() if amp else gpt
-        measure(f"sampling, {second}, {how}", partial(sample, gpt, s[:8]), T * 8, "tokens", device)
+def throughput(device, amp: bool) -> None:
+    """Images and codes a second and peak memory of the paper's models, on a GPU."""
+    one, T = StageOne("paper", device, amp), 511
+    measure("stage one, paper", amp, one.step, len(one.x), "images")
+    del one  # or its memory would count for what comes next
+    two = StageTwo("gpt2-medium", device, T, 1024, amp)
+    measure("stage two, gpt2-medium", amp, two.step, T * len(two.s), "codes")
+    two.opt, two.s, two.gpt = None, two.s[:8], two.gpt.bfloat16() if amp else two.gpt
+    measure("sampling, gpt2-medium", amp, two.sample, T * 8, "codes")
 
 
-def measure(what: str, function, count: int, unit: str, device) -> None:
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-    pace = count / seconds(function, device, repeats=3)
-    memory = f", {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB" if device.type == "cuda" else ""
-    print(f"{what}: {pace:,.0f} {unit}/s{memory}", flush=True)
+def measure(what: str, amp: bool, function: Callable, count: int, unit: str) -> None:
+    torch.cuda.reset_peak_memory_stats()
+    pace, memory = count / seconds(function), torch.cuda.max_memory_allocated() / 2**30
+    print(f"{what}, {'bfloat16' if amp else 'float32'}: {pace:,.0f} {unit}/s, {memory:.1f} GiB", flush=True)
 
 
 def main() -> None:
-    p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
-    p.add_argument("--figure", type=Path, default=ROOT / "figures" / "growth.png", help="where the curves go")
-    args = p.parse_args()
-    device = torch.device(args.device)
+    device, figure = runtime.pick_device("auto"), ROOT / "figures" / "growth.png"
     print(f"torch {torch.__version__}, {device}, {torch.get_num_threads()} threads")
+    precisions = [False, True] if runtime.pick_amp(None, device) else [False]
     for preset in ("tiny", "small"):
-        for amp in [False] + [True] * runtime.pick_amp(None, device):
+        for amp in precisions:
             profile(preset, device, amp)
-    cuda = device.type == "cuda"
-    throughput(device, *(("paper", "gpt2-medium", 511, 1024) if cuda else ("tiny", "tiny", 64, 256)))
+    for amp in precisions if device.type == "cuda" else []:
+        throughput(device, amp)
     curves = growth(device)
     for panel, lines in curves.items():
         for name, points in lines.items():
             print(f"{name}, over {panel}: " + ", ".join(f"{size}: {spent:.4f} s" for size, spent in points))
-    draw(curves, args.figure)
-    print(args.figure)
+    draw(curves, figure)
+    print(figure)
 
 
 if __name__ == "__main__":
