@@ -48,7 +48,7 @@ and sizes.
 - Hand in this file under its name, `{name}.ipynb`.
 - You may add cells and change all but the checking cells, which marking replaces by its own.
 - A cell, and each call of a function of yours, may take {seconds} seconds. No other file is needed.
-- "Sec. n of the notebook" means `notebooks/{name}.ipynb` of the repository, which you may read like the package."""
+- "Sec. n" without "paper" is a section of `notebooks/{name}.ipynb` in the repository, which you may read."""
 
 
 def notebooks() -> list[Path]:
@@ -63,11 +63,6 @@ def exercises(path: Path) -> nbformat.NotebookNode:
     head = HEAD.format(title=title, name=path.stem, seconds=marking.SECONDS)
     tagged = [cell for cell in notebook.cells if "exercise" in cell.metadata.get("tags", [])]
     notebook.cells = [nbformat.v4.new_markdown_cell(head, id="title"), *tagged]
-    for cell in notebook.cells:
-        if cell.cell_type == "markdown":
-            place = r"(Sec\. \d+(?:(?:, | and | to )\d+)*|two|(?:run|plot|figure|cell|model|table|curve)s?) above"
-            cell.source = re.sub(place, r"\1 of the notebook", cell.source)
-            cell.source = cell.source.replace("as above", "as in the notebook")
     return notebook
 
 
@@ -125,11 +120,11 @@ def plain(out: Path) -> None:
         print(out / path.name)
 
 
-def release(course: Path, only: list[str] | None, hints: int, seed: int) -> dict[str, nbformat.NotebookNode]:
+def release(course: Path, only: tuple[str, ...], hints: int, seed: int) -> dict[str, nbformat.NotebookNode]:
     """source/, made once, and release/, made anew from it. -> the sources of the assignments by name."""
     first = not (course / "source").exists()
     for path in notebooks():
-        wanted = any(path.stem.startswith(word) for word in only) if only else first
+        wanted = path.stem.startswith(only) if only else first
         if wanted and not (course / "source" / path.stem).exists():
             notebook = exercises(path)
             for cell in notebook.cells:
@@ -138,12 +133,12 @@ def release(course: Path, only: list[str] | None, hints: int, seed: int) -> dict
             nbformat.write(notebook, course / "source" / path.stem / path.name)
     sources = {}
     for path in sorted((course / "source").glob("*/*.ipynb")):
-        if not only or any(path.stem.startswith(word) for word in only):
+        if not only or path.stem.startswith(only):
             sources[path.stem] = nbformat.read(path, 4)
             (course / "release" / path.stem).mkdir(parents=True, exist_ok=True)
             nbformat.write(unsolved(nbformat.read(path, 4)), course / "release" / path.stem / path.name)
     if not sources:
-        raise SystemExit(f"error: no assignment to hand out: {only} begins no name of a notebook or of course/source")
+        raise SystemExit(f"error: no assignment in {course / 'source'}, and no notebook begins with {','.join(only)}")
     print(f"{len(sources)} assignments to hand out: {course / 'release'}")
     return sources
 
@@ -232,9 +227,8 @@ def collect(folder: Path, sources: dict, roster: Roster) -> tuple[dict[tuple[str
 
 def result_of(paths: list[Path], source, kept: Path) -> dict:
     """The marks of one student's assignment, from `kept` if they were made before. Never raises."""
-    nothing = {n: {"points": 0, "of": of, "message": "not marked"} for n, (of, _) in marking.checks_of(source).items()}
     if not paths:
-        return {"status": "not handed in", "look": [], "exercises": nothing}
+        return marking.unmarked(source, "not handed in")
     try:
         # The newest in which something was written.
         path = max(paths, key=lambda path: (marking.peek(path, source)[1], path.stat().st_mtime, path.name))
@@ -252,8 +246,7 @@ def result_of(paths: list[Path], source, kept: Path) -> dict:
             result["look"].append(f"{len(paths)} files handed in, {path.name} was marked")
         return result | {"path": path}
     except Exception as error:  # one student's file must not end the marking of the others; it is tried again next time
-        status = f"not marked: {type(error).__name__}: {error}"
-        return {"status": status, "look": [], "exercises": nothing, "path": paths[0]}
+        return marking.unmarked(source, f"not marked: {type(error).__name__}: {error}") | {"path": paths[0]}
 
 
 def points_of(source) -> dict[str, float]:
@@ -367,7 +360,7 @@ def main(words: list[str] | None = None) -> None:
     p = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     p.add_argument("course", type=Path, help="folder to make, or to continue with")
     p.add_argument("--plain", action="store_true", help="whole notebooks without solutions, with all hints")
-    p.add_argument("--only", type=lambda text: text.split(","), help="assignments that are set, such as 02,05")
+    p.add_argument("--only", type=lambda text: tuple(text.split(",")), default=(), help="assignments, such as 02,05")
     p.add_argument("--hints", type=int, choices=(0, 1, 2), help="hints for each; the third is the answer (default: 2)")
     p.add_argument("--seed", type=int, help="of the hidden tests (default: drawn once, kept in course/source)")
     p.add_argument("--jobs", type=int, default=2, help="notebooks that are marked at the same time (default: 2)")

@@ -51,11 +51,10 @@ def bits_per_pixel(student, g):
 def inside(student, g):
     """the absolute change inside the f x f pixels of the code, divided by that of the whole image"""
     f, (i, j) = integer(g, 2, 4), torch.randperm(6, generator=g)[:2].tolist()
-    table, blur = torch.randn(9, 3, generator=g), torch.randn(3, 3, 5, 5, generator=g)
+    table, kernel = torch.randn(9, 3, generator=g), torch.randn(3, 3, f + 2, f + 2, generator=g)
 
     def decode(indices: Tensor) -> Tensor:
-        colours = table[indices].permute(0, 3, 1, 2).repeat_interleave(f, 2).repeat_interleave(f, 3)
-        return F.conv2d(colours, blur, padding=2)
+        return F.conv_transpose2d(table[indices].permute(0, 3, 1, 2), kernel, stride=f, padding=1)
 
     def right(decode, indices, i, j, code, f) -> float:
         changed = indices.clone()

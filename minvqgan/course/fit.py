@@ -67,17 +67,13 @@ def fit_vqgan(
     opt_d = disc and torch.optim.Adam(disc.parameters(), disc_lr, betas=(0.5, 0.9))
     disc_steps, history = (disc_start, 0, disc_ramp), {}
 
-    def to_x(batch: dict) -> Tensor:
-        batch = {k: v.to(device) for k, v in batch.items()}
-        return data.to_input(batch, vqgan.config.input_kind, vqgan.config.in_channels)
-
     stream = batches(dataset, batch_size, seed)
     revives = revive_every > 0 and not vqgan.config.gumbel
     if revives:
         # Codes begin where latents are. Before the first step all count as dead, so this places every one of them.
         first = next(stream)
         with torch.no_grad():
-            vqgan.quantizer.revive_dead_codes(vqgan.eval().encode(to_x(first)).z)
+            vqgan.quantizer.revive_dead_codes(vqgan.eval().encode(first["image"].to(device)).z)
         stream = chain([first], stream)
 
     vqgan.train()
@@ -85,7 +81,7 @@ def fit_vqgan(
         disc_on = disc is not None and step > disc_steps[0]
         adv_fraction = adversarial_ramp(step, *disc_steps) if disc_on else None
 
-        x = to_x(next(stream))  # (B, C, H, W)
+        x = next(stream)["image"].to(device)  # (B, C, H, W)
         terms, quantized = stage_one_step(vqgan, disc, perceptual, x, objective, adv_fraction)
         opt_g.step()
         opt_g.zero_grad()

@@ -223,25 +223,30 @@ def main() -> None:
     os._exit(0)  # threads that the student's code has started do not matter
 
 
+def unmarked(source, status: str) -> dict:
+    """status, exercises (name -> points, of, message), and look: what the instructor should look at."""
+    exercises = {n: {"points": 0, "of": of, "message": "not marked"} for n, (of, _) in checks_of(source).items()}
+    return {"status": status, "look": [], "exercises": exercises}
+
+
 def mark(path: Path, source) -> dict:
-    """-> status, exercises (name -> points, of, message) and look: what the instructor should look at.
+    """The marks of a file, in the form of `unmarked`.
 
     source: the instructor's version of the assignment, with its hidden tests. Cells that only show exercises at work
     are not run; they catch NotImplementedError and define none.
     """
-    checks = checks_of(source)
-    exercises = {name: {"points": 0, "of": of, "message": "not marked"} for name, (of, _) in checks.items()}
-    result = {"status": "marked", "look": [], "exercises": exercises}
+    checks, result = checks_of(source), unmarked(source, "untouched")
+    exercises = result["exercises"]
     try:
         own, found = read(path)
     except Unreadable as error:
-        return result | {"status": str(error)}
+        return unmarked(source, str(error))
     if not checks.keys() & found:
-        return result | {"status": f"another notebook: its exercises are {', '.join(sorted(found)[:2]) or 'none'}"}
+        return unmarked(source, f"another notebook: its exercises are {', '.join(sorted(found)[:2]) or 'none'}")
     if not any(any(written(own, name)) for name in checks):
         for name, exercise in exercises.items():
             exercise["message"] = STUB.format(name) if written(own, name) else f"{name} is not in the file"
-        return result | {"status": "untouched"}
+        return result
     shows = "except NotImplementedError"
     cells = [(code, defined) for code, defined in own if shows not in code or checks.keys() & set(defined)]
     job = {"cells": cells, "checks": {name: code for name, (_, code) in checks.items()}}
