@@ -9,8 +9,8 @@ the tables (80.6 and 65.5 % of the held-out images right) come from
     python -m minvqgan.harness.judges --data cifar10_split --steps 1500 --seed 1 --task rotations --amp \
         --out rotations.pt
 
-where cifar10_split holds train/ (45,000 images) and val/ (5,000), as split.py divides them. A third judge, of rotations
-of other photographs (BSDS500's 300, 64 pixels), belongs to the table of road scenes:
+where cifar10_split holds train/ (45,000 images) and val/ (5,000, as many of each class, drawn at random). A third
+judge, of rotations of other photographs (BSDS500's 300, 64 pixels), belongs to the table of road scenes:
 
     python -m minvqgan.harness.judges --data bsds500 --image-size 64 --batch-size 32 --steps 1500 --task rotations \
         --amp --out photographs.pt
@@ -31,13 +31,11 @@ from minvqgan.harness.metrics import frechet_distance, precision_recall
 ROOT = Path(__file__).parent.parent
 
 
-def parser(description: str, name: str, images: int, judged: bool = True) -> flags.Parser:
-    """The flags of all scripts here. name: of the table and the figure. images: held-out images that are used."""
+def parser(description: str, name: str, images: int) -> flags.Parser:
+    """The flags of all scripts that judge. name: of the table and the figure. images: held-out images that are used."""
     p = flags.Parser(description=description)
     p.add_argument("--data", required=True, help="as in train_vqgan.py; with train/ and val/")
-    if judged:
-        judges = "classifiers' files; the first knows the data's classes"
-        p.add_argument("--judges", nargs="+", required=True, help=judges)
+    p.add_argument("--judges", nargs="+", required=True, help="classifiers; the first knows the data's classes")
     p.add_argument("--images", type=flags.positive, default=images, help="held-out images")
     p.add_argument("--table", type=Path, default=ROOT / "results" / f"{name}.csv", help="file to write")
     p.add_argument("--figure", type=Path, default=ROOT / "figures" / f"{name}.png", help="file to write")

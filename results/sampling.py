@@ -11,7 +11,7 @@ import torch
 from judging import Judges, in_parts, parser, write
 from torch import Tensor
 
-from minvqgan import Sampling
+from minvqgan import Sampling, TwoStage
 from minvqgan.harness import checkpoint, runtime
 from minvqgan.harness.judges import SMALL, load_classifier, match_classes
 from minvqgan.sampler import reject
@@ -27,16 +27,15 @@ FAMILIES = {  # name: {label: (sampling, fraction that is kept)}
 }
 
 
-def draw(model, sampling: Sampling, keep: float, n: int, rejector, device) -> tuple[Tensor, Tensor]:
+def draw(model: TwoStage, sampling: Sampling, keep: float, n: int, rejector, device) -> tuple[Tensor, Tensor]:
     """n images of the model's classes in turn, the surest `keep` of n / keep -> (n, 3, S, S), classes (n,)."""
-    images, classes = [], []
-    numbers = match_classes(rejector.classes, tuple(model.config.classes))
-    per_class = n // len(numbers)
-    for c, number in enumerate(numbers):
+    images, classes, per_class = [], [], n // model.condition.num_tokens
+    for c, name in enumerate(model.config.classes):
         asked = torch.full((round(per_class / keep),), c, device=device)
         x = model.sample(asked, seed=c, sampling=sampling).clamp(-1, 1).cpu()
         if keep < 1:
-            scores = in_parts(lambda part, i=number: rejector(part).log_softmax(1)[:, i], x, device)
+            number = rejector.classes.index(name)
+            scores = in_parts(lambda part, i=number: rejector(part).softmax(1)[:, i], x, device)
             x = x[reject(scores, keep)[:per_class]]
         images.append(x)
         classes += [c] * len(x)
@@ -68,6 +67,8 @@ def main(argv: list[str] | None = None) -> int:
     args = p.parse_args(argv)
     device = runtime.pick_device(args.device)
     model, rejector = checkpoint.load(args.gpt, "two_stage").to(device), load_classifier(args.rejector).to(device)
+    if "rejection, kept" in args.only:
+        match_classes(rejector.classes, model.config.classes)  # raises for one that it does not know
     judges = Judges(args, device, model.config.n * model.vqgan.config.f)
     # The best that any transformer could reach: the held-out images themselves through the first stage.
     x_hat = in_parts(lambda x: model.vqgan(x)[0], judges.x, device)

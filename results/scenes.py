@@ -14,7 +14,6 @@ from torch import Tensor
 
 from minvqgan import Sampling, TwoStage
 from minvqgan.harness import checkpoint, flags, pictures, runtime
-from minvqgan.sampler import continue_tokens, uniforms
 
 LANDSCAPES = ("forests", "glacier", "mountains", "sea")
 WIDTH = 8  # of a panorama, in images
@@ -54,23 +53,6 @@ def way(model: TwoStage, x: Tensor, c: Tensor, path) -> None:
     fig.savefig(path, dpi=110)
 
 
-def completions(model: TwoStage, x: Tensor, c: Tensor, wide: int = 4) -> Tensor:
-    """x (N, 3, S, S) -> side by side x, its upper half completed, and x continued to the right. A window that has seen
-    the photograph draws its columns: each row of codes is read up to the border and continued."""
-    n = model.config.n
-    below = model.complete(x, 0.5, c, sampling=HOW).clamp(-1, 1)
-    r, s = model.condition_tokens(c).flatten(1), model.vqgan.encode_indices(x)  # (N, 1), (N, n, n)
-    half = n // 2
-    for step in range((wide - 1) * n // half):  # half a window at a time: its left half is given
-        window = torch.cat([s[..., -half:], torch.zeros_like(s[..., :half])], 2)
-        u = uniforms(step, range(len(x)), n * half).view(-1, n, half).to(x.device)
-        for i in range(n):
-            prefix = torch.cat([window[:, :i].flatten(1), window[:, i, :half]], 1)
-            window[:, i, half:] = continue_tokens(model.gpt, r, prefix, u[:, i], HOW, model.null)
-        s = torch.cat([s, window[..., half:]], 2)
-    return torch.cat([x, below, model.vqgan.decode_indices(s).clamp(-1, 1)], 3)
-
-
 @torch.no_grad()
 def main(argv: list[str] | None = None) -> int:
     p = parser(__doc__, "panoramas", images=900)
@@ -97,10 +79,8 @@ def main(argv: list[str] | None = None) -> int:
     write(args.table, rows)
     first = list(window[:: args.n // len(numbers)].split(1))
     pictures.save_grid(args.figure, [*first, tiles[-1:]])
-    chosen = [int((judges.c == number).nonzero()[2]) for number in numbers]
-    x, c = judges.x[chosen].to(device), judges.c[chosen].to(device)
-    way(model, x[2:3], c[2:3], args.figure.with_name("way.png"))
-    pictures.save_grid(args.figure.with_name("completions.png"), list(completions(model, x, c)[:, None]))
+    shown = (judges.c == judges.classes.index("mountains")).nonzero()[2]
+    way(model, judges.x[shown].to(device), judges.c[shown].to(device), args.figure.with_name("way.png"))
     return 0
 
 
