@@ -74,30 +74,24 @@ class NoFloat64(TorchDispatchMode):
         return out
 
 
-def start(*words, cwd: Path, processes: int = 1, limit: str = "") -> subprocess.Popen:
-    """`python SCRIPT ...` in a process group of its own, or by torchrun. limit: a shell command before it, such as
-    `ulimit -f 100`.
+def start(*words, cwd: Path, processes: int = 1) -> subprocess.Popen:
+    """`python SCRIPT ...` in a process group of its own, or by torchrun.
 
     One thread: on few cores several torch processes slow each other down many times over.
     """
     launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
-    command = [sys.executable, *launch, str(ROOT / str(words[0])), *map(str, words[1:])]
     # A shell starts background jobs with Ctrl-C ignored, and what tests start there would inherit that.
-    command = ["bash", "-c", f'{limit or ":"}; exec "$@"', "bash", "env", "--default-signal=INT", *command]
+    command = ["env", "--default-signal=INT", sys.executable, *launch, str(ROOT / str(words[0])), *map(str, words[1:])]
     env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     how = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "start_new_session": True}
     return subprocess.Popen(command, cwd=cwd, env=env, **how)
 
 
-def run_script(*words, cwd: Path, processes: int = 1, limit: str = "") -> subprocess.CompletedProcess:
+def run_script(*words, cwd: Path, processes: int = 1) -> subprocess.CompletedProcess:
     """`start` to its end."""
-    process = start(*words, cwd=cwd, processes=processes, limit=limit)
+    process = start(*words, cwd=cwd, processes=processes)
     out, err = process.communicate(timeout=600)
     return subprocess.CompletedProcess(words, process.returncode, out, err)
-
-
-def torchrun(*words, cwd: Path) -> subprocess.CompletedProcess:
-    return run_script(*words, cwd=cwd, processes=2)
 
 
 def same_bits(a, b) -> bool:

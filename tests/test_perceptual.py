@@ -78,13 +78,10 @@ def test_weights_of_other_names_are_refused(monkeypatch, tmp_path):
 def test_vgg_file_of_the_cache_is_read_strictly(monkeypatch, tmp_path):
     """The real loading code, on a file made here in the place where torchvision looks."""
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
-    monkeypatch.setattr(torch.hub, "download_url_to_file", lambda *a, **k: (_ for _ in ()).throw(OSError("no network")))
-    with pytest.raises(UserError, match=r"download https://.*vgg16.*\.pth to .*or train with --perceptual small"):
-        judges.load_perceptual("vgg16", 32)
     torch.manual_seed(0)
     vgg = torchvision.models.vgg16(weights=None)
     name = torchvision.models.VGG16_Weights.IMAGENET1K_V1.url.rsplit("/", 1)[1]
-    (tmp_path / "checkpoints").mkdir(exist_ok=True)
+    (tmp_path / "checkpoints").mkdir()
     torch.save(vgg.state_dict(), tmp_path / "checkpoints" / name)
     x, y = torch.rand(2, 1, 3, 32, 32)
     with torch.no_grad():

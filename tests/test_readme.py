@@ -8,12 +8,13 @@ import os
 import re
 import shlex
 import shutil
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 import yaml
-from helpers import ROOT, STAGE_ONE, STAGE_TWO, fixture, make_photos, official_files, run_inside, torchrun
+from helpers import ROOT, STAGE_ONE, STAGE_TWO, fixture, make_photos, official_files, run_inside, run_script
 from PIL import Image
 
 import minvqgan
@@ -111,7 +112,7 @@ def test_the_commands(folder):
             flags += ["--out", f"runs/line_{number}"] if default.exists() else []
         prepare(line, folder)
         rest = words[words.index(script) + 1 :]
-        run = torchrun if words[0] == "torchrun" else run_inside
+        run = partial(run_script, processes=2) if words[0] == "torchrun" else run_inside
         done = run(script, *rest, *flags, cwd=folder)
         assert done.returncode == 0, f"{line}\n{done.stderr[-2000:]}"
         assert "Traceback" not in done.stderr, line

@@ -202,12 +202,15 @@ def both(block_size: int, layers: int, C: int):
     return PlainGPT(block_size, layers, C).eval(), {"float32": gpt, "bfloat16": copy.deepcopy(gpt).bfloat16()}
 
 
-@pytest.mark.parametrize("how", [Sampling(), Sampling(top_k=100, top_p=0.95)], ids=["plain", "filters"])
+PLAIN, FILTERS = Sampling(), Sampling(top_k=100, top_p=0.95)
+
+
 @pytest.mark.parametrize(
-    "B, cached, float32, bfloat16",
-    [(1, True, 0.9, 1.0), (8, True, 1.3, 2.0), (32, True, 1.1, 1.5), (8, False, 15, 15)],
+    "B, how, cached, float32, bfloat16",
+    [(1, FILTERS, True, 0.9, 1.0), (8, FILTERS, True, 1.3, 2.0), (32, PLAIN, True, 1.1, 1.5)]
+    + [(8, PLAIN, False, 15, 15)],
 )
-def test_256_codes(B, cached, float32, bfloat16, how):
+def test_256_codes(B, how, cached, float32, bfloat16):
     """Alone, in float32, both wait for the same weights to be read."""
     plain, gpts = both(257, *((8, 512) if cached else (6, 256)))
     start, u = torch.full((B, 1), K), torch.rand(B, 256)
