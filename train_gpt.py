@@ -19,7 +19,6 @@ from minvqgan.gpt import GPT, GPTConfig, parameter_groups
 from minvqgan.harness import checkpoint, data, flags, official, pictures, processes, runtime, tokens
 from minvqgan.harness.run import Run
 from minvqgan.harness.runtime import UserError
-from minvqgan.layers import seeded
 from minvqgan.two_stage import TwoStage, TwoStageConfig, condition_length, sequence_length
 from minvqgan.vqgan import VQGAN
 
@@ -120,7 +119,7 @@ def build(args, vqgan: VQGAN, condition, classes: tuple[str, ...]) -> TwoStage:
     condition = condition or ClassCondition(len(classes))
     n, guided = args.image_size // vqgan.config.f, args.drop_cond > 0 and args.cond != "none"
     sizes = {"num_codes": vqgan.config.codebook_size, "num_cond": condition.num_tokens + guided}
-    with seeded(args.seed, "gpt"):
+    with runtime.seeded(args.seed, "gpt"):
         gpt = GPT(flags.config(GPTConfig, args, **sizes, block_size=sequence_length(condition, n)))
     return TwoStage(vqgan, condition, gpt, flags.config(TwoStageConfig, args, n=n, guided=guided, classes=classes))
 

@@ -19,7 +19,6 @@ from minvqgan.discriminator import PatchDiscriminator
 from minvqgan.harness import checkpoint, data, flags, judges, metrics, pictures, processes, runtime
 from minvqgan.harness.run import Run
 from minvqgan.harness.runtime import UserError
-from minvqgan.layers import seeded
 from minvqgan.objective import ObjectiveConfig, adversarial_ramp, stage_one_step
 from minvqgan.quantizer import codebook_stats
 from minvqgan.vqgan import VQGAN, VQGANConfig
@@ -126,9 +125,9 @@ def build(args, device: torch.device):
     in_channels = data.input_channels(args.input, args.num_labels)
     config = flags.config(VQGANConfig, args, in_channels=in_channels, input_kind=args.input)
     perceptual = judges.load_perceptual(args.perceptual, args.image_size) if args.loss == "vqgan" else None
-    with seeded(args.seed, "vqgan"):
+    with runtime.seeded(args.seed, "vqgan"):
         vqgan = VQGAN(config)
-    with seeded(args.seed, "discriminator"):
+    with runtime.seeded(args.seed, "discriminator"):
         disc = PatchDiscriminator(in_channels, args.disc_channels, args.disc_layers)
 
     # channels_last: convolutions of few channels are up to six times as fast on a CPU, those in bfloat16 on a GPU too.

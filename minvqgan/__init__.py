@@ -9,17 +9,9 @@ Reading order: options, layers, encoder, quantizer, decoder, vqgan, perceptual, 
 train_vqgan.py, which uses them; gpt, orders, conditioning, two_stage, sampler, then train_gpt.py and sample.py.
 """
 
-from importlib.metadata import version
-
 from .harness.checkpoint import load, save_model
 from .sampler import Sampling
 from .two_stage import TwoStage
 from .vqgan import VQGAN, VQGANConfig
 
 __all__ = ["VQGAN", "Sampling", "TwoStage", "VQGANConfig", "load", "save_model"]
-
-
-def __getattr__(name: str) -> str:
-    if name == "__version__":  # on request: the package can also be used without being installed
-        return version("minvqgan")
-    raise AttributeError(f"module 'minvqgan' has no attribute {name!r}")

@@ -30,9 +30,6 @@ class GPTConfig:
 
     def __post_init__(self):
         check(self)
-        if self.num_codes < 1 or self.num_cond < 0 or self.block_size < 1:
-            sizes = f"{self.num_codes} codes, {self.num_cond} condition tokens, {self.block_size} positions"
-            raise ValueError(f"a transformer cannot have {sizes}")
         if self.n_embd % self.n_head:
             raise ValueError(f"--n-head {self.n_head} does not divide --n-embd {self.n_embd}")
 
@@ -53,6 +50,7 @@ class KVCache:
 
     def extend(self, layer: int, kv: Tensor) -> Tensor:
         """Store keys and values of t new tokens, (2, B, h, t, C/h); returns all so far, (2, B, h, filled + t, C/h)."""
+        assert self.filled == 0 or kv.shape[3] == 1, "after the first pass, one token at a time"
         end = self.filled + kv.shape[3]
         self.memory[layer][:, :, :, self.filled : end] = kv
         return self.memory[layer][:, :, :, :end]
@@ -70,13 +68,11 @@ class CausalSelfAttention(nn.Module):
     def forward(self, x: Tensor, cache: KVCache | None, layer: int) -> Tensor:
         B, t, C = x.shape
         qkv = self.qkv(x).view(B, t, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)  # (3, B, h, t, C/h)
-        q, kv, mask = qkv[0], qkv[1:], None
+        q, kv = qkv[0], qkv[1:]
         if cache is not None:
             kv = cache.extend(layer, kv)  # (2, B, h, filled + t, C/h)
-            if cache.filled and t > 1:  # several tokens after others: row i sees all up to filled + i
-                mask = torch.ones(t, kv.shape[3], dtype=torch.bool, device=x.device).tril(cache.filled)
-        causal = mask is None and t > 1  # a single new token sees everything before it
-        y = attention(q, kv[0], kv[1], mask, self.dropout if self.training else 0.0, causal)  # (B, h, t, C/h)
+        # A single token sees all before it, so it needs no mask.
+        y = attention(q, kv[0], kv[1], self.dropout if self.training else 0.0, causal=t > 1)  # (B, h, t, C/h)
         return self.proj(y.transpose(1, 2).reshape(B, t, C))
 
 
@@ -102,7 +98,8 @@ class Block(nn.Module):
 class GPT(nn.Module):
     """forward: tokens (B, T) int64 in [0, K + num_cond) -> logits (B, T, K).
 
-    cache: the T tokens follow those in the cache; their logits equal those of a pass over the whole sequence.
+    cache: holds the tokens before these; the logits equal those of a pass over the whole sequence. The first pass fills
+    it with any number of tokens, each later one adds one.
     last_only: logits at the last token only, (B, 1, K), which is all that sampling needs.
     Raises ValueError for a sequence longer than block_size.
     """

@@ -6,25 +6,9 @@ divisible by the downsampling factor.
 Letters: B batch, C channels, H x W pixels of the map at hand, N = H*W positions.
 """
 
-import contextlib
-import zlib
-from collections.abc import Iterator
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-
-
-@contextlib.contextmanager
-def seeded(seed: int, name: str) -> Iterator[None]:
-    """`with seeded(0, "vqgan"): model = VQGAN(config)`: initial weights depend on seed and name alone, not on what was
-    built or drawn before. torch's random state is restored afterwards."""
-    state = torch.get_rng_state()
-    torch.default_generator.manual_seed(zlib.crc32(f"{seed} {name}".encode()))
-    try:
-        yield
-    finally:
-        torch.set_rng_state(state)
 
 
 class GroupNorm(nn.GroupNorm):
@@ -42,9 +26,8 @@ class GroupNorm(nn.GroupNorm):
     def forward(self, x: Tensor) -> Tensor:  # (B, C, H, W) -> (B, C, H, W)
         # CPU bfloat16 GroupNorm is slow below 16 channels per group (1.3 to 3 times float32); use float32 there.
         if x.device.type == "cpu" and x.dtype == torch.bfloat16 and self.num_channels < 16 * self.num_groups:
-            with torch.autocast("cpu", enabled=False):
-                weight, bias = self.weight.float(), self.bias.float()
-                return F.group_norm(x.float(), self.num_groups, weight, bias, self.eps).to(x.dtype)
+            weight, bias = self.weight.float(), self.bias.float()
+            return F.group_norm(x.float(), self.num_groups, weight, bias, self.eps).to(x.dtype)
         return super().forward(x)
 
 
@@ -67,17 +50,15 @@ class ResBlock(nn.Module):
         return self.skip(x) + h
 
 
-def attention(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, dropout: float = 0.0, causal: bool = False
-) -> Tensor:
-    """softmax(q k^T / sqrt(d) + mask) v (Eq. 1), over h heads: q (B, h, t, d), k and v (B, h, T, d) -> (B, h, t, d).
+def attention(q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0, causal: bool = False) -> Tensor:
+    """softmax(q k^T / sqrt(d)) v (Eq. 1), over h heads: q (B, h, t, d), k and v (B, h, T, d) -> (B, h, t, d).
 
-    causal: row i sees columns up to i. mask (t, T): true where a row may look.
+    causal: row i sees columns up to i.
     """
     # At least float32 on a CPU, where bfloat16 gains nothing and its gradient is up to three times as slow.
     dtype = torch.promote_types(k.dtype, torch.float32) if q.device.type == "cpu" else k.dtype
     with torch.autocast("cpu", enabled=False):
-        return F.scaled_dot_product_attention(q.to(dtype), k.to(dtype), v.to(dtype), mask, dropout, causal).to(q.dtype)
+        return F.scaled_dot_product_attention(q.to(dtype), k.to(dtype), v.to(dtype), None, dropout, causal).to(q.dtype)
 
 
 class SelfAttention2d(nn.Module):
@@ -95,7 +76,7 @@ class SelfAttention2d(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         B, C, H, W = x.shape
         h = self.norm(x)
-        # Four dimensions, though there is one head: exporters know no other attention.
+        # The 1 is the number of heads: exporters know attention in four dimensions only.
         q, k, v = (layer(h).view(B, 1, C, H * W).transpose(2, 3) for layer in (self.q, self.k, self.v))  # (B, 1, N, C)
         return x + self.proj(attention(q, k, v).transpose(2, 3).reshape(B, C, H, W))
 

@@ -1,7 +1,15 @@
 """The order in which the n x n codes of an image are read as a sequence (the paper's appendix, Fig. 47).
 
-An order is a permutation: sequence[:, t] = raster[:, order[t]], where raster is the map row by row. The paper compared
-all of these and chose row-major, which is also the only one for completion and the sliding window.
+An order is a permutation: sequence[:, t] = raster[:, order[t]], where raster is the map row by row. When each position
+of a 4 x 4 map is read:
+
+    row             alternate       z-curve         subsample       spiral-out
+     0  1  2  3      0  1  2  3      0  1  4  5      0  4  1  5      9 10 11 12
+     4  5  6  7      7  6  5  4      2  3  6  7      8 12  9 13      8  1  2 13
+     8  9 10 11      8  9 10 11      8  9 12 13      2  6  3  7      7  0  3 14
+    12 13 14 15     15 14 13 12     10 11 14 15     10 14 11 15      6  5  4 15
+
+The paper compared all of these and chose row-major, which is also the only one for completion and the sliding window.
 """
 
 from collections.abc import Iterable
@@ -23,8 +31,11 @@ def alternate(n: int) -> Tensor:
 
 
 def z_curve(n: int, digits: Iterable[int] | None = None) -> Tensor:
-    """Square by square, the four quarters of each square before the next square (Morton order): the rank has the binary
-    `digits` of row and column, interleaved, lowest first."""
+    """Square by square, the four quarters of each square before the next square (Morton order).
+
+    A position's rank has the binary digits of row and column in turn: row 1 = 01, column 2 = 10 -> 0110 = 6. `digits`
+    says which digit of each comes last in the rank, which before it, and so on; by default the lowest, the second, ...
+    """
     rows, cols = row(n) // n, row(n) % n
     digits = range(n.bit_length()) if digits is None else digits
     rank = sum(((cols >> k & 1) << 2 * i) + ((rows >> k & 1) << 2 * i + 1) for i, k in enumerate(digits))
@@ -32,7 +43,7 @@ def z_curve(n: int, digits: Iterable[int] | None = None) -> Tensor:
 
 
 def subsample(n: int) -> Tensor:
-    """Coarse to fine: every 2^k-th position before those between. The digits of the z-curve, most significant last."""
+    """Coarse to fine: every 2^k-th position before those between. As the z-curve, with the highest digits last."""
     return z_curve(n, reversed(range(n.bit_length())))
 
 

@@ -36,7 +36,7 @@ def nearest_code(z: Tensor, codebook: Tensor) -> Tensor:
     or more: bfloat16 rounds the products to 3 digits and confuses near neighbours.
     """
     e_squared = codebook.square().sum(1)  # (K,)
-    # One block in compiled and exported programs, where the number of blocks would fix N.
+    # A compiled or exported program takes one block: with several it would work for this N only.
     blocks = [z] if torch.compiler.is_compiling() else z.split(max(1, MAX_DISTANCES // len(codebook)))
     return torch.cat([torch.addmm(e_squared, block, codebook.T, alpha=-2).argmin(1) for block in blocks])
 
@@ -51,13 +51,15 @@ def rotation_trick(z: Tensor, z_q: Tensor) -> Tensor:
     arXiv:2410.06424).  z, z_q: (N, D) -> (N, D).
 
     Straight-through gives every z of a cell the same gradient; here the gradient turns with the angle between z and its
-    code. R = I - 2 r r^T + 2 e u^T takes u = z/|z| to e = z_q/|z_q|, where r is the unit vector halfway between them.
+    code. The rotation from u = z/|z| to e = z_q/|z_q| is, with r the unit vector halfway between them,
+
+        R = I - 2 r r^T + 2 e u^T        I - 2 r r^T takes u to -e, and the last term adds 2 e
     """
     with torch.no_grad():
         z_norm, e_norm = z.norm(dim=1, keepdim=True).clamp_min(1e-6), z_q.norm(dim=1, keepdim=True)  # (N, 1)
         u, e = z / z_norm, z_q / e_norm.clamp_min(1e-6)
         r = F.normalize(u + e, dim=1)
-    rotated = z - 2 * r * (r * z).sum(1, keepdim=True) + 2 * e * (u * z).sum(1, keepdim=True)
+    rotated = z - 2 * r * (r * z).sum(1, keepdim=True) + 2 * e * (u * z).sum(1, keepdim=True)  # R z, row by row
     return rotated * (e_norm / z_norm)
 
 
@@ -68,8 +70,7 @@ def codebook_stats(counts: Tensor) -> tuple[float, float]:
     would carry as much information. If 20 of K codes do all the work but each is chosen once: usage 1, perplexity 20.
     """
     counts = counts.cpu().double()  # on the CPU, because Apple's GPUs have no float64
-    p = counts / counts.sum().clamp_min(1)
-    entropy = -(p * p.clamp_min(1e-30).log()).sum()
+    entropy = torch.special.entr(counts / counts.sum().clamp_min(1)).sum()  # of -p log p
     return (counts > 0).double().mean().item(), entropy.exp().item()
 
 

@@ -36,8 +36,6 @@ class TwoStageConfig:
 
     def __post_init__(self):
         check(self)
-        if self.n < 1:
-            raise ValueError(f"a latent map cannot have {self.n} x {self.n} codes")
 
 
 def condition_length(condition: Condition, n: int) -> int:
@@ -60,6 +58,7 @@ class TwoStage(nn.Module):
         self.vqgan = vqgan.eval().requires_grad_(False)
         self.condition, self.gpt, self.config = condition, gpt, config
         self.offset = 0 if config.shared_range else gpt.config.num_codes
+        self.null = self.offset + condition.num_tokens if config.guided else None  # the token of a dropped condition
         self._check_parts()
         self.register_buffer("order", ORDERS[config.order](config.n), persistent=False)
 
@@ -73,8 +72,6 @@ class TwoStage(nn.Module):
         if need > gpt.num_codes + gpt.num_cond or gpt.num_codes < K:
             have = f"{gpt.num_codes} codes and {gpt.num_cond} condition tokens"
             raise ValueError(f"the transformer has {have}; this model needs {K} codes and {need} tokens in all")
-        if condition.kind == "class" and len(self.config.classes) not in (0, condition.num_tokens):
-            raise ValueError(f"{len(self.config.classes)} class names for {condition.num_tokens} classes")
         if condition.is_map and condition.f != f:
             raise ValueError(f"the condition is downsampled by {condition.f}, the image by {f}; they must agree")
 
@@ -83,11 +80,6 @@ class TwoStage(nn.Module):
         super().train(False)
         self.gpt.train(mode)
         return self
-
-    @property
-    def null(self) -> int | None:
-        """The token of a dropped condition."""
-        return self.offset + self.condition.num_tokens if self.config.guided else None
 
     def image_tokens(self, x: Tensor) -> Tensor:
         """x (B, C, H, W) at the training size -> s (B, T) in this model's order."""
@@ -159,8 +151,6 @@ class TwoStage(nn.Module):
         if r.ndim == 3 and tuple(r.shape[1:]) != (h, w):
             raise ValueError(f"the condition covers {r.shape[1]} x {r.shape[2]} latents, the image has {h} x {w}")
         given = r.new_zeros(len(c), h, w) if given is None else given.long()
-        if tuple(given.shape) != (len(c), h, w):
-            raise ValueError(f"given codes are {tuple(given.shape)}, not {(len(c), h, w)}")
         u = sampler.uniforms(seed, range(len(c)) if numbers is None else numbers, h * w).to(r.device)  # (B, h * w)
         if (h, w) == (n, n):
             s = given.flatten(1)[:, self.order[:keep]]

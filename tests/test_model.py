@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from minvqgan import VQGAN, VQGANConfig
-from minvqgan.layers import SelfAttention2d, seeded
+from minvqgan.harness.runtime import seeded
+from minvqgan.layers import SelfAttention2d
 from minvqgan.quantizer import VectorQuantizer
 
 SMALL = VQGANConfig(image_size=16, ch=8, ch_mult=(1, 2, 2), z_channels=8, code_dim=4, codebook_size=32)
@@ -33,7 +34,7 @@ def test_any_size_divisible_by_f_to_indices_and_back(vqgan, size):
 
 def test_what_is_no_image_and_no_indices(vqgan):
     for x, answer in (
-        (torch.randn(1, 3, 18, 15), r"not divisible by f = 4; nearest sizes that work: \(16, 12\), \(20, 16\)"),
+        (torch.randn(1, 3, 18, 15), r"18 x 15 is not divisible by f = 4; crop to 16 x 12"),
         (torch.randn(1, 1, 16, 16), r"expected images \(B, 3, H, W\)"),
     ):
         with pytest.raises(ValueError, match=answer):
@@ -106,16 +107,13 @@ def test_initial_weights_depend_on_the_seed_alone():
     "wrong, sentence",
     [
         ({"ch": 16, "norm_groups": 3}, "--norm-groups 3 does not divide a layer's 16 channels"),
-        ({"ch_mult": (1, 1.5)}, "--ch-mult is 1.5, not a whole number"),
-        ({"ch_mult": [1, 2]}, "--ch-mult is [1, 2], not a tuple"),
-        ({"ch_mult": (1,) * 13, "image_size": 4096}, "--ch-mult has 13 levels, not 1 to 12"),
-        ({"image_size": 33}, "--image-size 33 is not divisible by f = 4; use 32 or 36"),
+        ({"ch_mult": [1, 0]}, "--ch-mult is 0, not a number from 1"),
+        ({"image_size": 33}, "--image-size 33 is not divisible by f = 4; use 32"),
         ({"image_size": 2}, "--image-size 2 is not divisible by f = 4; use 4"),
         ({"dropout": float("nan")}, "--dropout is nan, not a number from 0 to 1"),
         ({"beta": float("inf")}, "--beta is inf, not a number"),
-        ({"ch": 2**21}, "--ch is 2097152, not a whole number from 1 to 1048576"),
-        ({"gumbel": 1}, "--gumbel is 1, not true or false"),
-        ({"input_kind": "smell"}, "no VQGAN reads 3 channels of the kind 'smell'"),
+        ({"ch": 2**21}, "--ch is 2097152, not a number from 1 to 1048576"),
+        ({"input_kind": "smell"}, "input_kind is 'smell', not one of rgb, gray"),
     ],
 )
 def test_configs_that_no_model_can_have(wrong, sentence):

@@ -9,6 +9,7 @@ import sys
 import time
 import timeit
 import traceback
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -100,6 +101,15 @@ def global_state_restored() -> Iterator[None]:
             signal.signal(number, handler)
         torch.set_num_threads(threads)
         torch.set_rng_state(random)
+
+
+@contextlib.contextmanager
+def seeded(seed: int, name: str) -> Iterator[None]:
+    """`with seeded(0, "vqgan"): model = VQGAN(config)`: initial weights depend on seed and name alone, not on what was
+    built or drawn before. torch's random state is restored afterwards."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(zlib.crc32(f"{seed} {name}".encode()))
+        yield
 
 
 def progress_bar(rank: int, *items, **how):
