@@ -155,7 +155,7 @@ def main(argv: list[str] | None = None) -> int:
         run.say(checkpoint.init_from(args.init, vqgan, discriminator=disc))
     objective, counts = flags.config(ObjectiveConfig, args), vqgan.quantizer.counts
     uses_disc = args.loss == "vqgan"
-    # Fractions of the steps that the run began with: resuming with more --steps must not take D away again.
+    # Of the steps planned at the start: resuming with more --steps must not move D's start behind the present step.
     disc_steps = [round(f * run.planned_steps) for f in (args.disc_start, args.disc_warmup, args.disc_ramp)]
     run.start(
         {"model": vqgan, "discriminator": disc, "opt_g": opt_g, "opt_d": opt_d, "counts": counts},
@@ -208,8 +208,8 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def place_codes(run: Run, vqgan: VQGAN, batches):
-    """Move the codes to where latents are; the batches from the first one on. Before the first step all codes count as
-    dead (but those of --init), so revival places every one of them."""
+    """Move every code onto a latent of the first batch: before the first step all count as dead (but those of --init),
+    and are revived. Returns the batches, the first one included."""
     first = next(batches)
     with torch.no_grad():
         vqgan.quantizer.revive_dead_codes(vqgan.eval().encode(to_x(run, first)).z)

@@ -6,23 +6,18 @@ The mirror of the encoder (Tab. 7, with the same additions). As in the official 
 more than in E.
 """
 
-from typing import TYPE_CHECKING
-
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint_sequential
 
 from .layers import GroupNorm, ResBlock, SelfAttention2d, Upsample
 
-if TYPE_CHECKING:
-    from .vqgan import VQGANConfig
-
 
 class Decoder(nn.Module):
-    """G. There is no tanh at the end: the output is near [-1, 1] for images, because the targets are, and one logit for
-    each label for label maps."""
+    """G, from a VQGANConfig. There is no tanh at the end: the output is near [-1, 1] for images, because the targets
+    are, and one logit for each label for label maps."""
 
-    def __init__(self, config: "VQGANConfig"):
+    def __init__(self, config):
         super().__init__()
         c, groups = config, config.norm_groups
         channels, resolution = c.ch * c.ch_mult[-1], c.image_size // c.f

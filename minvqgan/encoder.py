@@ -7,21 +7,16 @@ between two levels; residual block, attention, residual block; norm, SiLU, convo
 block; the additions are the official code's.)
 """
 
-from typing import TYPE_CHECKING
-
 from torch import Tensor, nn
 
 from .layers import Downsample, GroupNorm, ResBlock, SelfAttention2d
 
-if TYPE_CHECKING:
-    from .vqgan import VQGANConfig
-
 
 class Encoder(nn.Module):
-    """E. `attn_resolutions` are sides of maps *at image_size*: levels of those sides get attention after each block.
-    The lowest resolution always has one attention layer."""
+    """E, from a VQGANConfig. `attn_resolutions` are sides of maps *at image_size*: levels of those sides get attention
+    after each block. The lowest resolution always has one attention layer."""
 
-    def __init__(self, config: "VQGANConfig"):
+    def __init__(self, config):
         super().__init__()
         c, groups = config, config.norm_groups
         channels, resolution = c.ch, c.image_size

@@ -26,7 +26,7 @@ class GPTConfig:
     n_layer: int = option(4, "blocks", least=1, most=1000)
     n_head: int = option(4, "attention heads per block", least=1)
     n_embd: int = option(128, "width", least=1)
-    dropout: float = option(0.0, "fraction of activations dropped; 0.1 and more on small datasets", least=0, most=1)
+    dropout: float = option(0.0, "fraction of activations dropped; 0.1 and more on small datasets", most=1)
 
     def __post_init__(self):
         check(self)
@@ -140,6 +140,5 @@ def parameter_groups(gpt: GPT, weight_decay: float) -> list[dict]:
     """For AdamW: weight decay on the matrices of linear layers only, as in GPT-2 and the paper's code. An embedding's
     row would decay at every step but learn only when its token occurs; biases and norms gain nothing from it."""
     decayed = [m.weight for m in gpt.modules() if isinstance(m, nn.Linear)]
-    matrices = set(map(id, decayed))
-    others = [p for p in gpt.parameters() if id(p) not in matrices]
+    others = [p for p in gpt.parameters() if all(p is not matrix for matrix in decayed)]
     return [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]

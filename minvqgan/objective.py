@@ -32,13 +32,13 @@ class ObjectiveConfig:
     """
 
     loss: str = option("vqgan", "vqvae: squared error alone; labels: by --input", choices=("vqgan", "vqvae", "labels"))
-    perceptual_weight: float = option(1.0, "of the perceptual loss beside L1", least=0)
+    perceptual_weight: float = option(1.0, "of the perceptual loss beside L1")
     disc_loss: str = option("hinge", "the paper writes log, its code trains with hinge", choices=("hinge", "log"))
-    disc_weight: float = option(0.3, "of L_GAN, times lambda", least=0)
-    max_lambda: float = option(0.05, "cap of the adaptive weight lambda", least=0)
-    fixed_lambda: float = option(0.0, "a constant instead of the lambda of Eq. 7; 0: Eq. 7", least=0)
+    disc_weight: float = option(0.3, "of L_GAN, times lambda")
+    max_lambda: float = option(0.05, "cap of the adaptive weight lambda")
+    fixed_lambda: float = option(0.0, "a constant instead of the lambda of Eq. 7; 0: Eq. 7")
     # DEPARTURE: 1e-6 as in the paper; the official code has 1e-4.
-    delta: float = option(1e-6, "added to the denominator of lambda", least=0)
+    delta: float = option(1e-6, "added to the denominator of lambda")
 
     def __post_init__(self):
         check(self)

@@ -36,11 +36,11 @@ class VQGANConfig:
     num_res_blocks: int = option(1, "residual blocks per level", least=1, most=100)
     attn_resolutions: tuple[int, ...] = option((), "sides of further maps with attention", least=1)
     norm_groups: int = option(1, "groups of each GroupNorm; keep 16 channels or more in a group", least=1)
-    dropout: float = option(0.0, "in the residual blocks", least=0, most=1)
+    dropout: float = option(0.0, "in the residual blocks", most=1)
     z_channels: int = option(64, "channels of the latent map", least=1)
     codebook_size: int = option(256, "number of codes K", least=1)
     code_dim: int = option(16, "dimensions of a code", least=1)
-    beta: float = option(0.25, "weight of the commitment term", least=0)
+    beta: float = option(0.25, "weight of the commitment term")
     legacy: bool = option(False, "beta on the codebook term, as the official code had it for long")
     l2_norm: bool = option(False, "compare latents and codes by direction")
     rotation: bool = option(False, "rotation trick instead of straight-through")
@@ -61,12 +61,6 @@ class VQGANConfig:
     def f(self) -> int:
         """Downsampling factor f = 2^m."""
         return 2 ** (len(self.ch_mult) - 1)
-
-
-def warn_of_range(x: Tensor) -> None:
-    """A common mistake: images in [0, 1] have other codes, and no error says so."""
-    if x.numel() and 0 <= x.min() < 0.1 and 0.5 < x.max() <= 1:
-        warnings.warn("these images are in [0, 1], but the model takes [-1, 1]: 2 * x - 1", stacklevel=4)
 
 
 class VQGAN(nn.Module):
@@ -110,8 +104,10 @@ class VQGAN(nn.Module):
     @torch.no_grad()
     def encode_indices(self, x: Tensor) -> Tensor:
         """x (B, C, H, W) in [-1, 1] -> indices (B, h, w) int64 in [0, K)."""
-        if not torch.compiler.is_compiling() and x.device.type == "cpu" and self.config.input_kind != "labels":
-            warn_of_range(x)  # not on a GPU, which would have to be waited for
+        # Images in [0, 1] are a common mistake. Not looked for on a GPU, which would have to be waited for.
+        looks = not torch.compiler.is_compiling() and x.device.type == "cpu" and self.config.input_kind != "labels"
+        if looks and x.numel() and 0 <= x.min() < 0.1 and 0.5 < x.max() <= 1:
+            warnings.warn("these images are in [0, 1], but the model takes [-1, 1]: 2 * x - 1", stacklevel=3)
         return self.encode(x).indices
 
     @torch.no_grad()
