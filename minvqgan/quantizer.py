@@ -26,7 +26,7 @@ class Quantized(NamedTuple):
     z_q: Tensor  # (B, D, h, w) codes, with the gradient passed on to z
     indices: Tensor  # (B, h, w) int64 in [0, K)
     loss: Tensor  # scalar, the codebook loss L_VQ
-    z: Tensor  # (B, D, h, w) what was quantized; detached
+    z: Tensor  # (B, D, h, w) the latents that were compared, for `revive_dead_codes`; detached
 
 
 def nearest_code(z: Tensor, codebook: Tensor) -> Tensor:
@@ -156,7 +156,7 @@ class VectorQuantizer(nn.Module):
             if self.training:
                 counts = count_codes(indices, self.codebook_size)
                 self.counts += counts  # in place, as CUDA graphs need it
-                self.recent_use.lerp_((counts / counts.sum()).to(self.recent_use), 0.02)
+                self.recent_use.lerp_((counts / counts.sum()).to(self.recent_use), 0.02)  # over about 50 batches
         z_q = F.embedding(indices, codes)  # (N, D): a gather; a one-hot product would be N x K
         loss = self.codebook_loss(flat, z_q)
         z_q = (rotation_trick if self.rotation else straight_through)(flat, z_q)
@@ -174,11 +174,10 @@ class VectorQuantizer(nn.Module):
         """
         dead = (self.recent_use < threshold / self.codebook_size).nonzero().squeeze(1)
         candidates = z.permute(0, 2, 3, 1).flatten(0, 2)  # (N, D)
-        if len(candidates) >= len(dead):
-            chosen = torch.randperm(len(candidates))[: len(dead)].to(z.device)
-        else:  # of two codes at one latent the second is never chosen, and will be revived again
-            chosen = torch.randint(len(candidates), (len(dead),)).to(z.device)
-        replacement = candidates[chosen].to(self.codebook.weight.dtype)
+        # Each latent once. If they are too few, once more: of two equal codes the second is never chosen, so it will be
+        # revived again.
+        chosen = torch.randperm(len(candidates))[torch.arange(len(dead)) % len(candidates)]
+        replacement = candidates[chosen.to(z.device)].to(self.codebook.weight.dtype)
         if dist.is_initialized():  # otherwise each process takes its own latents, and the codebooks differ
             dist.broadcast(replacement, src=0)
         self.codebook.weight[dead] = replacement
@@ -219,7 +218,8 @@ class GumbelQuantizer(nn.Module):
         weight, bias = (p.to(dtype) for p in self.proj.parameters())
         logits = F.conv2d(z.to(dtype), weight, bias)  # (B, K, h, w)
         log_p = logits.log_softmax(1)
-        loss = self.kl_weight * (log_p.exp() * (log_p + math.log(self.codebook_size))).sum(1).mean()
+        divergence = (log_p.exp() * (log_p + math.log(self.codebook_size))).sum(1)  # of p log(p / (1 / K)): (B, h, w)
+        loss = self.kl_weight * divergence.mean()
         if not self.training:
             indices = logits.argmax(1)  # (B, h, w)
             return Quantized(self.embed(indices), indices, loss, z.detach())

@@ -205,7 +205,5 @@ def slide(
 
 def reject(scores: Tensor, rate: float) -> Tensor:
     """Rejection sampling (Sec. 4.4). scores (n,): a classifier's, for what was asked. Returns the indices of the best
-    fraction `rate` of the images, best first; one at least. Raises ValueError for a rate outside (0, 1]."""
-    if not 0 < rate <= 1:
-        raise ValueError(f"an acceptance rate of {rate} is not in (0, 1]")
+    fraction `rate` of the images, best first; one at least."""
     return scores.argsort(descending=True, stable=True)[: max(1, round(rate * len(scores)))]
