@@ -38,6 +38,7 @@ def nearest_code(z: Tensor, codebook: Tensor) -> Tensor:
     e_squared = codebook.square().sum(1)  # (K,)
     # A compiled or exported program takes one block: with several it would work for this N only.
     blocks = [z] if torch.compiler.is_compiling() else z.split(max(1, MAX_DISTANCES // len(codebook)))
+    # addmm: |e|^2 - 2 z.e of every pair, one row for each z.
     return torch.cat([torch.addmm(e_squared, block, codebook.T, alpha=-2).argmin(1) for block in blocks])
 
 

@@ -95,9 +95,10 @@ def continue_tokens(gpt: GPT, r: Tensor, s: Tensor, u: Tensor, sampling: Samplin
         length = tokens.shape[1] + T_new
         cache = KVCache(gpt.config, len(tokens), length, gpt.position_embedding) if sampling.use_cache else None
         for i in range(T_new):
-            logits, *without_c = gpt(tokens, cache, last_only=True)[:, 0].float().chunk(len(conditions))  # (B, K)
+            logits = gpt(tokens, cache, last_only=True)[:, 0].float()  # (B, K), or (2 B, K) with and without c
             if guided:
-                logits = without_c[0] + sampling.guidance * (logits - without_c[0])
+                with_c, without_c = logits.chunk(2)
+                logits = without_c + sampling.guidance * (with_c - without_c)
             code = choose(logits, u[:, i], sampling)  # (B,)
             new.append(code)
             column = code.repeat(len(conditions))[:, None]
@@ -170,6 +171,7 @@ def schedule(h: int, w: int, n: int, start: int = 0, wave: bool = True, stride: 
     while any(waiting):
         ready = []
         for above, row in zip([[], *waiting], waiting, strict=False):
+            # The row above is finished, at least up to this window's right edge.
             if row and (not above or above[0].col >= row[0].left + n):
                 ready.append(row[0])
         batches: dict[tuple[int, int], list[Segment]] = {}

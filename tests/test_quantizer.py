@@ -102,13 +102,16 @@ def test_usage_and_perplexity_by_hand():
     assert codebook_stats(torch.tensor([2, 1, 1, 0])) == (0.75, pytest.approx(2**1.5))  # an entropy of 1.5 bits
 
 
-def test_first_revival_places_every_code_on_a_latent():
+@pytest.mark.parametrize("side", [2, 4])
+def test_first_revival_places_every_code_on_a_latent(side):
+    """Each on one of its own, or where there are fewer latents than codes, all latents have one."""
     quantizer = random_quantizer(K=30)
-    z = torch.randn(4, 5, 4, 4)
+    z = torch.randn(4, 5, side, side)
     assert quantizer.revive_dead_codes(z) == 30
     latents = z.permute(0, 2, 3, 1).reshape(-1, 5)
     for code in quantizer.codebook.weight:
         assert (latents == code).all(1).any()
+    assert len(quantizer.codebook.weight.unique(dim=0)) == min(30, len(latents))
 
 
 def test_use_is_a_running_mean_and_a_code_is_dead_below_a_twentieth_of_its_part():
