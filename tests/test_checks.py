@@ -4,17 +4,12 @@ fails, and the message says what is wrong with it. The wrong answers are in wron
 import ast
 import functools
 import json
-import math
 import re
 import sys
-from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
-import torch
-import torch.nn.functional as F
 from helpers import ROOT
-from torch import Tensor, nn
 
 from minvqgan.course import checking, checks
 
@@ -47,18 +42,19 @@ def solution_cells() -> dict[str, str]:
 SOLUTIONS = solution_cells()
 
 
+IMPORTS = """\
+import math
+from collections.abc import Callable, Sequence
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+"""
+
+
 def function(name: str, source: str):
-    """The student's function or class, as a cell of the notebook defines it. Exercises that it builds on are stubs."""
-    names = {
-        "torch": torch,
-        "nn": nn,
-        "F": F,
-        "math": math,
-        "Tensor": Tensor,
-        "Sequence": Sequence,
-        "Callable": Callable,
-    }
-    exec(source, names)
+    """The student's function or class, as a cell of the notebook defines it, without the exercises it builds on."""
+    names: dict = {}
+    exec(IMPORTS + source, names)
     return names[name]
 
 

@@ -4,11 +4,12 @@ import inspect
 import re
 from types import SimpleNamespace
 
+import pytest
 import torch
 from helpers import ROOT
 
 from minvqgan import VQGAN, VQGANConfig
-from minvqgan.course import fit
+from minvqgan.course import fit, runs
 
 
 def statements(source: str) -> list[str]:
@@ -50,3 +51,9 @@ def test_the_first_batch_places_the_codes_and_is_trained_on(monkeypatch):
     history = fit.fit_vqgan(model, train_set, 2, batch_size=4, seed=3)
     assert torch.equal(seen[0], next(fit.batches(train_set, 4, 3))["image"])
     assert history["usage"][0] > 0.5
+
+
+def test_the_sick_runs_come_from_their_code(monkeypatch):
+    monkeypatch.setattr(runs, "STEPS", runs.EVERY)
+    (row,) = runs.train(0, **runs.TROUBLES["wrong range"])
+    assert row == pytest.approx(runs.load(0)["wrong range"][0] | {"seed": 0}, abs=0.05, rel=0.05)

@@ -117,11 +117,9 @@ def run(job: dict, done: dict) -> tuple[int | str, str] | None:
             start_new_session=True,
             user=user,
         )
-        try:
+        with contextlib.suppress(subprocess.TimeoutExpired):
             child.communicate(json.dumps(job | {"word": word, "seconds": SECONDS}), timeout=LONGEST)
-            late = False
-        except subprocess.TimeoutExpired:
-            late = True
+        late = child.poll() is None
         with contextlib.suppress(OSError, AttributeError):  # and what the student's code has started; not on Windows
             os.killpg(child.pid, signal.SIGKILL)
         child.kill()

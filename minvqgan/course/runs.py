@@ -4,6 +4,7 @@ python -m minvqgan.course.runs      trains them again and writes runs.csv, in ab
 """
 
 import csv
+import itertools
 from pathlib import Path
 
 import torch
@@ -17,7 +18,7 @@ FILE = Path(__file__).with_suffix(".csv")
 STEPS, EVERY, SEEDS = 120, 8, 2
 MEASURED = ("l1", "perplexity", "logits_real", "logits_fake", "disc_loss")
 
-# What is wrong -> what was changed in the training.
+# What is wrong -> what was changed in the training, by arguments of `train` or of `fit.fit_vqgan`.
 TROUBLES: dict[str, dict] = {
     "healthy": {},
     "collapse": {"revive_every": 0},  # no code is revived, and none begins on a latent
@@ -42,15 +43,13 @@ class Changed(Dataset):
         return item | {"image": self.shown(item["image"])}
 
 
-def train(trouble: str, seed: int) -> list[dict]:
+def train(seed: int, disc_channels: int = 16, images: int | None = None, shown=lambda x: x, **how) -> list[dict]:
     """The rows of one run's metrics: means since the last row, and L1 on held-out images."""
     torch.manual_seed(seed)
-    usual = {"disc_channels": 16, "disc_lr": 1e-4, "images": None, "shown": lambda x: x, "revive_every": 20}
-    how = usual | TROUBLES[trouble]
     train_set, held_out = fit.shapes(16)
-    dataset, x = Changed(train_set, how.pop("images"), how.pop("shown")), fit.held_out(held_out, 64)["image"]
+    dataset, x = Changed(train_set, images, shown), fit.held_out(held_out, 64)["image"]
     config = VQGANConfig(image_size=16, ch=8, ch_mult=(1, 2), z_channels=16, code_dim=8, codebook_size=64)
-    model, disc = VQGAN(config), PatchDiscriminator(channels=how.pop("disc_channels"), num_layers=2)
+    model, disc = VQGAN(config), PatchDiscriminator(channels=disc_channels, num_layers=2)
     since, rows = [], []
 
     def each(step: int, measured: dict) -> None:
@@ -60,7 +59,7 @@ def train(trouble: str, seed: int) -> list[dict]:
                 val_l1 = (x - model.eval()(x)[0]).abs().mean().item()
             model.train()
             row = {name: sum(m[name] for m in since) / len(since) for name in MEASURED} | {"val_l1": val_l1}
-            rows.append({"trouble": trouble, "seed": seed, "step": step} | {k: round(v, 4) for k, v in row.items()})
+            rows.append({"seed": seed, "step": step} | {k: round(v, 4) for k, v in row.items()})
             since.clear()
 
     fit.fit_vqgan(model, dataset, STEPS, batch_size=16, discriminator=disc, seed=seed, each=each, **how)
@@ -79,7 +78,8 @@ def load(seed: int = 0) -> dict[str, list[dict[str, float]]]:
 
 
 if __name__ == "__main__":
-    rows = [row for seed in range(SEEDS) for trouble in TROUBLES for row in train(trouble, seed)]
+    kinds = list(itertools.product(range(SEEDS), TROUBLES.items()))
+    rows = [{"trouble": name} | row for seed, (name, how) in kinds for row in train(seed, **how)]
     with FILE.open("w", newline="") as file:
         writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
         writer.writeheader()
