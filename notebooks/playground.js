@@ -369,7 +369,7 @@ function nextToken(r, s, u, sampling) {
   return choose(logits, u, sampling);
 }
 
-// What the page asks for, of a worker or, where there is none, of itself.
+// What the page asks a worker for.
 
 const answers = {
   load: unpack,

@@ -29,11 +29,9 @@ def open_model(path: Path) -> TwoStage:
     model = checkpoint.load(path)
     if not isinstance(model, TwoStage):
         raise UserError(f"{path} holds a VQGAN alone; the page needs a checkpoint of train_gpt.py")
-    c = model.vqgan.config
-    if model.condition.kind not in ("none", "class"):
-        raise UserError(f"{path} is conditioned on {model.condition.kind}; the page can only choose a class")
-    if c.input_kind != "rgb" or c.gumbel:
-        raise UserError(f"{path}: the page shows RGB images, and looks codes up by their distance")
+    kind, c = model.condition.kind, model.vqgan.config
+    if kind not in ("none", "class") or c.input_kind != "rgb" or c.gumbel:
+        raise UserError(f"{path}: the page shows RGB images of a class or of none; this model's condition is {kind}")
     return model
 
 
