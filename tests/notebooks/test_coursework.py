@@ -419,7 +419,8 @@ def test_assignments_that_are_set(tmp_path, here):
     assert course.mark("--only", "00,01").keys() == {("ada", TOUR), ("ada", "01_autoencoder")}
     shutil.rmtree(course.folder / "source" / QUANTIZER)
     notebook = course.source()
-    cell_of(notebook, "bits_per_pixel_check").metadata.nbgrader.points = 5
+    check = cell_of(notebook, "bits_per_pixel_check")
+    check.source, check.metadata.nbgrader.points = "assert bits_per_pixel(8, 8, 2, 16) == 1", 5
     nbformat.write(notebook, course.folder / "source" / TOUR / f"{TOUR}.ipynb")
     rows = course.mark()
     assert rows.keys() == {("ada", TOUR), ("ada", "01_autoencoder")} and rows["ada", TOUR]["points"] == "7"
