@@ -127,6 +127,12 @@ def run_inside(*words, cwd: Path) -> subprocess.CompletedProcess:
     return subprocess.CompletedProcess(words, ended.value.code, out.getvalue(), err.getvalue())
 
 
+def succeeded(done: subprocess.CompletedProcess) -> subprocess.CompletedProcess:
+    """The same, without an error."""
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done
+
+
 def run_interrupted(step: int, *words, cwd: Path, number: int = signal.SIGINT) -> subprocess.CompletedProcess:
     """`run_inside`, with a signal in the middle of a training step, counted by the first optimizer."""
     seen: list = []

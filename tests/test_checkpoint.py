@@ -6,7 +6,7 @@ import signal
 
 import pytest
 import torch
-from helpers import ROOT, assert_one_line_error, run_inside, same_bits
+from helpers import ROOT, assert_one_line_error, run_inside, same_bits, succeeded
 
 import minvqgan
 from minvqgan import VQGAN, VQGANConfig
@@ -161,8 +161,7 @@ def test_a_run_of_another_version_resumes(house, tmp_path):
     (tmp_path / "run").mkdir()
     torch.save(content, tmp_path / "run" / "last.pt")
     words = ["train_vqgan.py", "--resume", "--out", "run", "--steps", "9", "--data", house / "photos"]  # data may move
-    done = run_inside(*words, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr[-2000:]
+    succeeded(run_inside(*words, cwd=tmp_path))
     flags = checkpoint.read(tmp_path / "run" / "last.pt")["flags"]
     assert flags["delta"] == 1e-6 and "colour" not in flags
 

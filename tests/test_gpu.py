@@ -4,7 +4,7 @@ import contextlib
 
 import pytest
 import torch
-from helpers import STAGE_ONE, STAGE_TWO, fixture, metrics_rows, relative_error, run_script, same_bits
+from helpers import STAGE_ONE, STAGE_TWO, fixture, metrics_rows, relative_error, run_script, same_bits, succeeded
 from torch import nn
 
 from minvqgan.discriminator import PatchDiscriminator
@@ -86,8 +86,7 @@ def test_both_scripts_train_as_without_a_graph(tmp_path):
         runs = {"graph": "--cuda-graph", "plain": "--no-cuda-graph"}
         runs = {out if script is STAGE_ONE else f"gpt_{out}": flag for out, flag in runs.items()}
         for out, flag in runs.items():
-            done = run_script(*script, *words.split(), out, flag, cwd=tmp_path)
-            assert done.returncode == 0, done.stderr[-3000:]
+            succeeded(run_script(*script, *words.split(), out, flag, cwd=tmp_path))
         for ours, truth in zip(*(metrics_rows(tmp_path / out) for out in runs), strict=True):
             for name in names:
                 assert bool(ours[name]) == bool(truth[name])

@@ -7,7 +7,7 @@ import types
 import pytest
 import torch
 import yaml
-from helpers import ROOT, fixture, make_photos, official_files, relative_error, run_inside
+from helpers import ROOT, fixture, make_photos, official_files, relative_error, run_inside, succeeded
 from PIL import Image
 
 import minvqgan
@@ -177,14 +177,12 @@ def test_the_scripts_take_official_files(tmp_path):
         (tmp_path, "--classes 1,3 --out a.png", (2 * 66 + 2, 2 * 66 + 2)),  # 32 pixels doubled, and lines
         (tmp_path / "coord", "--size 36x40 --out c.png", (2 * 42 + 2, 40)),
     ):
-        done = run_inside(*gpt, *flags.split(), cwd=folder)
-        assert done.returncode == 0, done.stderr
+        succeeded(run_inside(*gpt, *flags.split(), cwd=folder))
         assert Image.open(folder / flags.split()[-1]).size == size
 
     words = "train_gpt.py --vqgan last.ckpt --official-config project.yaml --data photos --n-layer 1 --n-head 2 "
     words += "--n-embd 16 --batch-size 2 --steps 2 --val-images 4 --image-size 16 --cond none --out gpt"
-    done = run_inside(*words.split(), cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
+    succeeded(run_inside(*words.split(), cwd=tmp_path))
     mine = minvqgan.load(tmp_path / "gpt" / "last.pt")
     theirs = official.load(tmp_path / "last.ckpt", tmp_path / "project.yaml")
     assert same(mine.vqgan.state_dict(), theirs.vqgan.state_dict()) and mine.gpt.config.num_codes == 64

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from helpers import ROOT, STAGE_ONE, STAGE_TWO, fixture, make_photos, official_files, run_inside, run_script
+from helpers import ROOT, STAGE_ONE, STAGE_TWO, fixture, make_photos, official_files, run_inside, run_script, succeeded
 from PIL import Image
 
 import minvqgan
@@ -74,8 +74,7 @@ def folder(tmp_path_factory):
         ["train_gpt.py", *second, "--cond", "spatial", "--cond-vqgan", "labels/last.pt", "--out", "spatial"],
         ["train_gpt.py", *second, "--cond", "none", "--out", "none"],
     ):
-        done = run_inside(*words, cwd=folder)
-        assert done.returncode == 0, done.stderr
+        succeeded(run_inside(*words, cwd=folder))
     shutil.copy(folder / "runs" / "vqgan" / "last.pt", folder / "V.pt")
     shutil.copy(folder / "labels" / "last.pt", folder / "LABELS.pt")
     shutil.copytree(ROOT / "notebooks" / "checkpoints", folder / "notebooks" / "checkpoints")
