@@ -16,13 +16,11 @@ judge, of rotations of other photographs (BSDS500's 300, 64 pixels), belongs to 
         --amp --out photographs.pt
 """
 
-import csv
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.utils.data import default_collate
 
 from minvqgan.harness import data, flags
 from minvqgan.harness.judges import features_of, load_features, match_classes
@@ -50,18 +48,13 @@ def in_parts(function: Callable[[Tensor], Tensor], x: Tensor, device: torch.devi
 
 
 class Judges:
-    """The judges of the files, and the held-out images x (N, 3, S, S) with their classes c (N,).
+    """The judges of the files, and the held-out images x (N, 3, S, S) with their classes c (N,), centre-cropped."""
 
-    resize: as in train_vqgan.py. crops: of each image, at places drawn once and for all; 1 is the centre.
-    """
-
-    def __init__(self, args, device: torch.device, size: int, resize: int | None = None, crops: int = 1):
+    def __init__(self, args, device: torch.device, size: int, resize: int | None = None):
+        args.table.parent.mkdir(parents=True, exist_ok=True)  # what cannot be written must not be found out at the end
         _, val_set = data.open_data(args.data, size, resize)
-        count, self.classes, self.device = min(args.images, len(val_set)), val_set.classes, device
-        places = ((i, n) for i in range(count) for n in range(crops))
-        keys = [(i * len(val_set) // count, i * crops + n if crops > 1 else None) for i, n in places]
-        batch = default_collate([val_set[key] for key in keys])
-        self.x, self.c = batch["image"], batch["class"]
+        batch = next(data.held_out_batches(val_set, args.images, args.images))
+        self.x, self.c, self.classes, self.device = batch["image"], batch["class"], val_set.classes, device
         self.judges = [load_features(name).to(device) for name in args.judges]
         self.real = [features_of(judge, self.x.split(100), device) for judge in self.judges]
 
@@ -88,12 +81,3 @@ class Judges:
             return {}
         numbers = torch.tensor(match_classes(self.judges[0].net.classes, self.classes))
         return {"class accuracy": (probabilities.argmax(1) == numbers[classes]).double().mean().item()}
-
-
-def write(path: Path, rows: list[dict]) -> None:
-    """Rows as csv; a number that a row does not have stays empty."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="") as file:
-        table = csv.DictWriter(file, dict.fromkeys(name for row in rows for name in row))
-        table.writeheader()
-        table.writerows({k: f"{v:.4g}" if isinstance(v, float) else v for k, v in row.items()} for row in rows)

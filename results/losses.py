@@ -1,7 +1,7 @@
 """VQGAN or VQ-VAE? (Sec. 3.1, 4.1) One first-stage model trained with five losses, judged on held-out images.
 
     python results/losses.py --data cifar10_split --judges classes.pt rotations.pt
-    python results/losses.py --data camvid --resize 128 --size 64 --crops 4 --steps 600 --runs runs/losses_camvid \
+    python results/losses.py --data camvid --resize 128 --size 64 --steps 600 --runs runs/losses_camvid \
         --judges classes.pt rotations.pt photographs.pt --flags="--ch-mult 1 2 4 4 --batch-size 16" \
         --table results/losses_camvid.csv --figure figures/losses_camvid.png
 
@@ -14,11 +14,12 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 import torch
-from judging import ROOT, Judges, in_parts, parser, write
+from judging import ROOT, Judges, in_parts, parser
 from torch import Tensor
 
 from minvqgan import VQGAN
 from minvqgan.harness import checkpoint, flags, metrics, pictures, runtime
+from minvqgan.harness.run import write_csv
 
 # The losses as flags of train_vqgan.py. A D that starts after the last step never learns.
 LOSSES = {
@@ -61,13 +62,12 @@ def main(argv: list[str] | None = None) -> int:
     p.add_argument("--runs", type=Path, default=Path("runs/losses"), help="folder of the run folders")
     p.add_argument("--size", type=flags.size, default=32, help="side of the images")
     p.add_argument("--resize", type=flags.size, help="as in train_vqgan.py")
-    p.add_argument("--crops", type=flags.positive, default=1, help="of each held-out image")
     p.add_argument("--steps", type=flags.positive, default=1800, help="of each training")
     p.add_argument("--seeds", type=flags.natural, nargs="+", default=[0], help="of the trainings")
     p.add_argument("--flags", default="", help="more flags for each training")
     args = p.parse_args(argv)
     device = runtime.pick_device(args.device)
-    judges = Judges(args, device, args.size, args.resize, args.crops)
+    judges = Judges(args, device, args.size, args.resize)
     some = torch.linspace(0, len(judges.x) - 1, 8).long()  # of all classes: images are sorted by class
     rows, shown = [{"loss": "real images", **judges.floor()}], {"real": judges.x[some]}
     for loss, seed in itertools.product(LOSSES, args.seeds):
@@ -77,7 +77,7 @@ def main(argv: list[str] | None = None) -> int:
         rows.append({"loss": loss, "seed": seed, **errors, **judges.measure(x_hat, judges.c)})
         shown.setdefault(loss, x_hat[some])
         print(rows[-1], flush=True)
-    write(args.table, rows)
+    write_csv(args.table, rows)
     figure(args.figure, shown)
     return 0
 

@@ -8,12 +8,13 @@ a classifier is surest of which is none of the judges (judging.py): the package'
 
 import matplotlib.pyplot as plt
 import torch
-from judging import Judges, in_parts, parser, write
+from judging import Judges, in_parts, parser
 from torch import Tensor
 
 from minvqgan import Sampling, TwoStage
 from minvqgan.harness import checkpoint, runtime
 from minvqgan.harness.judges import SMALL, load_classifier, match_classes
+from minvqgan.harness.run import write_csv
 from minvqgan.sampler import reject
 
 FAMILIES = {  # name: {label: (sampling, fraction that is kept)}
@@ -79,7 +80,7 @@ def main(argv: list[str] | None = None) -> int:
             images, classes = draw(model, sampling, keep, args.images, rejector, device)
             rows.append({"sampling": family, "at": label, **judges.measure(images, classes)})
             print(rows[-1], flush=True)
-    write(args.table, rows)
+    write_csv(args.table, rows)
     figure(rows, [judge.name for judge in judges.judges], args.figure)
     return 0
 

@@ -9,11 +9,12 @@ is one sample, at the others it holds a seam.
 
 import matplotlib.pyplot as plt
 import torch
-from judging import ROOT, Judges, parser, write
+from judging import ROOT, Judges, parser
 from torch import Tensor
 
 from minvqgan import Sampling, TwoStage
 from minvqgan.harness import checkpoint, flags, pictures, runtime
+from minvqgan.harness.run import write_csv
 
 LANDSCAPES = ("forests", "glacier", "mountains", "sea")
 WIDTH = 8  # of a panorama, in images
@@ -76,7 +77,7 @@ def main(argv: list[str] | None = None) -> int:
             row = judges.measure(cuts(images, offset), classes.cpu().repeat(WIDTH - 1))
             rows.append({"panoramas": name, "offset": offset, **row})
             print(rows[-1], flush=True)
-    write(args.table, rows)
+    write_csv(args.table, rows)
     first = list(window[:: args.n // len(numbers)].split(1))
     pictures.save_grid(args.figure, [*first, tiles[-1:]])
     shown = (judges.c == judges.classes.index("mountains")).nonzero()[2]

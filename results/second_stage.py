@@ -13,13 +13,14 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from judging import ROOT, write
+from judging import ROOT
 from torch import Tensor
 
 from minvqgan.course import fit
 from minvqgan.course.pixelsnail import PixelSNAIL
 from minvqgan.gpt import GPT, GPTConfig
 from minvqgan.harness import checkpoint, data, flags, runtime
+from minvqgan.harness.run import write_csv
 from minvqgan.orders import ORDERS
 
 RATES = {"transformer": (5e-4, 1e-3, 2e-3), "PixelSNAIL": (2e-3, 4e-3, 8e-3)}
@@ -94,8 +95,8 @@ def main(argv: list[str] | None = None) -> int:
         table += [*tried.values(), *again, curve(kind, "row", best, SEEDS[0], args.long)]
         if kind == "transformer":
             orders = [curve(kind, name, best, seed, args.steps)[-1] for name in ORDERS for seed in SEEDS]
-    write(args.out / "second_stage.csv", [row for rows in table for row in rows])
-    write(args.out / "orders.csv", [{name: row[name] for name in ("order", "seed", "nats")} for row in orders])
+    write_csv(args.out / "second_stage.csv", [row for rows in table for row in rows])
+    write_csv(args.out / "orders.csv", [{name: row[name] for name in ("order", "seed", "nats")} for row in orders])
     return 0
 
 
