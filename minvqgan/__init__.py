@@ -14,4 +14,5 @@ from .sampler import Sampling
 from .two_stage import TwoStage
 from .vqgan import VQGAN, VQGANConfig
 
+__version__ = "0.1.0"  # pyproject.toml reads it here
 __all__ = ["VQGAN", "Sampling", "TwoStage", "VQGANConfig", "load", "save_model"]

@@ -34,7 +34,7 @@ class NoCondition(nn.Module):
 
 
 class ClassCondition(nn.Module):
-    """c: (B,) of any integer type -> (B, 1). Raises ValueError for numbers outside [0, num_classes)."""
+    """c: (B,) of any integer type, in [0, num_classes) -> (B, 1). Raises ValueError for anything else."""
 
     kind, is_map = "class", False
 
@@ -43,6 +43,8 @@ class ClassCondition(nn.Module):
         self.num_tokens = num_classes
 
     def forward(self, c: Tensor) -> Tensor:
+        if c.ndim != 1 or c.dtype.is_floating_point:
+            raise ValueError(f"expected integer classes (B,), got {tuple(c.shape)} of {c.dtype}")
         c = c.long()
         if c.numel() and (c.min() < 0 or c.max() >= self.num_tokens):
             raise ValueError(f"classes must lie in [0, {self.num_tokens}), got {c.min().item()} to {c.max().item()}")

@@ -50,7 +50,6 @@ class KVCache:
 
     def extend(self, layer: int, kv: Tensor) -> Tensor:
         """Store keys and values of t new tokens, (2, B, h, t, C/h); returns all so far, (2, B, h, filled + t, C/h)."""
-        assert self.filled == 0 or kv.shape[3] == 1, "after the first pass, one token at a time"
         end = self.filled + kv.shape[3]
         self.memory[layer][:, :, :, self.filled : end] = kv
         return self.memory[layer][:, :, :, :end]
@@ -68,11 +67,13 @@ class CausalSelfAttention(nn.Module):
     def forward(self, x: Tensor, cache: KVCache | None, layer: int) -> Tensor:
         B, t, C = x.shape
         qkv = self.qkv(x).view(B, t, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)  # (3, B, h, t, C/h)
-        q, kv = qkv[0], qkv[1:]
+        q, kv, mask = qkv[0], qkv[1:], None
         if cache is not None:
             kv = cache.extend(layer, kv)  # (2, B, h, filled + t, C/h)
-        # A single token sees all before it, so it needs no mask.
-        y = attention(q, kv[0], kv[1], self.dropout if self.training else 0.0, causal=t > 1)  # (B, h, t, C/h)
+            if cache.filled and t > 1:  # several tokens after others: row i sees all up to filled + i
+                mask = torch.ones(t, kv.shape[3], dtype=torch.bool, device=x.device).tril(cache.filled)
+        causal = mask is None and t > 1  # a single new token sees everything before it
+        y = attention(q, kv[0], kv[1], mask, self.dropout if self.training else 0.0, causal)  # (B, h, t, C/h)
         return self.proj(y.transpose(1, 2).reshape(B, t, C))
 
 
@@ -98,8 +99,7 @@ class Block(nn.Module):
 class GPT(nn.Module):
     """forward: tokens (B, T) int64 in [0, K + num_cond) -> logits (B, T, K).
 
-    cache: holds the tokens before these; the logits equal those of a pass over the whole sequence. The first pass fills
-    it with any number of tokens, each later one adds one.
+    cache: the T tokens follow those in the cache; their logits equal those of a pass over the whole sequence.
     last_only: logits at the last token only, (B, 1, K), which is all that sampling needs.
     Raises ValueError for a sequence longer than block_size.
     """

@@ -50,15 +50,17 @@ class ResBlock(nn.Module):
         return self.skip(x) + h
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0, causal: bool = False) -> Tensor:
-    """softmax(q k^T / sqrt(d)) v (Eq. 1), over h heads: q (B, h, t, d), k and v (B, h, T, d) -> (B, h, t, d).
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, dropout: float = 0.0, causal: bool = False
+) -> Tensor:
+    """softmax(q k^T / sqrt(d) + mask) v (Eq. 1), over h heads: q (B, h, t, d), k and v (B, h, T, d) -> (B, h, t, d).
 
-    causal: row i sees columns up to i.
+    causal: row i sees columns up to i. mask (t, T): true where a row may look.
     """
     # At least float32 on a CPU, where bfloat16 gains nothing and its gradient is up to three times as slow.
     dtype = torch.promote_types(k.dtype, torch.float32) if q.device.type == "cpu" else k.dtype
     with torch.autocast("cpu", enabled=False):
-        return F.scaled_dot_product_attention(q.to(dtype), k.to(dtype), v.to(dtype), None, dropout, causal).to(q.dtype)
+        return F.scaled_dot_product_attention(q.to(dtype), k.to(dtype), v.to(dtype), mask, dropout, causal).to(q.dtype)
 
 
 class SelfAttention2d(nn.Module):

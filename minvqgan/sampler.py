@@ -32,6 +32,17 @@ class Sampling:
     use_cache: bool = True  # False: everything is recomputed for each code, for the same codes
     on_token: Callable[[int], None] | None = None  # called with the number of codes just drawn, for a progress bar
 
+    def __post_init__(self):
+        for fits, name in (
+            (self.temperature >= 0, "temperature"),  # NaN is not
+            (self.top_k is None or self.top_k >= 1, "top_k"),
+            (self.top_p is None or 0 < self.top_p <= 1, "top_p"),
+            (abs(self.guidance) < float("inf"), "guidance"),
+            (self.stride >= 1, "stride"),
+        ):
+            if not fits:
+                raise ValueError(f"{name} {getattr(self, name)} leaves nothing to draw")
+
 
 def uniforms(seed: int, numbers: Sequence[int], count: int) -> Tensor:
     """u for `count` codes of each image, (len(numbers), count). Image number i of a seed has a generator of its own, so
@@ -95,8 +106,8 @@ def continue_tokens(gpt: GPT, r: Tensor, s: Tensor, u: Tensor, sampling: Samplin
         length = tokens.shape[1] + T_new
         cache = KVCache(gpt.config, len(tokens), length, gpt.position_embedding) if sampling.use_cache else None
         for i in range(T_new):
-            logits = gpt(tokens, cache, last_only=True)[:, 0].float()  # (B, K), or (2 B, K) with and without c
-            if guided:
+            logits = gpt(tokens, cache, last_only=True)[:, 0].float()  # (B, K), or (2 B, K) of two conditions
+            if len(conditions) == 2:
                 with_c, without_c = logits.chunk(2)
                 logits = without_c + sampling.guidance * (with_c - without_c)
             code = choose(logits, u[:, i], sampling)  # (B,)

@@ -151,6 +151,8 @@ class TwoStage(nn.Module):
         if r.ndim == 3 and tuple(r.shape[1:]) != (h, w):
             raise ValueError(f"the condition covers {r.shape[1]} x {r.shape[2]} latents, the image has {h} x {w}")
         given = r.new_zeros(len(c), h, w) if given is None else given.long()
+        if tuple(given.shape) != (len(c), h, w):
+            raise ValueError(f"given codes are {tuple(given.shape)}, not {(len(c), h, w)}")
         u = sampler.uniforms(seed, range(len(c)) if numbers is None else numbers, h * w).to(r.device)  # (B, h * w)
         if (h, w) == (n, n):
             s = given.flatten(1)[:, self.order[:keep]]

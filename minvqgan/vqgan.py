@@ -55,7 +55,8 @@ class VQGANConfig:
                 raise ValueError(f"--norm-groups {self.norm_groups} does not divide a layer's {channels} channels")
         size, f = self.image_size, self.f
         if size % f:
-            raise ValueError(f"--image-size {size} is not divisible by f = {f}; use {size // f * f or f}")
+            nearest = f"{size // f * f} or {size // f * f + f}" if size > f else f
+            raise ValueError(f"--image-size {size} is not divisible by f = {f}; use {nearest}")
 
     @property
     def f(self) -> int:
@@ -85,8 +86,9 @@ class VQGAN(nn.Module):
         if x.ndim != 4 or x.shape[1] != c.in_channels:
             raise ValueError(f"expected images (B, {c.in_channels}, H, W), got {tuple(x.shape)}")
         H, W = x.shape[2:]
-        if not torch.compiler.is_compiling() and (H % f or W % f):
-            raise ValueError(f"{H} x {W} is not divisible by f = {f}; crop to {H // f * f} x {W // f * f}")
+        if not torch.compiler.is_compiling() and (H % f or W % f or not H or not W):
+            below, above = (tuple(max(1, side // f + up) * f for side in (H, W)) for up in (0, 1))
+            raise ValueError(f"{H} x {W} is not divisible by f = {f}; nearest sizes that work: {below}, {above}")
         return self.to_code(self.encoder(x))
 
     def encode(self, x: Tensor) -> Quantized:

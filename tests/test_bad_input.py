@@ -32,7 +32,7 @@ MISTAKES = {
         --batch-size 4 --accumulate 3 => cannot be split into 1 processes x 3
         --norm-groups 3 => --norm-groups 3 does not divide
         --resize 8 => --resize 8 is smaller than --image-size 16
-        --image-size 33 => not divisible by f = 2; use 32
+        --image-size 33 => not divisible by f = 2; use 32 or 34
         --image-size 8 => --disc-layers 2 needs images of 16 pixels
         --device cuda:7 => --device cuda:7 cannot be used here
         --input labels => needs --num-labels

@@ -41,7 +41,7 @@ def test_no_token_sees_the_future(gpt):
         assert not torch.allclose(before[:, changed], after[:, changed])
 
 
-@pytest.mark.parametrize("parts", [[12], [1] * 12, [5] + [1] * 7])
+@pytest.mark.parametrize("parts", [[12], [1] * 12, [5, 1, 1, 3, 2]])
 @torch.no_grad()
 def test_cached_equals_full(gpt, parts):
     tokens = torch.randint(0, 19, (2, 12))
@@ -56,10 +56,6 @@ def test_cached_equals_full(gpt, parts):
 def test_what_no_transformer_can_be_or_read(gpt):
     with pytest.raises(ValueError, match="21 tokens are more than the 20"):
         gpt(torch.zeros(1, 21, dtype=torch.long))
-    cache, tokens = KVCache(gpt.config, 1, 20, gpt.position_embedding), torch.zeros(1, 2, dtype=torch.long)
-    gpt(tokens, cache)
-    with pytest.raises(AssertionError, match="one token at a time"):
-        gpt(tokens, cache)
     for wrong, match in (
         ({"n_head": 3, "n_embd": 8}, "--n-head 3 does not divide --n-embd 8"),
         ({"n_layer": 0}, "--n-layer is 0, not a number from 1 to 1000"),

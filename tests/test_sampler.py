@@ -91,3 +91,10 @@ def test_each_image_of_each_seed_has_random_numbers_of_its_own():
     assert torch.equal(u[2], torch.rand(5, generator=torch.Generator().manual_seed(zlib.crc32(b"3 12"))))
     rows = torch.cat([sampler.uniforms(seed, range(50), 5) for seed in range(50)])
     assert len({tuple(row.tolist()) for row in rows}) == 2500
+
+
+def test_settings_that_make_no_sense():
+    wrongs = [{"temperature": -1}, {"top_k": 0}, {"top_p": 0.0}, {"top_p": 1.5}, {"stride": 0}]
+    for wrong in [*wrongs, {"temperature": math.nan}, {"guidance": math.nan}]:
+        with pytest.raises(ValueError):
+            Sampling(**wrong)

@@ -196,12 +196,15 @@ def test_images_completions_and_mistakes():
     for match, c, how in (
         ("needs a condition", None, {}),
         (r"classes must lie in \[0, 3\), got 3 to 3", [3], {}),
+        (r"expected integer classes \(B,\), got \(1, 1\) of torch.int64", [[0]], {}),
         ("dropped conditions", [0], {"sampling": Sampling(guidance=2.0)}),
         ("fewer than the 4 x 4", [0], {"size": (3, 8)}),
         ("a stride of 5 is not between 1 and 4", [0], {"size": (6, 8), "sampling": Sampling(stride=5)}),
     ):
         with pytest.raises(ValueError, match=match):
             model.sample(None if c is None else torch.tensor(c), **how)
+    with pytest.raises(ValueError, match=r"given codes are \(2, 16\), not \(2, 4, 4\)"):
+        model.sample_indices(classes, given=given.flatten(1), keep=8)
     with pytest.raises(ValueError, match="the condition covers 4 x 4 latents, the image has 6 x 6"):
         make_model("coords").sample_indices(condition_for("coords", 1), size=(6, 6))
 

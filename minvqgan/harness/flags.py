@@ -144,8 +144,11 @@ def add_sampling_flags(p: Parser, batch_size: int) -> None:
 
 
 def sampling(args) -> Sampling:
-    """What `add_sampling_flags` has read."""
-    return Sampling(args.temperature, args.top_k, args.top_p, args.guidance)
+    """What `add_sampling_flags` has read. Raises UserError for values that make no sense."""
+    try:
+        return Sampling(args.temperature, args.top_k, args.top_p, args.guidance)
+    except ValueError as error:
+        raise UserError(str(error)) from None
 
 
 def parse(p: Parser, presets: dict, kind: str, argv: list[str] | None):
