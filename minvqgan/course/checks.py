@@ -1,4 +1,5 @@
-"""The checks of the notebooks' exercises, one for each. A check is called with the student's function or class.
+"""The checks of the notebooks' exercises, one for each. A check is called with the student's function or class, and
+compares its results by the functions of checking.py.
 
 What is right is defined by loops, autograd and modules built here, never by the package's own functions: students may
 read and copy the package. Another seed gives other numbers and sizes; hidden tests use one.
@@ -126,7 +127,7 @@ def side_seen(student, g):
     for kernel, stride in ((1, 1), (3, 2), (1 + 2 * integer(g, 1, 3), integer(g, 1, 2))):
         network = nn.Sequential(
             nn.Conv2d(1, 4, kernel, stride, padding=kernel // 2, bias=False),
-            nn.Conv2d(4, 2, 3, padding=2, dilation=2, bias=False),  # leaves gaps
+            nn.Conv2d(4, 4, 3, padding=2, dilation=2, bias=False),  # leaves gaps
             nn.Hardshrink(1e-3),  # has no gradient at zeros
         )
         nn.init.zeros_(network[1].weight[0])  # the first channel depends on nothing
