@@ -19,7 +19,9 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from minvqgan.harness import checkpoint
+from minvqgan import VQGAN
+from minvqgan.discriminator import PatchDiscriminator
+from minvqgan.harness import checkpoint, official
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -38,6 +40,14 @@ STAGE_TWO = (
 def fixture(name: str) -> dict:
     """Random weights, inputs and outputs of the official implementation; `what` says which part."""
     return torch.load(ROOT / "tests" / "fixtures" / f"{name}.pt", weights_only=True)
+
+
+def official_models(fx: dict, legacy: bool) -> tuple[VQGAN, PatchDiscriminator]:
+    """VQGAN (in eval mode) and D (in train mode) of the fixture "vqgan", with the official weights."""
+    c = fx["config"]
+    config = official.vqgan_config(c["ddconfig"], c["n_embed"], c["embed_dim"], c["beta"], legacy=legacy)
+    disc = PatchDiscriminator(3, c["disc_ndf"], c["disc_num_layers"])
+    return official.load_vqgan(fx["state_dict"], config), official.fill(disc, fx["discriminator"]).train()
 
 
 def official_files(fx: dict, folder: Path) -> tuple[Path, Path]:

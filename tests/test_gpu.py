@@ -4,11 +4,10 @@ import contextlib
 
 import pytest
 import torch
-from helpers import STAGE_ONE, STAGE_TWO, fixture, metrics_rows, relative_error, run_script, same_bits, succeeded
+from helpers import STAGE_ONE, STAGE_TWO, fixture, metrics_rows, official_models, relative_error, run_script, same_bits
 from torch import nn
 
-from minvqgan.discriminator import PatchDiscriminator
-from minvqgan.harness import official, runtime
+from minvqgan.harness import runtime
 from minvqgan.harness.cuda_graph import CudaGraph
 from minvqgan.objective import ObjectiveConfig, stage_one_step
 
@@ -24,10 +23,7 @@ def float32(monkeypatch):
 def networks():
     """The official VQGAN and D of the fixtures, on the GPU, and a batch."""
     fx = fixture("vqgan")
-    c = fx["config"]
-    config = official.vqgan_config(c["ddconfig"], c["n_embed"], c["embed_dim"], c["beta"], legacy=False)
-    disc = PatchDiscriminator(3, c["disc_ndf"], c["disc_num_layers"])
-    vqgan, disc = official.load_vqgan(fx["state_dict"], config), official.fill(disc, fx["discriminator"]).train()
+    vqgan, disc = official_models(fx, legacy=False)
     return vqgan.cuda().train(), disc.cuda().train(), fx["x"].cuda(), fx
 
 
@@ -86,7 +82,8 @@ def test_both_scripts_train_as_without_a_graph(tmp_path):
         runs = {"graph": "--cuda-graph", "plain": "--no-cuda-graph"}
         runs = {out if script is STAGE_ONE else f"gpt_{out}": flag for out, flag in runs.items()}
         for out, flag in runs.items():
-            succeeded(run_script(*script, *words.split(), out, flag, cwd=tmp_path))
+            done = run_script(*script, *words.split(), out, flag, cwd=tmp_path)
+            assert done.returncode == 0, done.stderr[-3000:]
         for ours, truth in zip(*(metrics_rows(tmp_path / out) for out in runs), strict=True):
             for name in names:
                 assert bool(ours[name]) == bool(truth[name])

@@ -2,9 +2,8 @@
 
 import pytest
 import torch
-from helpers import fixture, relative_error
+from helpers import fixture, official_models, relative_error
 
-from minvqgan.discriminator import PatchDiscriminator
 from minvqgan.harness import official
 from minvqgan.objective import ObjectiveConfig, generator_loss, hinge_loss, log_loss, stage_one_step
 from minvqgan.quantizer import GumbelQuantizer
@@ -17,15 +16,8 @@ def fx():
     return fixture("vqgan")
 
 
-def build(fx, legacy):
-    c = fx["config"]
-    config = official.vqgan_config(c["ddconfig"], c["n_embed"], c["embed_dim"], c["beta"], legacy=legacy)
-    disc = PatchDiscriminator(3, c["disc_ndf"], c["disc_num_layers"])
-    return official.load_vqgan(fx["state_dict"], config), official.fill(disc, fx["discriminator"]).train()
-
-
 def test_encoder_quantizer_and_decoder(fx):
-    vqgan, _ = build(fx, legacy=True)
+    vqgan, _ = official_models(fx, legacy=True)
     quantized = vqgan.encode(fx["x"])
     assert torch.equal(quantized.indices, fx["indices"])
     for ours, name in (
@@ -40,7 +32,7 @@ def test_encoder_quantizer_and_decoder(fx):
 
 @pytest.mark.parametrize("variant", ["paper", "legacy"])
 def test_both_codebook_losses_move_the_same_side_as_the_official_ones(fx, variant):
-    vqgan, _ = build(fx, legacy=variant == "legacy")
+    vqgan, _ = official_models(fx, legacy=variant == "legacy")
     z = fx["latent"].clone().requires_grad_()
     vqgan.quantizer(z).loss.backward()
     assert relative_error(z.grad, fx["vq_loss_grads"][variant]["latent"]) < TOLERANCE
@@ -48,8 +40,8 @@ def test_both_codebook_losses_move_the_same_side_as_the_official_ones(fx, varian
 
 
 def test_discriminator_and_its_losses(fx):
-    _, disc = build(fx, legacy=True)
-    disc.train()  # BatchNorm judges with the statistics of the batch, there as here
+    _, disc = official_models(fx, legacy=True)
+    # BatchNorm judges with the statistics of the batch, there as here.
     real, fake = disc(fx["x"]), disc(fx["x_rec"])
     assert relative_error(real, fx["logits_real"]) < TOLERANCE
     assert relative_error(fake, fx["logits_fake"]) < TOLERANCE
@@ -59,8 +51,7 @@ def test_discriminator_and_its_losses(fx):
 
 
 def test_one_pass_step_gives_the_official_lambda_and_gradients(fx):
-    vqgan, disc = build(fx, legacy=False)
-    disc.train()
+    vqgan, disc = official_models(fx, legacy=False)
     x, config = fx["x"], ObjectiveConfig(disc_weight=fx["config"]["disc_weight"], max_lambda=1e4, delta=1e-4)
     terms, _ = stage_one_step(vqgan, disc, None, x, config)
 

@@ -9,6 +9,7 @@ import re
 import shlex
 import shutil
 from functools import partial
+from pkgutil import resolve_name
 
 import numpy as np
 import pytest
@@ -139,17 +140,13 @@ def test_what_it_points_to_is_there():
     table = table[table.index("| paper | what |") :].split("\n\n")[0]
     names = [name for row in table.strip().splitlines()[2:] for name in re.findall(r"`([\w.]+)`", row.split("|")[3])]
     assert len(names) > 20
-    module = None
-    for name in names:
-        parts = name.split(".")
-        for end in range(len(parts), 0, -1):  # the longest beginning that is a module of ours; else of the last one
-            if (ROOT / "minvqgan" / "/".join(parts[:end])).with_suffix(".py").exists():
-                module = __import__("minvqgan." + ".".join(parts[:end]), fromlist=["_"])
-                parts = parts[end:]
-                break
-        where = module
-        for part in parts:
-            where = getattr(where, part)
+    module = ""
+    for name in names:  # in a module of ours, or in that of the name before
+        try:
+            resolve_name(f"minvqgan.{name}")
+            module = name.split(".")[0]
+        except (ImportError, AttributeError):
+            resolve_name(f"minvqgan.{module}.{name}")
 
 
 def test_every_flag_it_names_exists():
