@@ -43,14 +43,6 @@ def test_kernels_against_the_definition(k, sees_itself):
     assert torch.equal(conv(x), F.conv2d(x, conv.weight * causal_kernel(k, sees_itself), conv.bias, padding=middle))
 
 
-def test_the_loss_is_the_likelihood(model):
-    indices, classes = torch.randint(K, (2, N, N)), torch.tensor([0, 2])
-    with torch.no_grad():
-        log_p = model(indices, classes).log_softmax(1)
-        truth = -sum(log_p[b, indices[b, i, j], i, j] for b in range(2) for i in range(N) for j in range(N))
-        assert model.loss(indices, classes).item() == pytest.approx(truth.item() / (2 * N * N), rel=1e-5)
-
-
 def test_samples(model):
     classes = torch.tensor([0, 1, 2])
     sampled = model.sample(classes, uniforms(0, [5, 6, 7], N * N))

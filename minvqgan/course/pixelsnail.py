@@ -123,10 +123,6 @@ class PixelSNAIL(nn.Module):
             x = attend(block(x), codes)
         return self.head(F.elu(x))  # (B, K, h, w)
 
-    def loss(self, indices: Tensor, classes: Tensor) -> Tensor:
-        """-log p(s | c) in nats per code, mean over all codes: scalar."""
-        return F.cross_entropy(self(indices, classes), indices)
-
     @torch.no_grad()
     def sample(self, classes: Tensor, u: Tensor, sampling: Sampling | None = None) -> Tensor:
         """New maps (B, n, n) for classes (B,); u (B, n * n): one uniform number per code (`sampler.uniforms`)."""
