@@ -241,7 +241,7 @@ def compare_new_images(args, features, vqgan: VQGAN, made: dict, train_set, val_
     (originals,) = images_of(data.loader(train_set, len(keys), keys))
     path = Path(args.out) / "neighbours.png"
     pictures.save_grid(path, [pictures.to_rgb(samples, kind).cpu(), originals])
-    print(f"{path}: the samples most like a training image, above it, of {len(known)} of {len(train_set)}")
+    print(f"{path}: the samples most like a training image, above it ({len(known)} of {len(train_set)} were searched)")
 
 
 if __name__ == "__main__":
