@@ -6,7 +6,7 @@
     minvqgan.save_model("mine.pt", model)             the model alone, without the state of its training
 
 Reading order: options, layers, encoder, quantizer, decoder, vqgan, perceptual, discriminator, objective, then
-train_vqgan.py, which uses them; gpt, orders, conditioning, two_stage, sampler, then train_gpt.py and sample.py.
+train_vqgan.py, which uses them; orders, gpt, conditioning, two_stage, sampler, then train_gpt.py and sample.py.
 """
 
 from .harness.checkpoint import load, save_model

@@ -46,7 +46,7 @@ class Sampling:
 
 def uniforms(seed: int, numbers: Sequence[int], count: int) -> Tensor:
     """u for `count` codes of each image, (len(numbers), count). Image number i of a seed has a generator of its own, so
-    its batch and the number of images do not matter. Seeds share no images, as far as 32 bits tell them apart."""
+    its batch and the number of images do not matter. Two seeds share no image, as far as 32 bits tell them apart."""
     seeds = (zlib.crc32(f"{seed} {i}".encode()) for i in numbers)
     return torch.stack([torch.rand(count, generator=torch.Generator().manual_seed(s)) for s in seeds])
 

@@ -44,7 +44,7 @@ def condition_length(condition: Condition, n: int) -> int:
 
 
 def sequence_length(condition: Condition, n: int) -> int:
-    """Tokens that the transformer reads for an n x n image: the last code is predicted but never read."""
+    """Tokens that the transformer reads for an n x n image: all but the last code, which it only predicts."""
     return condition_length(condition, n) + n * n - 1
 
 
@@ -102,7 +102,7 @@ class TwoStage(nn.Module):
             DEPARTURE: the paper has no guidance (Ho & Salimans 2022, arXiv:2207.12598).
         """
         s, r = s.long(), r.flatten(1).long()  # (B, T), (B, R)
-        s_in = s
+        s_in = s  # what is read
         if pkeep < 1:
             wrong = torch.rand(s.shape, device=s.device) >= pkeep
             s_in = torch.where(wrong, torch.randint_like(s, self.vqgan.config.codebook_size), s)
