@@ -172,6 +172,7 @@ def evaluate_gpt(args, model: TwoStage, train_set, val_set, features, device: to
     if file and model.condition.kind == "class":
         classifier = judges.load_classifier(file).to(device)
         number_of = torch.tensor(judges.match_classes(classifier.classes, val_set.classes), device=device)
+
     held_out = tokens.held_out(model, val_set, to_c, args.images, device)
     parts = zip(*(t.split(args.batch_size) for t in held_out), strict=True)
     nats = torch.cat([model(s, r).mean(1).cpu() for s, r in parts])  # (N,)
@@ -179,21 +180,22 @@ def evaluate_gpt(args, model: TwoStage, train_set, val_set, features, device: to
     add(table, "bits_per_pixel", *metrics.spread(nats * len(model.order) / math.log(2) / args.image_size**2))
     add(table, "ln_K", math.log(model.vqgan.config.codebook_size))
     print(f"{len(nats)} held-out images of {args.data}")
+
     if features is None and classifier is None:
         return
     if runtime.pick_amp(args.amp, device, model.gpt.config.n_embd):
         print("new images in bfloat16")
         model.gpt.bfloat16()
-    made: dict[str, list] = {"codes": [], "features": [], "probabilities": [], "right": []}
+    found: dict[str, list] = {"codes": [], "features": [], "probabilities": [], "right": []}
     for indices, classes in new_codes(args, model, val_set, to_c, flags.sampling(args), device):
         images = pictures.to_rgb(model.vqgan.decode_indices(indices), model.vqgan.config.input_kind)
-        made["codes"].append(indices.int().cpu())  # the images again, in a hundredth of the memory
+        found["codes"].append(indices.int().cpu())  # the images again, in a hundredth of the memory
         if classifier is not None:
-            made["right"].append((classifier(images).argmax(1) == number_of[classes]).double().cpu())
+            found["right"].append((classifier(images).argmax(1) == number_of[classes]).double().cpu())
         if features is not None:
             for name, value in zip(("features", "probabilities"), features(images), strict=True):
-                made[name].append(value.cpu())
-    made = {name: torch.cat(parts) for name, parts in made.items() if parts}
+                found[name].append(value.cpu())
+    made = {name: torch.cat(parts) for name, parts in found.items() if parts}
     if classifier is not None:
         add(table, "class_accuracy", *metrics.spread(made["right"]))
     if features is not None:
