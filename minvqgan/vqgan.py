@@ -87,7 +87,7 @@ class VQGAN(nn.Module):
             raise ValueError(f"expected images (B, {c.in_channels}, H, W), got {tuple(x.shape)}")
         H, W = x.shape[2:]
         if not torch.compiler.is_compiling() and (H % f or W % f or not H or not W):
-            below, above = (tuple(max(1, side // f + up) * f for side in (H, W)) for up in (0, 1))
+            below, above = ((max(1, H // f + up) * f, max(1, W // f + up) * f) for up in (0, 1))
             raise ValueError(f"{H} x {W} is not divisible by f = {f}; nearest sizes that work: {below}, {above}")
         return self.to_code(self.encoder(x))
 
