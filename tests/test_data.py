@@ -78,8 +78,8 @@ def test_exif_orientation_is_applied(tmp_path, broken):
 
 
 def test_odd_files_show_their_pixels(tmp_path, capfd):
-    """Whole folders were `no readable image`, for a byte in a comment. Pillow refuses more than 1 MB of text or colour
-    profile: image generators keep their settings in the text."""
+    """Broken metadata once made whole folders unreadable. Pillow refuses more than 1 MB of text or colour profile, and
+    image generators keep their settings in the text."""
     text = PngImagePlugin.PngInfo()
     text.add_text("workflow", "x" * 3_000_000, zip=True)
     files = {

@@ -14,7 +14,7 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 import torch.nn.functional as F
-from helpers import STAGE_ONE, STAGE_TWO, make_photos, metrics_rows, relative_error, run_inside
+from helpers import STAGE_ONE, STAGE_TWO, make_photos, metrics_rows, relative_error, run_inside, succeeded
 from torch.nn.modules.module import register_module_forward_hook
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torchmetrics.functional.image import peak_signal_noise_ratio
@@ -44,8 +44,7 @@ def watched(on_step=lambda optimizer: None, on_forward=lambda module, inputs, ou
 
 def train(script: list[str], flags: str, cwd, out: str = "run") -> list[dict]:
     """Run a script; the rows of its metrics.csv."""
-    done = run_inside(*script, *flags.split(), "--out", out, cwd=cwd)
-    assert done.returncode == 0, done.stderr[-2000:]
+    succeeded(run_inside(*script, *flags.split(), "--out", out, cwd=cwd))
     return metrics_rows(cwd / out)
 
 
@@ -245,8 +244,7 @@ def still_gradients(script: list[str], flags: str, cwd, out: str) -> list[list[t
         patch.setattr(torch.nn.BatchNorm2d, "forward", evaluated)
         patch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *_: None)
         with watched(lambda optimizer: found.setdefault(id(optimizer), []).append(flat_gradient(optimizer))):
-            done = run_inside(*script, *flags.split(), "--out", out, cwd=cwd)
-    assert done.returncode == 0, done.stderr[-2000:]
+            succeeded(run_inside(*script, *flags.split(), "--out", out, cwd=cwd))
     return list(found.values())
 
 
