@@ -20,7 +20,7 @@ from torchmetrics.functional.image import peak_signal_noise_ratio, structural_si
 from torchmetrics.image.fid import FrechetInceptionDistance
 
 from minvqgan.harness import checkpoint, data, judges, metrics
-from minvqgan.harness.judges import Classifier, load_classifier, save_classifier
+from minvqgan.harness.judges import Classifier, save_classifier
 
 
 @pytest.fixture(scope="module")
@@ -155,21 +155,23 @@ def test_a_first_stage(models):
 
 
 def test_a_transformer(models):
-    done, values, content = evaluate(
-        "--gpt", "gpt/last.pt", "--features", "judge.pt", "-n", "20", "--batch-size", "8", cwd=models
-    )
+    words = "--gpt gpt/last.pt --features judge.pt -n 20 --batch-size 8 --seed 3"
+    done, values, content = evaluate(*words.split(), cwd=models)
     model, val_set = checkpoint.load(models / "gpt/last.pt"), data.open_data("shapes", 16, 20)[1]
     batch = next(data.held_out_batches(val_set, 30, 30))
     nats = model.nll(batch["image"], batch["class"]).mean().item()
     assert values["nats_per_token"] == pytest.approx(nats, rel=1e-5)
     assert values["bits_per_pixel"] == pytest.approx(nats * 64 / math.log(2) / 256, rel=1e-5)  # 64 codes, 256 pixels
     # The very samples again. Asked for are the classes of 20 images evenly spread over all, not of the first 20.
-    judge, classes = load_classifier(models / "judge.pt"), next(data.held_out_batches(val_set, 20, 20))["class"]
+    judge, classes = judges.load_features(models / "judge.pt"), next(data.held_out_batches(val_set, 20, 20))["class"]
     with torch.no_grad():
-        right = judge(model.sample(classes, seed=3).clamp(-1, 1)).argmax(1) == classes
-    assert values["class_accuracy"] == pytest.approx(right.double().mean().item())
+        new, probabilities = judge(model.sample(classes, seed=3).clamp(-1, 1))
+        real, _ = judge(batch["image"])
+    assert values["class_accuracy"] == pytest.approx((probabilities.argmax(1) == classes).double().mean().item())
+    assert values["frechet_distance(judge)"] == pytest.approx(metrics.frechet_distance(real, new), rel=1e-3)
+    assert values["class_score(judge)"] == pytest.approx(metrics.inception_score(probabilities), rel=1e-5)
     assert values["nearest_training(judge)"] > 0 and values["nearest_training_of_held_out(judge)"] > 0
-    assert {"precision(judge)", "recall(judge)", "class_score(judge)"} < values.keys()
+    assert (values["precision(judge)"], values["recall(judge)"]) == metrics.precision_recall(real, new)
     assert Image.open(models / content["flags"]["out"] / "neighbours.png").size == (10 * 66 + 2, 2 * 66 + 2)
     assert "20 new images" in done.stdout
 
