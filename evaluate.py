@@ -1,5 +1,4 @@
-"""How good is it? A VQGAN's reconstructions, or a transformer's images, against held-out images (Sec. 4.1, 4.4 of
-arXiv:2012.09841). Or: your own images as codes.
+"""How good are reconstructions, or new images, beside held-out ones (Sec. 4.1, 4.4 of arXiv:2012.09841)?
 
     python evaluate.py --vqgan runs/vqgan/last.pt
     python evaluate.py --gpt runs/gpt/best.pt -n 2000
@@ -41,7 +40,9 @@ def parse_flags(argv: list[str] | None):
     limit = "held-out images used, and training images searched for copies, at most"
     g.add_argument("--images", type=flags.positive, default=10_000, help=limit)
     g.add_argument("-n", type=flags.positive, default=1000, help="new images that --gpt makes")
-    g.add_argument("--out", metavar="FOLDER", help="with no metrics.json in it yet (the next runs/evaluation_N)")
+    g.add_argument(
+        "--out", metavar="FOLDER", help="to write; holds no evaluation yet (the next free runs/evaluation_N)"
+    )
     g = p.add_argument_group("judges")
     g.add_argument("--features", default="inception", help="network of the distances: inception, none, or a classifier")
     g.add_argument("--perceptual", default="vgg16", help="network of LPIPS: vgg16, none, or a classifier")
