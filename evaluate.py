@@ -40,9 +40,7 @@ def parse_flags(argv: list[str] | None):
     limit = "held-out images used, and training images searched for copies, at most"
     g.add_argument("--images", type=flags.positive, default=10_000, help=limit)
     g.add_argument("-n", type=flags.positive, default=1000, help="new images that --gpt makes")
-    g.add_argument(
-        "--out", metavar="FOLDER", help="to write; holds no evaluation yet (the next free runs/evaluation_N)"
-    )
+    g.add_argument("--out", metavar="FOLDER", help="folder without an evaluation in it (runs/evaluation_N, a new one)")
     g = p.add_argument_group("judges")
     g.add_argument("--features", default="inception", help="network of the distances: inception, none, or a classifier")
     g.add_argument("--perceptual", default="vgg16", help="network of LPIPS: vgg16, none, or a classifier")
