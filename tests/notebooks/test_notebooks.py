@@ -29,10 +29,6 @@ NOTEBOOKS = sorted((ROOT / "notebooks").glob("[0-9]*.ipynb"))
 *LESSONS, SCRATCH = NOTEBOOKS  # the last one builds everything without the package
 
 
-def test_there_are_ten():
-    assert [path.name[:2] for path in NOTEBOOKS] == [f"{i:02d}" for i in range(10)]
-
-
 def listings(notebook) -> list[str]:
     """The package's code that a notebook shows."""
     outputs = (output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs)
