@@ -4,6 +4,7 @@
     python evaluate.py --gpt runs/gpt/best.pt -n 2000
     python evaluate.py --gpt runs/gpt/best.pt --features runs/classifier.pt      without InceptionV3's weights
     python evaluate.py --vqgan V.pt --reconstruct photos --out seen              original | reconstruction | codes
+    python evaluate.py --vqgan V.pt --decode seen/photo.jpg.npy --out seen       the image of these codes
 
 FID and Inception Score need InceptionV3's weights, which are downloaded once. If they cannot be, a classifier of
 `python -m minvqgan.harness.judges` can take its place; the distances then bear its name.
@@ -20,7 +21,7 @@ from pathlib import Path
 import torch
 
 from minvqgan.harness import checkpoint, data, flags, judges, metrics, official, pictures, runtime, tokens
-from minvqgan.harness.reconstruct import reconstruct
+from minvqgan.harness.reconstruct import decode, reconstruct
 from minvqgan.harness.runtime import UserError
 from minvqgan.quantizer import codebook_stats
 from minvqgan.two_stage import TwoStage
@@ -33,7 +34,9 @@ def parse_flags(argv: list[str] | None):
     which = g.add_mutually_exclusive_group(required=True)
     which.add_argument("--vqgan", metavar="FILE", help="a first-stage model: how well does it reconstruct?")
     which.add_argument("--gpt", metavar="FILE", help="both stages: how likely are held-out images, how good new ones?")
-    g.add_argument("--reconstruct", metavar="PATH", help="only write reconstructions and codes of an image or a folder")
+    own = g.add_mutually_exclusive_group()
+    own.add_argument("--reconstruct", metavar="PATH", help="an image or a folder: only write reconstructions and codes")
+    own.add_argument("--decode", metavar="NPY", help="codes (h, w), as --reconstruct writes them: only write an image")
     g.add_argument("--data", help="as in train_vqgan.py (what the model was trained on)")
     g.add_argument("--image-size", type=flags.size, help="side of the images (the model's)")
     g.add_argument("--resize", type=flags.size, help="scale the shorter side to this, then crop (the model's)")
@@ -61,6 +64,9 @@ def main(argv: list[str] | None = None) -> int:
         torch.set_num_threads(runtime.fastest_threads())
     if args.reconstruct:
         reconstruct(vqgan, Path(args.reconstruct), out)
+        return 0
+    if args.decode:
+        decode(vqgan, Path(args.decode), out)
         return 0
     train_set, val_set = open_sets(args, model if args.gpt else vqgan)
     # Before the sampling: a missing judge, or a folder that cannot be written, must not be found out after it.
@@ -131,10 +137,15 @@ def add(table: dict, name: str, value: float, spread: float | None = None) -> No
     print(f"{name:<40}  {value:10.4f}{'' if spread is None else f' ± {spread:.4g}'}")
 
 
-def compare(table: dict, name: str, real: torch.Tensor, fake: torch.Tensor) -> None:
-    """Features (N, d), (M, d). Only on InceptionV3's features may the distance be called FID."""
-    label = "fid" if name == "inception" else f"frechet_distance({name})"
-    add(table, label, metrics.frechet_distance(real, fake))
+def over_parts(table: dict, name: str, measure, *sets: torch.Tensor) -> None:
+    """A number of whole sets of images; its spread is the standard deviation over five parts of them."""
+    parts = [measure(*(images[i::5] for images in sets)) for i in range(5)] if len(sets[0]) >= 10 else []
+    add(table, name, measure(*sets), torch.tensor(parts).std().item() if parts else None)
+
+
+def distance_name(judge: str) -> str:
+    """Only on InceptionV3's features may the Fréchet distance be called FID."""
+    return "fid" if judge == "inception" else f"frechet_distance({judge})"
 
 
 @torch.no_grad()
@@ -160,7 +171,7 @@ def evaluate_reconstructions(args, model: VQGAN, val_set, features, device: torc
     add(table, "codebook_usage", usage)
     add(table, "codebook_perplexity", perplexity)
     if features is not None:
-        compare(table, features.name, real, fake)
+        over_parts(table, distance_name(features.name), metrics.frechet_distance, real, fake)
     print(f"{len(value)} held-out images of {args.data} and their reconstructions")
 
 
@@ -214,35 +225,44 @@ def new_codes(args, model: TwoStage, val_set, to_c, sampling, device: torch.devi
 
 
 def compare_new_images(args, features, vqgan: VQGAN, made: dict, train_set, val_set, device, table: dict) -> None:
-    """Distances to the held-out images, and the search for copies: samples that are nearer to training images than
-    held-out images are."""
+    """Distances to the held-out images, and the search for copies of training images, mirrored ones too if the training
+    mirrored images: samples that are nearer to them than held-out images are."""
     kind, channels, name = vqgan.config.input_kind, vqgan.config.in_channels, features.name
 
-    def images_of(batches):
-        return (pictures.to_rgb(data.to_input(batch, kind, channels), kind) for batch in batches)
+    def images_of(batches, mirror: bool = False):
+        for batch in batches:
+            images = pictures.to_rgb(data.to_input(batch, kind, channels), kind)
+            yield images.flip(3) if mirror else images
 
-    def features_of(dataset) -> torch.Tensor:
+    def features_of(dataset, mirror: bool = False) -> torch.Tensor:
         batches = data.held_out_batches(dataset, args.batch_size, args.images)
-        return judges.features_of(features, images_of(batches), device)[0]
+        return judges.features_of(features, images_of(batches, mirror), device)[0]
 
     real, known, new = features_of(val_set), features_of(train_set), made["features"]
-    compare(table, name, real, new)
-    score = metrics.inception_score(made["probabilities"])
-    add(table, "inception_score" if name == "inception" else f"class_score({name})", score)
+    over_parts(table, distance_name(name), lambda part: metrics.frechet_distance(real, part), new)
+    label = "inception_score" if name == "inception" else f"class_score({name})"
+    over_parts(table, label, metrics.inception_score, made["probabilities"])
     precision, recall = metrics.precision_recall(real, new)
     add(table, f"precision({name})", precision)
     add(table, f"recall({name})", recall)
 
+    count = len(known)
+    if train_set.flip:
+        known = torch.cat([known, features_of(train_set, mirror=True)])
     distance, index = metrics.nearest(new, known)
     add(table, f"nearest_training({name})", *metrics.spread(distance))
     add(table, f"nearest_training_of_held_out({name})", *metrics.spread(metrics.nearest(real, known)[0]))
     closest = distance.argsort()[:10]
     samples = vqgan.decode_indices(made["codes"][closest].to(device))
-    keys = [(i * len(train_set) // len(known), None) for i in index[closest].tolist()]  # as held_out_batches spreads
-    (originals,) = images_of(data.loader(train_set, len(keys), keys))
+    originals: list[torch.Tensor] = []
+    for i in index[closest].tolist():
+        key = i % count * len(train_set) // count, None  # as held_out_batches spreads them
+        originals += images_of(data.loader(train_set, 1, [key]), mirror=i >= count)
     path = Path(args.out) / "neighbours.png"
-    pictures.save_grid(path, [pictures.to_rgb(samples, kind).cpu(), originals])
-    print(f"{path}: the samples most like a training image, above it ({len(known)} of {len(train_set)} were searched)")
+    pictures.save_grid(path, [pictures.to_rgb(samples, kind).cpu(), torch.cat(originals)])
+    views = ", also mirrored," if train_set.flip else ""
+    searched = f"{count} of {len(train_set)} training images{views} were searched"
+    print(f"{path}: the samples most like a training image, above it ({searched})")
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ python sample.py --classes star,ring -n 4 --guidance 3
 python sample.py --complete photo.jpg --keep 0.5         the upper half is kept
 python sample.py --gpt G.pt --cond-image labels.png      a label map turned into an image, at the map's own size
 python sample.py --gpt G.pt --size 256x512               larger than the images it was trained on
+torchrun --nproc_per_node=4 sample.py -n 1000 --out many the same images, made by four processes
 """
 
 import math
@@ -19,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from minvqgan.harness import data, flags, imagefiles, judges, official, pictures, runtime
+from minvqgan.harness import data, flags, imagefiles, judges, official, pictures, processes, runtime
 from minvqgan.harness.runtime import UserError
 from minvqgan.sampler import reject
 from minvqgan.two_stage import TwoStage
@@ -52,16 +53,19 @@ def parse_flags(argv: list[str] | None):
 def main(argv: list[str] | None = None) -> int:
     args = parse_flags(argv)
     device = runtime.pick_device(args.device)
+    rank, world = processes.start(device)
     model, classifier = open_models(args, device)
     plan = make_plan(args, model)
     check_outputs(args)
 
     per_row, (h, w) = math.ceil(args.n / (args.reject or 1)), plan.size
     numbers = torch.arange(len(plan.c) * per_row)  # of the images: with --seed they decide what is drawn
+    if len(numbers) < world:
+        raise UserError(f"{len(numbers)} images are fewer than the {world} processes")
     codes, began, images = len(numbers) * (h * w - plan.keep), time.time(), []
-    with runtime.progress_bar(0, total=codes, unit="code", unit_scale=True) as bar:
+    with runtime.progress_bar(rank, total=codes // world, unit="code", unit_scale=True) as bar:
         sampling = replace(flags.sampling(args), stride=args.stride, on_token=bar.update)
-        for some in numbers.split(args.batch_size):
+        for some in numbers[rank::world].split(args.batch_size):  # dealt out over the processes
             c = plan.c[some // per_row] if len(plan.c) > 1 else plan.c.expand(len(some), *plan.c.shape[1:])
             given = None if plan.given is None else plan.given.expand(len(some), h, w)
             try:
@@ -69,7 +73,10 @@ def main(argv: list[str] | None = None) -> int:
             except ValueError as error:  # a --stride, --size or --guidance that this model does not have
                 raise UserError(str(error)) from None
             images += [model.vqgan.decode_indices(part).cpu() for part in indices.split(16)]
-    rows = torch.cat(images).split(per_row)  # (per_row, C, H, W) each: of one class, or of the given image
+    images = processes.gathered(torch.cat(images))
+    if rank > 0:
+        return 0
+    rows = images.split(per_row)  # (per_row, C, H, W) each: of one class, or of the given image
     if classifier is not None:
         rows = [best(args, model, classifier, *row) for row in zip(rows, plan.c.tolist(), strict=True)]
     write(args, model, plan, rows)
@@ -80,8 +87,6 @@ def main(argv: list[str] | None = None) -> int:
 
 def open_models(args, device: torch.device) -> tuple[TwoStage, judges.Classifier | None]:
     """The model, and the classifier that rejects. Raises UserError."""
-    if os.environ.get("WORLD_SIZE", "1") != "1":
-        raise UserError("sample.py runs in one process: start it by python, not by torchrun")
     model = official.load(args.gpt, args.official_config).to(device)
     if not isinstance(model, TwoStage):
         raise UserError(f"{args.gpt} holds a VQGAN, not a transformer; train one: train_gpt.py --vqgan {args.gpt}")

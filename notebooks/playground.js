@@ -369,7 +369,7 @@ function nextToken(r, s, u, sampling) {
   return choose(logits, u, sampling);
 }
 
-// What the page asks a worker for.
+// What the page asks for, of a worker or, where there is none, of itself.
 
 const answers = {
   load: unpack,

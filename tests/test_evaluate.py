@@ -169,6 +169,9 @@ def test_a_transformer(models):
         real, _ = judge(batch["image"])
     assert values["class_accuracy"] == pytest.approx((probabilities.argmax(1) == classes).double().mean().item())
     assert values["frechet_distance(judge)"] == pytest.approx(metrics.frechet_distance(real, new), rel=1e-3)
+    parts = [metrics.frechet_distance(real, new[i::5]) for i in range(5)]
+    spread = content["metrics"]["frechet_distance(judge)"]["spread"]
+    assert spread == pytest.approx(torch.tensor(parts).std().item(), rel=1e-3)
     assert values["class_score(judge)"] == pytest.approx(metrics.inception_score(probabilities), rel=1e-5)
     assert values["nearest_training(judge)"] > 0 and values["nearest_training_of_held_out(judge)"] > 0
     assert (values["precision(judge)"], values["recall(judge)"]) == metrics.precision_recall(real, new)
@@ -186,15 +189,18 @@ def test_new_images_are_of_all_classes_equally(monkeypatch, n):
     assert [sum(i // 5 == c for i, _ in keys) for c in range(10)] == [n // 10] * 10
 
 
-def test_a_copy_of_a_training_image_is_found(tmp_path):
-    """The features are the pixels; the second and the fourth sample are training images, and shown above them."""
+@pytest.mark.parametrize("flip", [False, True])
+def test_a_copy_of_a_training_image_is_found(tmp_path, flip):
+    """The features are the pixels; the second and the fourth sample are training images, mirrored where training
+    mirrors, and shown above them."""
     images = torch.rand(9, 3, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1
 
     class Images(list):
         def __getitem__(self, key):
             return {"image": super().__getitem__(key[0]), "class": 0}
 
-    samples = torch.stack([images[4] * 0, images[3], images[0] / 2, images[1]])
+    copies = images.flip(3) if flip else images
+    samples = torch.stack([images[4] * 0, copies[3], images[0] / 2, copies[1]])
     config = SimpleNamespace(input_kind="rgb", in_channels=3)
     vqgan = SimpleNamespace(config=config, decode_indices=lambda i: samples[i])
     judge = mock.Mock(side_effect=lambda x: (x.flatten(1), torch.full((len(x), 2), 0.5)))
@@ -202,8 +208,11 @@ def test_a_copy_of_a_training_image_is_found(tmp_path):
     args, table = SimpleNamespace(batch_size=2, images=100, out=str(tmp_path)), {}
     made = {"codes": torch.arange(4), "features": samples.flatten(1), "probabilities": torch.full((4, 2), 0.5)}
     compare = runpy.run_path(str(ROOT / "evaluate.py"))["compare_new_images"]
-    compare(args, judge, vqgan, made, Images(images[:5]), Images(images[5:]), torch.device("cpu"), table)
-    truth = (samples[:, None] - images[:5]).flatten(2).norm(dim=2).amin(1)
+    train_set = Images(images[:5])
+    train_set.flip = flip
+    compare(args, judge, vqgan, made, train_set, Images(images[5:]), torch.device("cpu"), table)
+    views = torch.cat([images[:5], images[:5].flip(3)]) if flip else images[:5]
+    truth = (samples[:, None] - views).flatten(2).norm(dim=2).amin(1)
     assert table["nearest_training(pixels)"]["value"] == pytest.approx(truth.mean().item(), rel=1e-5)
     grid = np.asarray(Image.open(tmp_path / "neighbours.png"))
     above, below = (grid[2 + top : 66 + top, 2 : 2 * 66] for top in (0, 66))
@@ -211,7 +220,7 @@ def test_a_copy_of_a_training_image_is_found(tmp_path):
 
 
 @pytest.mark.parametrize("name, size", [("vqgan", (21, 35)), ("vqgan", (1, 1)), ("labels", (12, 9))])
-def test_images_of_any_size_to_codes(models, tmp_path, name, size):
+def test_images_of_any_size_to_codes_and_back(models, tmp_path, name, size):
     """The codes are those of the padded image, the three panels have the image's own size, PSNR is torchmetrics'."""
     (H, W), sub = size, "sub\x1b[2J"
     rng = np.random.default_rng(0)
@@ -231,12 +240,17 @@ def test_images_of_any_size_to_codes(models, tmp_path, name, size):
     assert codes.dtype == np.uint16 and (codes == indices[0].numpy()).all()
     shown = np.asarray(Image.open(tmp_path / "out" / f"{sub}_a.png.png"))
     assert shown.shape == (H, 3 * W, 3)
+    assert f"{codes.size * 4:,} bits of codes for {pixels.size * 8:,} of pixels" in done.stdout
     if name == "vqgan":
         assert (shown[:, :W] == pixels).all()
         x_hat = model.decode_indices(indices)[:, :, :H, :W].clamp(-1, 1)
         psnr = peak_signal_noise_ratio(x_hat, x, data_range=2.0).item()
         assert f"psnr {psnr:.4g}" in done.stdout
         assert abs(shown[:, W : 2 * W] - ((x_hat[0] + 1) * 127.5).permute(1, 2, 0).numpy()).max() < 0.51
+        done = run_inside(*words, "--decode", tmp_path / "out" / f"{sub}_a.png.npy", cwd=models)
+        assert done.returncode == 0, done.stderr
+        decoded = np.asarray(Image.open(tmp_path / "out" / f"{sub}_a.png.decoded.png"))
+        assert (decoded[:H, :W] == shown[:, W : 2 * W]).all()
 
 
 def test_an_evaluation_is_never_written_over(models, tmp_path):
@@ -261,6 +275,8 @@ def test_mistakes(models, tmp_path, monkeypatch):
     """Each is found before anything is sampled or written."""
     monkeypatch.setattr("minvqgan.two_stage.TwoStage.sample_indices", None)  # an error, if it were called
     Image.new("RGB", (8, 8)).save(tmp_path / "photo.png")
+    np.save(tmp_path / "codes.npy", np.full((4, 4), 16))
+    np.save(tmp_path / "objects.npy", np.array([{}]), allow_pickle=True)
     (tmp_path / "empty").mkdir()
     before = set(tmp_path.rglob("*"))
     own, new = f"--vqgan vqgan/last.pt --out {tmp_path}", f"--vqgan vqgan/last.pt --out {tmp_path}/new"
@@ -277,6 +293,9 @@ def test_mistakes(models, tmp_path, monkeypatch):
         (f"{own} --reconstruct {tmp_path}", "is in the folder of the images; choose another one"),
         (f"{new} --reconstruct {tmp_path}/empty", "no images in"),
         (f"{new} --reconstruct {tmp_path}/nowhere.png", "nowhere.png cannot be read"),
+        (f"{own} --reconstruct a --decode b", "not allowed"),
+        (f"{own} --decode {tmp_path}/codes.npy", "indices must lie in [0, 16), got 16 to 16"),
+        (f"{own} --decode {tmp_path}/objects.npy", "--decode"),
     ):
         assert_one_line_error(run_inside("evaluate.py", *words.split(), cwd=models), answer)
     assert set(tmp_path.rglob("*")) == before

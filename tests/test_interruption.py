@@ -115,3 +115,14 @@ def test_one_log_one_checkpoint_and_resume_with_another_number(house, tmp_path):
         succeeded(run_script(*words, cwd=house, processes=processes))
     steps = [int(row["step"]) for row in metrics_rows(tmp_path / "run")]
     assert steps == sorted({*range(2, 21, 2), *range(3, 21, 3)})
+
+
+def test_samples_are_those_of_one_process(house, tmp_path):
+    words = ["sample.py", "--gpt", house / "class" / "best.pt", "-n", "3", "--classes", "one,two", "--out"]
+    succeeded(run_script(*words, "one.png", cwd=tmp_path))
+    done = run_script(*words, "two.png", cwd=tmp_path, processes=2)
+    assert done.returncode == 0 and done.stdout.count("6 images") == 1, done.stderr[-2000:]
+    one, two = (np.asarray(Image.open(tmp_path / name)).astype(int) for name in ("one.png", "two.png"))
+    assert np.abs(one - two).max() <= 1  # the decoder's batches are other ones, and round in another way
+    done = run_script(*words[:3], "-n", "1", "--classes", "one", "--out", "1.png", cwd=tmp_path, processes=2)
+    assert "1 images are fewer than the 2 processes" in done.stderr

@@ -1,5 +1,10 @@
-"""One's own images as codes, and back: `python evaluate.py --vqgan V.pt --reconstruct photos --out rebuilt`."""
+"""One's own images as codes, and back.
 
+python evaluate.py --vqgan V.pt --reconstruct photos --out rebuilt
+python evaluate.py --vqgan V.pt --decode rebuilt/photo.jpg.npy --out rebuilt
+"""
+
+import math
 from pathlib import Path
 
 import numpy as np
@@ -7,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from ..vqgan import VQGAN
-from . import data, imagefiles, metrics, pictures, runtime
+from . import checkpoint, data, imagefiles, metrics, pictures, runtime
 from .runtime import UserError
 
 
@@ -46,4 +51,19 @@ def reconstruct(model: VQGAN, source: Path, out: Path) -> None:
         is_labels = c.input_kind == "labels"
         numbers = metrics.label_metrics(x, x_hat) if is_labels else metrics.image_metrics(x, x_hat, None)
         quality = ", ".join(f"{key} {value.item():.4g}" for key, value in numbers.items())
-        print(runtime.printable(f"{path}: {H} x {W}, {quality}"))  # a file's name may hold control characters
+        bits = indices.numel() * math.ceil(math.log2(c.codebook_size))
+        pixel_bits = 8 * H * W * (1 if is_labels else c.in_channels)
+        line = f"{path}: {H} x {W}, {quality}, {bits:,} bits of codes for {pixel_bits:,} of pixels"
+        print(runtime.printable(line))  # a file's name may hold control characters
+
+
+@torch.no_grad()
+def decode(model: VQGAN, source: Path, out: Path) -> None:
+    """The image of codes (h, w) that `reconstruct` has written. Raises UserError."""
+    with checkpoint.door(f"--decode {source}"):
+        codes = torch.from_numpy(np.load(source, allow_pickle=False).astype(np.int64, casting="safe"))
+        image = model.decode_indices(codes[None].to(model.quantizer.codebook.weight.device)).cpu()
+    path = out / f"{source.stem}.decoded.png"
+    out.mkdir(parents=True, exist_ok=True)
+    pictures.save(pictures.to_image(pictures.to_rgb(image, model.config.input_kind)[0]), path)
+    print(f"{image.shape[2]} x {image.shape[3]}: {path}")
