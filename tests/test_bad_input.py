@@ -72,7 +72,7 @@ MISTAKES = {
         none/best.pt --size 8x17 => multiples of f = 2, and at least 16; 16x16 works
         none/best.pt --\x1b[31m => unknown flag --?[31m
         spatial/best.pt => --cond-image
-        photos/one/photo_00.png => nothing in it was executed
+        photos/one/photo_00.png => photo_00.png is truncated or not a checkpoint
         rgb/last.pt => holds a VQGAN""",
     "EVALUATE": "--gpt none/best.pt --image-size 20 => --image-size 20",
 }

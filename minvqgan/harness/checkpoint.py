@@ -10,6 +10,7 @@ is an error of the program and stays a traceback.
 
 import contextlib
 import pickle
+import re
 from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -92,7 +93,7 @@ def unpickled(file: File, official: bool = False):
         raise UserError(f"no checkpoint at {file}") from None
     except FILE_ERRORS as error:
         says = "is truncated or not a checkpoint"
-        if "nsupported" in str(error):  # torch: an unsupported global, or operand of the pickle
+        if re.search("nsupported (?!operand)", str(error)):  # an operand is that of a file which is no pickle at all
             says = f"holds objects other than tensors; nothing in it was executed. {OFFICIAL}"
         raise UserError(f"{file} {says}") from error
 
