@@ -43,7 +43,8 @@ def parse_flags(argv: list[str] | None):
     limit = "held-out images used, and training images searched for copies, at most"
     g.add_argument("--images", type=flags.positive, default=10_000, help=limit)
     g.add_argument("-n", type=flags.positive, default=1000, help="new images that --gpt makes")
-    g.add_argument("--out", metavar="FOLDER", help="folder without an evaluation in it (runs/evaluation_N, a new one)")
+    out = "folder of metrics.json and the images (a new one, runs/evaluation_N)"
+    g.add_argument("--out", type=flags.filled, metavar="FOLDER", help=out)
     g = p.add_argument_group("judges")
     g.add_argument("--features", default="inception", help="network of the distances: inception, none, or a classifier")
     g.add_argument("--perceptual", default="vgg16", help="network of LPIPS: vgg16, none, or a classifier")
@@ -93,8 +94,8 @@ def new_folder(out: str | None) -> Path:
     if out is None:
         numbered = (Path(f"runs/evaluation_{i}") for i in itertools.count(1))
         return next(path for path in numbered if not path.exists())
-    if not out or (Path(out) / "metrics.json").exists():
-        raise UserError(f"--out {out}: name a folder that does not hold an evaluation (metrics.json) already")
+    if (Path(out) / "metrics.json").exists():
+        raise UserError(f"--out {out} already holds an evaluation (metrics.json); choose another folder")
     return Path(out)
 
 
@@ -214,9 +215,11 @@ def evaluate_gpt(args, model: TwoStage, train_set, val_set, features, device: to
 
 
 def new_codes(args, model: TwoStage, val_set, to_c, sampling, device: torch.device):
-    """Codes (b, h, w) of -n images in batches, and their classes (b,), on the device. Conditions are those of held-out
-    images, evenly spread: folders are sorted by class."""
-    batches = data.loader(val_set, args.batch_size, [(i * len(val_set) // args.n, None) for i in range(args.n)])
+    """Codes (b, h, w) of -n images in batches, and their classes (b,), on the device. Conditions are those of the
+    held-out images that the new ones are compared with, evenly spread: folders are sorted by class."""
+    count = min(args.images, len(val_set), args.n)
+    keys = [(i * count // args.n * len(val_set) // count, None) for i in range(args.n)]
+    batches = data.loader(val_set, args.batch_size, keys)
     for i, batch in enumerate(runtime.progress_bar(0, batches, desc="new images", unit="batch", leave=False)):
         batch = {k: v.to(device) for k, v in batch.items()}
         first = i * args.batch_size

@@ -13,6 +13,7 @@ import os
 import re
 import tempfile
 import time
+from argparse import ArgumentTypeError
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -27,6 +28,8 @@ from minvqgan.two_stage import TwoStage
 
 
 def size(text: str) -> tuple[int, int]:
+    if not re.fullmatch("[1-9][0-9]{0,6}[xX][1-9][0-9]{0,6}", text):
+        raise ArgumentTypeError(f"{text[:40]!r} is not a size like 256x512 (height x width)")
     height, width = text.lower().split("x")
     return int(height), int(width)
 
@@ -44,7 +47,7 @@ def parse_flags(argv: list[str] | None):
     g.add_argument("--stride", type=flags.positive, default=1, help="columns it moves by; 4: about 3 times as fast")
     rate = flags.Number(float, most=1, above=0)
     g.add_argument("--reject", type=rate, metavar="RATE", help="keep this fraction, the best by --classifier")
-    g.add_argument("--out", default="samples.png", help="a PNG for one grid, or a folder for single files")
+    g.add_argument("--out", type=flags.filled, default="samples.png", help="a PNG for one grid, or a folder for files")
     g.add_argument("--steps-gif", metavar="FILE", help="a GIF of the images as their codes arrive")
     flags.add_sampling_flags(p, batch_size=64)
     return p.parse_args(argv)
@@ -62,6 +65,9 @@ def main(argv: list[str] | None = None) -> int:
     numbers = torch.arange(len(plan.c) * per_row)  # of the images: with --seed they decide what is drawn
     if len(numbers) < world:
         raise UserError(f"{len(numbers)} images are fewer than the {world} processes")
+    if rank == 0:
+        what = f"{len(numbers)} images of {h * model.vqgan.config.f} x {w * model.vqgan.config.f}"
+        print(f"{what} on {device} in {str(model.gpt.head.weight.dtype).removeprefix('torch.')}")
     codes, began, images = len(numbers) * (h * w - plan.keep), time.time(), []
     with runtime.progress_bar(rank, total=codes // world, unit="code", unit_scale=True) as bar:
         sampling = replace(flags.sampling(args), stride=args.stride, on_token=bar.update)
@@ -81,7 +87,7 @@ def main(argv: list[str] | None = None) -> int:
         rows = [best(args, model, classifier, *row) for row in zip(rows, plan.c.tolist(), strict=True)]
     write(args, model, plan, rows)
     seconds = time.time() - began
-    print(f"{sum(map(len, rows))} images in {seconds:.1f} s on {device}, {codes / seconds:.0f} codes/s: {args.out}")
+    print(f"{sum(map(len, rows))} images in {seconds:.1f} s, {codes / seconds:.0f} codes/s: {args.out}")
     return 0
 
 
@@ -93,7 +99,6 @@ def open_models(args, device: torch.device) -> tuple[TwoStage, judges.Classifier
     if device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(runtime.fastest_threads())
     if runtime.pick_amp(args.amp, device, model.gpt.config.n_embd):
-        print("sampling in bfloat16")
         model.gpt.bfloat16()
     if args.reject is None:
         return model, None
@@ -120,8 +125,10 @@ def make_plan(args, model: TwoStage) -> Plan:
     kind, config = model.condition.kind, model.vqgan.config
     if args.classes and kind != "class":
         raise UserError(f"--classes: this model is conditioned on {kind}")
-    if bool(args.cond_image) != (kind == "spatial"):
-        raise UserError(f"this model is conditioned on {kind}: --cond-image is for one that is conditioned on an image")
+    if args.cond_image and kind != "spatial":
+        raise UserError(f"--cond-image: this model is conditioned on {kind}, not on an image")
+    if kind == "spatial" and not args.cond_image:
+        raise UserError("this model turns one image into another: give it one by --cond-image")
     if args.complete and model.config.order != "row":
         raise UserError(f"--complete keeps rows, but this model reads in {model.config.order} order")
     side = model.config.n * config.f  # of the images it was trained on
@@ -129,7 +136,8 @@ def make_plan(args, model: TwoStage) -> Plan:
     if kind == "spatial":
         other = model.condition.vqgan.config
         c = data.open_image(args.cond_image, other.input_kind, other.in_channels)
-        height, width = args.size or [max(side, length // config.f * config.f) for length in c.shape[2:]]
+        if not args.size and model.config.order == "row":  # the only order in which a window slides
+            height, width = (max(side, length // config.f * config.f) for length in c.shape[2:])
     check_size(height, width, model)
     if kind == "spatial":
         c = cover(c, height, width, shrink=False)
@@ -149,8 +157,10 @@ def make_plan(args, model: TwoStage) -> Plan:
 def check_outputs(args) -> None:
     """Raises UserError for an output that would replace an input, or that could not be written after the sampling."""
     out, is_grid = Path(args.out), Path(args.out).suffix.lower() == ".png"
-    if not args.out or (not is_grid and out.suffix.lower() in imagefiles.EXTENSIONS):
+    if not is_grid and out.suffix.lower() in imagefiles.EXTENSIONS:
         raise UserError(f"--out {args.out}: name a .png for one grid, or a folder for single files")
+    if args.steps_gif and Path(args.steps_gif).suffix.lower() != ".gif":
+        raise UserError(f"--steps-gif {args.steps_gif}: the name must end in .gif")
     files = [out if is_grid else out / "0000.png", *([Path(args.steps_gif)] if args.steps_gif else [])]
     given = {name: getattr(args, name) for name in ("gpt", "official_config", "classifier", "complete", "cond_image")}
     runtime.check_outputs([*files, *(out.iterdir() if out.is_dir() else [])], **given)
@@ -171,7 +181,8 @@ def chosen_classes(text: str | None, names: tuple[str, ...]) -> list[int]:
     try:
         return list(dict.fromkeys(number_of[word.strip()] for word in text.split(",")))  # each once
     except KeyError as word:
-        raise UserError(f"--classes: there is no {word}; there are {', '.join(names[:20])}") from None
+        known = f"{', '.join(names[:20])} (0 to {len(names) - 1})"
+        raise UserError(f"--classes: there is no {word}; there are {known}") from None
 
 
 def check_size(height: int, width: int, model: TwoStage) -> None:
@@ -202,8 +213,12 @@ def class_names(model: TwoStage) -> tuple[str, ...]:
 
 
 def file_names(classes: tuple[str, ...]) -> list[str]:
-    """Class names as file names. They come from the checkpoint, so one such as `../../x` must not leave the folder."""
-    return [f"{i}_" + re.sub(r"[^\w -]", "_", name)[:40] for i, name in enumerate(classes)]
+    """Class names as file names. They come from the checkpoint, so one such as `../../x` must not leave the folder: if
+    not all are plain and different, they are cleaned and get their numbers in front."""
+    safe = [re.sub(r"[^\w -]", "_", name)[:40] for name in classes]
+    if all(safe) and safe == list(classes) and len(set(map(str.casefold, safe))) == len(safe):
+        return safe
+    return [f"{i}_{name}" for i, name in enumerate(safe)]
 
 
 @torch.no_grad()

@@ -166,11 +166,12 @@ def stage_one_step(
 
         d(L_rec + lambda L_GAN)/d theta = (d x_hat/d theta)^T (dL_rec/dx_hat + lambda dL_GAN/dx_hat)
 
-        x -> E -> q -> G -> G_L -> x_hat -+-> perceptual network -> L_rec
-                                          +-> D -----------------> L_GAN
+        x -> E -> q -> G -> G_L -> x_hat -+-> L1 and perceptual network -> L_rec
+                                          +-> D ------------------------> L_GAN
 
     1. Each loss goes back to x_hat.  2. Both gradients go on through G_L alone, which gives lambda.  3. Their weighted
-    sum goes through G_L, G, q and E. (The textbook runs the perceptual network and D backward twice, D forward thrice.)
+    sum goes through G_L, G, q and E. (The textbook runs the perceptual network and D backward twice, and D forward
+    three times.)
 
     DEPARTURE: the official code makes new reconstructions for D's step, with the weights just updated. Here D learns
     from those that G learned from, one step older.

@@ -23,5 +23,6 @@ def check(config) -> None:
         for one in value if isinstance(value, (tuple, list)) else [value]:
             fits = one in choices if choices else least <= one <= most  # NaN is not
             if not fits:
-                wanted = f"one of {', '.join(choices)}" if choices else f"a number from {least} to {most}"
+                number = "a number" if isinstance(f.default, float) else "a whole number"
+                wanted = f"one of {', '.join(choices)}" if choices else f"{number} from {least} to {most}"
                 raise ValueError(f"--{f.name.replace('_', '-')} is {one!r:.40}, not {wanted}")

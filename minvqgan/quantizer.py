@@ -175,8 +175,8 @@ class VectorQuantizer(nn.Module):
         """
         dead = (self.recent_use < threshold / self.codebook_size).nonzero().squeeze(1)
         candidates = z.permute(0, 2, 3, 1).flatten(0, 2)  # (N, D)
-        # Each latent once. If they are too few, once more: of two equal codes the second is never chosen, so it will be
-        # revived again.
+        # Each latent once. If there are too few, they are used again: of two equal codes the second is never chosen, so
+        # it will be revived again.
         chosen = torch.randperm(len(candidates))[torch.arange(len(dead)) % len(candidates)]
         replacement = candidates[chosen.to(z.device)].to(self.codebook.weight.dtype)
         if dist.is_initialized():  # otherwise each process takes its own latents, and the codebooks differ

@@ -80,9 +80,9 @@ def choose(logits: Tensor, u: Tensor, sampling: Sampling) -> Tensor:
         return logits.argmax(1)
     logits = (logits - logits.amax(1, keepdim=True)) / sampling.temperature  # at most 0: no overflow
     p = filter_logits(logits, sampling.top_k, sampling.top_p).softmax(1)
-    cumulative = p.cumsum(1)  # (B, K); float32, because Apple's GPUs have no float64
     # Two guards against rounding: on a GPU the sum can grow at a code of p = 0, and it can end just below 1.
-    passed = (cumulative > u[:, None] * cumulative.amax(1, keepdim=True)) & (p > 0)
+    cumulative = p.cumsum(1) * (p > 0)  # (B, K); float32, because Apple's GPUs have no float64
+    passed = cumulative > u[:, None] * cumulative.amax(1, keepdim=True)
     return passed.byte().argmax(1)  # the first one
 
 
@@ -218,5 +218,5 @@ def slide(
 
 def reject(scores: Tensor, rate: float) -> Tensor:
     """Rejection sampling (Sec. 4.4). scores (n,): a classifier's, for what was asked. Returns the indices of the best
-    fraction `rate` of the images, best first; one at least."""
+    fraction `rate`, in (0, 1], of the images, best first; one at least."""
     return scores.argsort(descending=True, stable=True)[: max(1, round(rate * len(scores)))]

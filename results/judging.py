@@ -9,7 +9,7 @@ the tables (80.6 and 65.5 % of the held-out images right) come from
     python -m minvqgan.harness.judges --data cifar10_split --steps 1500 --seed 1 --task rotations --amp \
         --out rotations.pt
 
-where cifar10_split holds train/ (45,000 images) and val/ (5,000, as many of each class, drawn at random). A third
+where cifar10_split holds train/ (45,000 images) and val/ (5,000, as many of each class), made by split.py. A third
 judge, of rotations of other photographs (BSDS500's 300, 64 pixels), belongs to the table of road scenes:
 
     python -m minvqgan.harness.judges --data bsds500 --image-size 64 --batch-size 32 --steps 1500 --task rotations \

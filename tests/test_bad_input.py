@@ -38,6 +38,7 @@ MISTAKES = {
         --input labels => needs --num-labels
         --loss labels => needs --input labels
         --loss vqvae --input labels --num-labels 3 => --loss vqvae compares pixels
+        --out= => --out: is empty
         --disc-start 2 => --disc-start: 2.0 is not a number from 0 to 1
         --dropout 1.5 => --dropout is 1.5, not a number from 0 to 1
         --lr nan => --lr: nan is not a number above 0
@@ -62,8 +63,9 @@ MISTAKES = {
     "RESUME_GPT": "class --n-layer 2 => --n-layer was 1",
     "SAMPLE": """
         class/best.pt --classes cat => there is no 'cat'; there are one, two
-        class/best.pt --size large => --size
+        class/best.pt --size large => not a size like 256x512
         class/best.pt --cond-image x.png => conditioned on class
+        class/best.pt --steps-gif steps.mp4 => must end in .gif
         class/best.pt --reject 0.5 => --classifier
         class/best.pt --top-p 2 => --top-p
         class/best.pt --out one.jpg => --out one.jpg

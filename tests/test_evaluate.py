@@ -185,7 +185,7 @@ def test_new_images_are_of_all_classes_equally(monkeypatch, n):
     keys: list[tuple] = []
     monkeypatch.setattr(data, "loader", lambda dataset, batch_size, wanted: keys.extend(wanted) or [])
     new_codes = runpy.run_path(str(ROOT / "evaluate.py"))["new_codes"]
-    list(new_codes(SimpleNamespace(n=n, batch_size=7), None, range(50), None, None, None))
+    list(new_codes(SimpleNamespace(n=n, batch_size=7, images=1000), None, range(50), None, None, None))
     assert [sum(i // 5 == c for i, _ in keys) for c in range(10)] == [n // 10] * 10
 
 
@@ -258,7 +258,7 @@ def test_an_evaluation_is_never_written_over(models, tmp_path):
     words = "evaluate.py --features none --perceptual none --images 2 --vqgan vqgan/last.pt --out".split()
     assert run_inside(*words, tmp_path / "new", cwd=models).returncode == 0
     before = (tmp_path / "new" / "metrics.json").read_bytes()
-    for out, answer in ((tmp_path / "new", "does not hold an evaluation"), ("", "--out : name a folder")):
+    for out, answer in ((tmp_path / "new", "already holds an evaluation"), ("", "--out: is empty")):
         assert_one_line_error(run_inside(*words, out, cwd=models), answer)
     assert (tmp_path / "new" / "metrics.json").read_bytes() == before
     assert_one_line_error(run_inside(*words, "/proc", cwd=models), "cannot read or write /proc")

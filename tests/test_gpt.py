@@ -58,7 +58,7 @@ def test_what_no_transformer_can_be_or_read(gpt):
         gpt(torch.zeros(1, 21, dtype=torch.long))
     for wrong, match in (
         ({"n_head": 3, "n_embd": 8}, "--n-head 3 does not divide --n-embd 8"),
-        ({"n_layer": 0}, "--n-layer is 0, not a number from 1 to 1000"),
+        ({"n_layer": 0}, "--n-layer is 0, not a whole number from 1 to 1000"),
     ):
         with pytest.raises(ValueError, match=match):
             GPTConfig(**{"num_codes": 4, "num_cond": 1, "block_size": 4} | wrong)

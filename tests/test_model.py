@@ -107,12 +107,12 @@ def test_initial_weights_depend_on_the_seed_alone():
     "wrong, sentence",
     [
         ({"ch": 16, "norm_groups": 3}, "--norm-groups 3 does not divide a layer's 16 channels"),
-        ({"ch_mult": [1, 0]}, "--ch-mult is 0, not a number from 1"),
+        ({"ch_mult": [1, 0]}, "--ch-mult is 0, not a whole number from 1"),
         ({"image_size": 33}, "--image-size 33 is not divisible by f = 4; use 32 or 36"),
         ({"image_size": 2}, "--image-size 2 is not divisible by f = 4; use 4"),
         ({"dropout": float("nan")}, "--dropout is nan, not a number from 0 to 1"),
         ({"beta": float("inf")}, "--beta is inf, not a number"),
-        ({"ch": 2**21}, "--ch is 2097152, not a number from 1 to 1048576"),
+        ({"ch": 2**21}, "--ch is 2097152, not a whole number from 1 to 1048576"),
         ({"input_kind": "smell"}, "input_kind is 'smell', not one of rgb, gray"),
     ],
 )

@@ -98,7 +98,7 @@ def test_sample_writes_grids_files_and_animations(sample, house, tmp_path):
     done = sample("class", "-n", "3", "--classes", "two,0,1", "--batch-size", "2", "--out", "files")
     assert done.returncode == 0 and "codes/s" in done.stdout, done.stderr
     images = minvqgan.load(house / "class" / "best.pt").sample(torch.tensor([1, 1, 1, 0, 0, 0]))
-    names = [f"{name}_000{i}.png" for name in ("1_two", "0_one") for i in range(3)]
+    names = [f"{name}_000{i}.png" for name in ("two", "one") for i in range(3)]
     assert sorted(p.name for p in (tmp_path / "files").iterdir()) == sorted(names)
     for name, image in zip(names, images, strict=True):
         assert_shows(tmp_path / "files" / name, image)
@@ -126,7 +126,7 @@ def test_sample_is_the_same_for_any_batch_size(sample, tmp_path):
         ("file/samples.png", "cannot read or write file"),
         ("file/folder", "cannot read or write file/folder"),
         ("folder.png", "folder.png is a folder"),
-        ("", "--out : name a .png"),
+        ("", "--out: is empty"),
     ],
 )
 def test_what_cannot_be_written_is_found_before_the_sampling(sample, tmp_path, monkeypatch, out, answer):
@@ -179,7 +179,7 @@ def test_rejection_keeps_the_images_that_the_classifier_likes(sample, house, tmp
         images = model.sample(torch.full((8,), 1)).clamp(-1, 1)
         best = classifier(images).softmax(1)[:, 1].argsort(descending=True)[:2]
     for i, b in enumerate(best):
-        assert_shows(tmp_path / "kept" / f"1_two_000{i}.png", images[b])
+        assert_shows(tmp_path / "kept" / f"two_000{i}.png", images[b])
 
 
 def test_one_channel_in_another_order(house, tmp_path):

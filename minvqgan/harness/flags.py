@@ -58,6 +58,13 @@ fraction, weight, rate = Number(float, 0, 1), Number(float, 0), Number(float, ab
 seed = Number(int, 0, 2**63 - 1)
 
 
+def filled(text: str) -> str:
+    """Type of --out: "" would be the folder one stands in."""
+    if not text:
+        raise argparse.ArgumentTypeError("is empty")
+    return text
+
+
 def add_fields(group, config_class: type) -> None:
     """A flag for each field that `options.option` has made. The dataclass itself checks the bounds."""
     types = typing.get_type_hints(config_class)
@@ -103,7 +110,7 @@ MAY_CHANGE = """
 def add_run_flags(p: Parser, presets: dict, out: str):
     """The flags that both training scripts have, under one name. Returns their last group, for more."""
     g, switch = p.add_argument_group("run"), argparse.BooleanOptionalAction
-    g.add_argument("--out", default=out, help="run folder")
+    g.add_argument("--out", type=filled, default=out, help="run folder")
     g.add_argument("--preset", default="tiny", choices=presets, help="defaults of all flags")
     g.add_argument("--resume", action="store_true", help="continue the run in --out, with its flags")
     g.add_argument("--init", metavar="FILE", help="begin with what fits of a checkpoint's weights, ours or official")
@@ -137,7 +144,7 @@ def add_sampling_flags(p: Parser, batch_size: int) -> None:
     g = p.add_argument_group("how")
     g.add_argument("--official-config", metavar="YAML", help="the model is an official checkpoint; this is its yaml")
     g.add_argument("--classifier", metavar="FILE", help="of minvqgan.harness.judges, to reject or judge new images")
-    g.add_argument("--seed", type=seed, default=0, help="image i of a seed is the same in any batch, but for rounding")
+    g.add_argument("--seed", type=seed, default=0, help="image i of a seed is the same in any batch (but for rounding)")
     g.add_argument("--batch-size", type=positive, default=batch_size, help="images at a time")
     g.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     g.add_argument("--amp", action=argparse.BooleanOptionalAction, help="the transformer in bfloat16 (where faster)")

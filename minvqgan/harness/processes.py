@@ -11,7 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 def start(device: torch.device) -> tuple[int, int]:
     """(rank, number of processes): (0, 1) alone, else what torchrun has set."""
-    if "WORLD_SIZE" not in os.environ:
+    if not {"RANK", "WORLD_SIZE"} <= os.environ.keys():
         return 0, 1
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     return dist.get_rank(), dist.get_world_size()

@@ -55,6 +55,7 @@ def reconstruct(model: VQGAN, source: Path, out: Path) -> None:
         pixel_bits = 8 * H * W * (1 if is_labels else c.in_channels)
         line = f"{path}: {H} x {W}, {quality}, {bits:,} bits of codes for {pixel_bits:,} of pixels"
         print(runtime.printable(line))  # a file's name may hold control characters
+    print(f"written: {out}")
 
 
 @torch.no_grad()

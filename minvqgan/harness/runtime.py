@@ -63,7 +63,8 @@ def run(main: Callable[[], int | None]) -> None:
     """Run a script's main and exit: with 2 and one line for an error the user can put right, with 130 for Ctrl-C."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # class names in letters that the encoding does not have
+            # Class names can be in letters that the encoding does not have. In a log file lines keep their order.
+            stream.reconfigure(errors="backslashreplace", line_buffering=True)
     try:
         with global_state_restored():
             code = main()
