@@ -85,6 +85,9 @@ def test_psnr_by_hand_and_ssim_of_each_image():
     g = torch.Generator().manual_seed(0)
     x = torch.rand(3, 3, 24, 24, generator=g) * 2 - 1
     y = (x + torch.randn(x.shape, generator=g) * torch.tensor([0, 0.1, 0.5])[:, None, None, None]).clamp(-1, 1)
+    edge = x.sign()  # what lies beyond -1 and 1 is cut off, as in the file of an image
+    assert (metrics.psnr(edge, 3 * edge) > 100).all()
+    assert metrics.ssim(edge, 3 * edge).tolist() == pytest.approx([1] * 3)
     for i, ours in enumerate(metrics.ssim(x, y)):
         assert ours == pytest.approx(structural_similarity_index_measure(y[i : i + 1], x[i : i + 1], data_range=2.0))
 

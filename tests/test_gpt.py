@@ -53,6 +53,14 @@ def test_cached_equals_full(gpt, parts):
     assert torch.allclose(last, logits[:, -1:], atol=1e-5)
 
 
+def test_half_of_the_embeddings_are_dropped_in_training():
+    gpt, seen = GPT(GPTConfig(16, 3, 20, n_layer=1, n_head=1, n_embd=64, dropout=0.5)), []
+    gpt.blocks[0].register_forward_pre_hook(lambda block, inputs: seen.append((inputs[0] == 0).double().mean().item()))
+    for mode in (True, False):
+        gpt.train(mode)(torch.arange(19).expand(8, -1))
+    assert seen == [pytest.approx(0.5, abs=4 * (0.25 / (8 * 19 * 64)) ** 0.5), 0]
+
+
 def test_what_no_transformer_can_be_or_read(gpt):
     with pytest.raises(ValueError, match="21 tokens are more than the 20"):
         gpt(torch.zeros(1, 21, dtype=torch.long))

@@ -142,6 +142,21 @@ def test_orders_of_the_permuters(tmp_path):
             official.load_two_stage(state | {key: order.flip(0)}, params)
 
 
+def test_options_that_are_not_supported_are_refused(tmp_path):
+    """They would load without complaint, and draw other images."""
+    fx = fixture("net2net_none")
+    params = official.read_config(official_files(fx, tmp_path)[1])["params"]
+    transformer = params["transformer_config"]
+    unmasked = transformer | {"params": transformer["params"] | {"n_unmasked": 4}}
+    for odd, answer in (
+        ({"transformer_config": unmasked}, "n_unmasked"),
+        ({"unconditional": True, "sos_token": 3}, "sos_token is 3"),
+        ({"cond_stage_config": "__is_first_stage__", "downsample_cond_size": 8}, "downsample_cond_size"),
+    ):
+        with pytest.raises(ValueError, match=answer):
+            official.load_two_stage(fx["state_dict"], params | odd)
+
+
 def test_convert_on_the_command_line(tmp_path, monkeypatch):
     fx = fixture("net2net_class")
     official_files(fx, tmp_path)

@@ -32,6 +32,7 @@ def test_l2_norm_compares_directions():
     assert torch.equal(quantized.indices, cosine.argmax(1))
     assert torch.allclose(quantized.z_q.norm(dim=1), torch.ones(2, 4, 4), atol=1e-6)
     assert torch.equal(quantizer(100 * z).indices, quantized.indices)
+    assert torch.allclose(quantizer.embed(quantized.indices), quantized.z_q, atol=1e-6)
 
 
 def test_straight_through_is_the_identity_for_gradients():
@@ -66,6 +67,7 @@ def test_rotation_trick_is_a_rotation_and_a_scaling():
     torch.manual_seed(0)
     z, z_q = torch.randn(6, 5, dtype=torch.float64), torch.randn(6, 5, dtype=torch.float64)
     assert torch.allclose(rotation_trick(z, z_q), z_q)
+    assert rotation_trick(0 * z, z_q).isfinite().all()
     for n in range(6):
         J = torch.autograd.functional.jacobian(lambda row, n=n: rotation_trick(row[None], z_q[n : n + 1])[0], z[n])
         R = J * z[n].norm() / z_q[n].norm()
@@ -112,6 +114,7 @@ def test_first_revival_places_every_code_on_a_latent(side):
     for code in quantizer.codebook.weight:
         assert (latents == code).all(1).any()
     assert len(quantizer.codebook.weight.unique(dim=0)) == min(30, len(latents))
+    assert torch.isin(quantizer.codebook.weight, z[-1]).any(), "not those of the first images alone"
 
 
 def test_use_is_a_running_mean_and_a_code_is_dead_below_a_twentieth_of_its_part():

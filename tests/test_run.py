@@ -135,13 +135,18 @@ def test_a_run_of_an_older_version_keeps_its_rows(folder):
     rows, content = metrics_rows(folder / "run"), torch.load("run/last.pt", weights_only=True)
     for name in ("threads", "rows", "values"):
         del content[name]
+    content["seconds"] = 1000.0
     torch.save(content, "run/last.pt")
     with open("run/metrics.csv", "a") as file:  # after its last save
         file.write("7,9.9\n")
-    trained("train_vqgan.py", "--resume", "--steps", "8")
+    trained("train_vqgan.py", "--resume", "--steps", "30")
     resumed = metrics_rows(folder / "run")
-    assert resumed[: len(rows)] == rows and resumed[-1]["step"] == "8"
-    assert "9.9" not in [row["seconds"] for row in resumed]
+    assert resumed[: len(rows)] == [row | {"revived": ""} for row in rows]  # a column that they did not have
+    assert resumed[-1]["step"] == "30"
+    new = resumed[len(rows) :]
+    assert all(1000 <= float(row["seconds"]) < 1600 for row in new)
+    # D began at 0.3 of the 6 steps that were planned, and stays; at 0.3 of 30 it would pause.
+    assert all(row["disc_loss"] for row in new if row["lr"])
 
 
 def test_the_next_command_runs(folder):
@@ -218,6 +223,13 @@ def test_a_refused_rename_is_tried_again(tmp_path, monkeypatch):
     with pytest.raises(PermissionError):
         checkpoint.save(tmp_path / "a.pt", "codes", s=torch.zeros(2))
     assert checkpoint.read(tmp_path / "a.pt")["s"].tolist() == [1, 1] and os.listdir(tmp_path) == ["a.pt"]
+
+
+def test_codes_out_of_use_are_said(folder):
+    for every, few in (("20", False), ("0", True)):  # without revival few codes win every comparison
+        said = trained(*PHOTOS, *"--steps 1 --revive-every".split(), every, out=every).stdout
+        assert (float(metrics_rows(folder / every)[-1]["val_usage"]) < 0.5) == few
+        assert ("less than half of the codes in use" in said) == few
 
 
 def test_a_log_file_gets_a_line_every_log_interval(folder):

@@ -230,6 +230,18 @@ def test_held_out_nats_are_those_of_the_saved_model_with_nothing_dropped(folder,
     assert float(stage_two.rows[-1]["val_bits_per_pixel"]) == pytest.approx(bits, rel=1e-4)
 
 
+def test_stage_two_reads_the_data_as_stage_one_did(folder, tmp_path):
+    train(
+        STAGE_ONE,
+        "--data data --image-size 12 --resize 16 --disc-layers 1 --no-flip --steps 1",
+        folder,
+        str(tmp_path / "one"),
+    )
+    train(STAGE_TWO, f"--vqgan {tmp_path}/one/last.pt --cond none --steps 1", folder, str(tmp_path / "two"))
+    kept = checkpoint.read(tmp_path / "two" / "last.pt")["flags"]
+    assert [kept[name] for name in ("data", "image_size", "resize", "flip")] == ["data", 12, 16, False]
+
+
 # Settings with which every step has the same gradient: all 8 images are one batch, nothing is random, nothing moves.
 STILL = "--data data --no-flip --batch-size 8 --steps 2 --lr 1e-12 --warmup 0 "
 STILL_ONE = STILL + "--revive-every 0 --disc-start 0 --disc-warmup 0 --disc-ramp 0 --disc-lr 1e-12 --disc-weight 0.8 "
@@ -348,7 +360,10 @@ def test_best_has_the_lowest_score_with_d_at_full_weight(folder, tmp_path, monke
 
     monkeypatch.setattr(Run, "save_best", save_best)
     monkeypatch.setattr(checkpoint, "save", note_save)
-    train(script, flags, folder, str(tmp_path / "run"))
+    said = succeeded(run_inside(*script, *flags.split(), "--out", tmp_path / "run", cwd=folder)).stdout
+    assert ("its gradient reaches G from step 7 on" in said) == (D_AT_6 in flags)
+    # True nats near ln 16 = 2.8 are more than the best given score, 1, at steps 6, 9 and 12.
+    assert said.count("held-out loss has risen since step 6") == (3 if script is TWO else 0)
     found = checkpoint.read(tmp_path / "run" / "best.pt")
     assert found["step"] == best and list(models) == [3, 6, 9, 12] and saved == [5, 10, 12]
     assert all(torch.equal(tensor, models[best][name]) for name, tensor in weights(found).items())

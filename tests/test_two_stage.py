@@ -90,6 +90,16 @@ def test_loss_is_the_sum_of_single_predictions(kind):
     assert torch.allclose(model.nll(x, c), truth.detach() / 16, atol=1e-5)
 
 
+def test_a_condition_of_many_tokens_is_dropped_as_a_whole():
+    model, seen = make_model("spatial", guided=True), []
+    model.gpt.register_forward_pre_hook(lambda gpt, inputs: seen.append(inputs[0][:, :16]))
+    s, r = torch.zeros(40, 16, dtype=torch.long), torch.full((40, 4, 4), 17)
+    model(s, r, drop_cond=0.5)
+    dropped = seen[0] == model.null
+    assert torch.equal(dropped.all(1), dropped.any(1)) and 4 < dropped.all(1).sum() < 36
+    assert (seen[0][~dropped] == 17).all()
+
+
 @pytest.mark.parametrize("order", ["subsample", "z-curve", "spiral-out", "spiral-in", "alternate"])
 def test_orders_go_there_and_back(order):
     model = make_model(order=order)
@@ -124,8 +134,10 @@ def test_same_seed_same_image_for_any_batch_and_without_the_cache(kind, guidance
     together = model.sample_indices(c, 1, [5, 6, 7, 8], sampling=how)
     alone = [model.sample_indices(c[i : i + 1], 1, [5 + i], sampling=how) for i in range(4)]
     assert torch.equal(together, torch.cat(alone))
-    uncached = Sampling(guidance=guidance, use_cache=False)
+    drawn: list[int] = []
+    uncached = Sampling(guidance=guidance, use_cache=False, on_token=drawn.append)
     assert torch.equal(together, model.sample_indices(c, 1, [5, 6, 7, 8], sampling=uncached))
+    assert sum(drawn) == together.numel()
     assert len({tuple(row.flatten().tolist()) for row in together}) == 4
 
 
@@ -193,6 +205,8 @@ def test_images_completions_and_mistakes():
     completed, given = model.complete(images, 0.5, classes), model.vqgan.encode_indices(images)
     codes = model.sample_indices(classes, given=given, keep=8)  # two of the four rows
     assert torch.equal(completed, model.vqgan.decode_indices(codes)) and not torch.equal(codes, given)
+    assert torch.equal(model.complete(images, 0.4, classes), completed), "whole rows"
+    assert make_model("coords").sample(n=2, size=(6, 8)).shape == (2, 3, 12, 16)
     for match, c, how in (
         ("needs a condition", None, {}),
         (r"classes must lie in \[0, 3\), got 3 to 3", [3], {}),
