@@ -52,6 +52,8 @@ MISTAKES = {
     "RESUME_VQGAN": """
         rgb => is at step 6 of 6 already; give more --steps
         rgb --ch 16 => --ch was 8 in rgb; a resumed run keeps it, so choose another --out
+        rgb --seed 1 => --seed was 0 in rgb
+        rgb --batch-size 2 => --batch-size was 4 in rgb
         class => class/last.pt holds a two_stage, not a vqgan""",
     "GPT": """
         --vqgan nowhere.pt => no checkpoint at nowhere.pt

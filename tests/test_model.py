@@ -134,6 +134,11 @@ def test_every_parameter_learns():
             assert name.endswith("k.bias") or p.grad.abs().max() > 0, name
 
 
+def test_every_block_has_the_dropout_of_the_config():
+    modules = VQGAN(VQGANConfig(**vars(SMALL) | {"dropout": 0.3})).modules()
+    assert {module.p for module in modules if isinstance(module, torch.nn.Dropout)} == {0.3}
+
+
 def test_attention_by_the_definition():
     torch.manual_seed(0)
     layer = SelfAttention2d(8, 2).double()

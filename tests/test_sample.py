@@ -1,16 +1,19 @@
 """sample.py as a user runs it, on the models of `house`; and the tokens that train_gpt.py learns from."""
 
+import runpy
+from types import SimpleNamespace
 from unittest import mock
 
 import numpy as np
 import pytest
 import torch
-from helpers import STAGE_TWO, assert_one_line_error, make_photos, run_inside
+from helpers import ROOT, STAGE_TWO, assert_one_line_error, make_photos, run_inside
 from PIL import Image
 
 import minvqgan
 from minvqgan.harness import checkpoint, data, runtime, tokens
 from minvqgan.harness.judges import load_classifier
+from minvqgan.orders import ORDERS
 from minvqgan.two_stage import TwoStage
 
 
@@ -180,6 +183,20 @@ def test_rejection_keeps_the_images_that_the_classifier_likes(sample, house, tmp
         best = classifier(images).softmax(1)[:, 1].argsort(descending=True)[:2]
     for i, b in enumerate(best):
         assert_shows(tmp_path / "kept" / f"two_000{i}.png", images[b])
+
+
+def test_the_middle_of_an_image_is_cut_out_and_an_animation_follows_the_order(tmp_path):
+    """White images of 4 x 4 codes, read from the middle outwards; the fifth frame shows the first four."""
+    script = runpy.run_path(str(ROOT / "sample.py"))
+    x = torch.arange(80.0).view(1, 1, 8, 10)
+    assert torch.equal(script["cover"](x, 4, 6, shrink=False), x[:, :, 2:6, 2:8])
+    order = ORDERS["spiral-out"](4)
+    model = SimpleNamespace(order=order, vqgan=SimpleNamespace(config=SimpleNamespace(f=2)))
+    script["save_steps"](tmp_path / "a.gif", model, script["Plan"]((4, 4), c=None), [torch.ones(1, 3, 8, 8)])
+    with Image.open(tmp_path / "a.gif") as gif:
+        gif.seek(4)
+        shown = np.asarray(gif.convert("L"))[2:66, 2:66][8::16, 8::16] > 200
+    assert set(np.flatnonzero(shown)) == set(order[:4].tolist())
 
 
 def test_one_channel_in_another_order(house, tmp_path):
