@@ -28,9 +28,9 @@ def test_table_of_tokens_is_what_encoding_on_the_fly_gives(house, tmp_path):
     for i in range(5):
         x = train[i, None]["image"][None]
         assert torch.equal(s[i].long(), model.image_tokens(torch.cat([x, x.flip(-1)])))
-    stream = tokens.rows_of(s, r, data.Stream(5, seed=0), 5, torch.device("cpu"))
+    stream = tokens.rows_of(s[:4], r[:4], data.Stream(4, seed=0), 4, torch.device("cpu"))
     two_epochs = torch.cat([next(stream)[0], next(stream)[0]])
-    assert {tuple(t.tolist()) for t in two_epochs} == {tuple(t.tolist()) for t in s.flatten(0, 1)}
+    assert {tuple(t.tolist()) for t in two_epochs} == {tuple(t.tolist()) for t in s[:4].flatten(0, 1)}
 
 
 def test_codes_are_computed_anew_for_other_images_and_in_place_of_a_broken_file(house, tmp_path):
