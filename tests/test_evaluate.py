@@ -12,7 +12,7 @@ import scipy.linalg
 import scipy.stats
 import torch
 import torch_fidelity.feature_extractor_inceptionv3 as inception
-from helpers import ROOT, STAGE_ONE, STAGE_TWO, assert_one_line_error, fixture, official_files, run_inside
+from helpers import ROOT, STAGE_ONE, STAGE_TWO, assert_one_line_error, fixture, make_photos, official_files, run_inside
 from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -254,6 +254,18 @@ def test_images_of_any_size_to_codes_and_back(models, tmp_path, name, size):
         assert done.returncode == 0, done.stderr
         decoded = np.asarray(Image.open(tmp_path / "out" / f"{sub}_a.png.decoded.png"))
         assert (decoded[:H, :W] == shown[:, W : 2 * W]).all()
+
+
+@pytest.mark.parametrize("flip", [True, False])
+def test_training_images_are_mirrored_only_if_training_mirrored_them(models, tmp_path, flip):
+    make_photos(tmp_path / "photos", n=4, size=(16, 16))
+    content = checkpoint.read(models / "vqgan/last.pt")
+    content["flags"] |= {"data": str(tmp_path / "photos"), "image_size": 16, "resize": None, "flip": flip}
+    torch.save(content, tmp_path / "model.pt")
+    given = ("gpt", "official_config", "data", "image_size", "resize")
+    args = SimpleNamespace(vqgan=tmp_path / "model.pt", **dict.fromkeys(given))
+    train_set, _ = runpy.run_path(str(ROOT / "evaluate.py"))["open_sets"](args, checkpoint.load(args.vqgan))
+    assert train_set.flip == flip
 
 
 def test_an_evaluation_is_never_written_over(models, tmp_path):
